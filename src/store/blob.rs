@@ -1,0 +1,182 @@
+//! Blobs: files named by the digest of their bytes.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::path::Path;
+
+use tempfile::NamedTempFile;
+
+use super::{Store, StoreError};
+use crate::image::{Digest, Hasher};
+use crate::io::HashingWriter;
+
+/// Writes a blob whose digest is known when all is written, or known before and checked.
+///
+/// Dropped without `commit`, it leaves nothing.
+#[derive(Debug)]
+pub struct BlobWriter<'s> {
+    store: &'s Store,
+    out: HashingWriter<NamedTempFile>,
+}
+
+/// Reads a blob and checks its digest; the check fails at the end of the bytes.
+#[derive(Debug)]
+pub struct BlobReader {
+    file: File,
+    hasher: Option<Hasher>,
+    want: Digest,
+    size: u64,
+}
+
+impl Store {
+    /// Starts a blob.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`].
+    pub fn write_blob(&self) -> Result<BlobWriter<'_>, StoreError> {
+        let file = NamedTempFile::new_in(self.tmp())
+            .map_err(StoreError::io("creating a file in", self.tmp()))?;
+        Ok(BlobWriter {
+            store: self,
+            out: HashingWriter::new(file),
+        })
+    }
+
+    /// Stores `bytes` and returns their digest.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`].
+    pub fn put_blob(&self, bytes: &[u8]) -> Result<Digest, StoreError> {
+        let mut writer = self.write_blob()?;
+        writer
+            .write_all(bytes)
+            .map_err(StoreError::io("writing a blob in", self.tmp()))?;
+        Ok(writer.commit(None)?.0)
+    }
+
+    /// Opens a blob for reading with verification.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`]; a blob that is not there is `NotFound`.
+    pub fn open_blob(&self, digest: &Digest) -> Result<BlobReader, StoreError> {
+        let path = self.blob_path(digest);
+        let open = |path: &Path| {
+            let file = File::open(path)?;
+            let size = file.metadata()?.len();
+            Ok((file, size))
+        };
+        let (file, size) = open(&path).map_err(StoreError::io("opening", &path))?;
+        Ok(BlobReader {
+            file,
+            hasher: Some(Hasher::new()),
+            want: digest.clone(),
+            size,
+        })
+    }
+}
+
+impl BlobWriter<'_> {
+    /// Names the blob by its digest and returns that and the size in bytes.
+    ///
+    /// # Errors
+    /// [`StoreError::Damaged`] where `want` is given and is not the digest;
+    /// [`StoreError::Io`]. Either way nothing is left.
+    pub fn commit(self, want: Option<&Digest>) -> Result<(Digest, u64), StoreError> {
+        let (file, got, size) = self.out.finish();
+        if let Some(want) = want
+            && *want != got
+        {
+            return Err(StoreError::Damaged {
+                got,
+                want: want.clone(),
+            });
+        }
+        let path = self.store.blob_path(&got);
+        file.persist(&path)
+            .map_err(|e| StoreError::io("naming", &path)(e.error))?;
+        Ok((got, size))
+    }
+}
+
+impl Write for BlobWriter<'_> {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        self.out.write(buf)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.out.flush()
+    }
+}
+
+impl BlobReader {
+    /// The number of bytes.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+}
+
+impl Read for BlobReader {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let read = self.file.read(buf)?;
+        if read > 0 {
+            if let Some(hasher) = &mut self.hasher {
+                hasher.update(&buf[..read]);
+            }
+        } else if !buf.is_empty()
+            && let Some(hasher) = self.hasher.take()
+        {
+            let got = hasher.finish();
+            if got != self.want {
+                let error = StoreError::Damaged {
+                    got,
+                    want: self.want.clone(),
+                };
+                return Err(io::Error::new(io::ErrorKind::InvalidData, error));
+            }
+        }
+        Ok(read)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_blob_is_named_by_its_bytes_or_not_at_all() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let digest = store.put_blob(b"abc").unwrap();
+        assert_eq!(digest, Digest::of(b"abc"));
+        let mut reader = store.open_blob(&digest).unwrap();
+        assert_eq!(reader.size(), 3);
+        assert_eq!(io::read_to_string(&mut reader).unwrap(), "abc");
+
+        let mut writer = store.write_blob().unwrap();
+        writer.write_all(b"abd").unwrap();
+        let error = writer.commit(Some(&digest)).unwrap_err();
+        assert!(matches!(error, StoreError::Damaged { .. }), "{error}");
+        drop(store.write_blob().unwrap());
+        assert_eq!(
+            std::fs::read_dir(dir.path().join("blobs/sha256"))
+                .unwrap()
+                .count(),
+            1
+        );
+        assert_eq!(
+            std::fs::read_dir(store.tmp()).unwrap().count(),
+            1,
+            "only the lock"
+        );
+    }
+
+    #[test]
+    fn a_damaged_blob_is_an_error_at_its_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let digest = store.put_blob(b"abc").unwrap();
+        std::fs::write(store.blob_path(&digest), "abX").unwrap();
+        let error = io::read_to_string(store.open_blob(&digest).unwrap()).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidData);
+    }
+}

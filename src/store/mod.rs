@@ -1,0 +1,364 @@
+//! [`Store`]: what is kept on disk between builds, shared by several processes at once.
+//!
+//! ```text
+//! $SOCKLESS_ROOT
+//! ├── version             "1\n"
+//! ├── blobs/sha256/<hex>  compressed layers, configs, manifests
+//! ├── trees/<hex>/        unpacked layers, named by diff ID
+//! ├── cache/steps/<definition>/<inputs>.json
+//! ├── jobs/               the service's database
+//! └── tmp/<random>/       everything unfinished, one locked directory per process
+//! ```
+//!
+//! Whatever has a name outside `tmp/` is complete: it was written to `tmp/` on the
+//! same file system, synced where a crash could tear it, and renamed. A process that
+//! dies leaves its directory in `tmp/`, whose lock the kernel released with it; the
+//! next `open` removes it.
+
+mod blob;
+
+use std::fs::{self, File, TryLockError};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use thiserror::Error;
+
+use crate::image::{DiffId, Digest};
+
+pub use blob::{BlobReader, BlobWriter};
+
+/// The layout's version; a store with another one is refused.
+const VERSION: &str = "1\n";
+
+/// Name of the lock file in each directory of `tmp/`.
+const LOCK: &str = "lock";
+
+/// A store, opened by this process.
+#[derive(Debug)]
+pub struct Store {
+    root: PathBuf,
+    tmp: PathBuf,
+    /// Held as long as the store is open; says that `tmp` is in use.
+    _lock: File,
+}
+
+/// What can go wrong with a store.
+#[derive(Debug, Error)]
+pub enum StoreError {
+    /// A file operation failed.
+    #[error("{action} {}", path.display())]
+    Io {
+        /// Such as `creating`.
+        action: &'static str,
+        /// What it was done to.
+        path: PathBuf,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+    /// The store was made by another version of sockless.
+    #[error("the store {} has version {found:?}, this sockless reads {VERSION:?}; use another --root or remove it", root.display())]
+    Version {
+        /// The store.
+        root: PathBuf,
+        /// What its version file says.
+        found: String,
+    },
+    /// A blob is not what its name says.
+    #[error("blob in the store is damaged: got {got}, want {want}")]
+    Damaged {
+        /// Digest of the bytes there.
+        got: Digest,
+        /// Its name.
+        want: Digest,
+    },
+}
+
+impl StoreError {
+    /// Wraps an I/O error with what was attempted.
+    pub fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+        let path = path.to_owned();
+        move |source| Self::Io {
+            action,
+            path,
+            source,
+        }
+    }
+}
+
+impl Store {
+    /// Opens the store at `root`, makes it where there is none, and removes what
+    /// dead processes left in `tmp/`.
+    ///
+    /// # Errors
+    /// [`StoreError::Version`] for a store of another version; [`StoreError::Io`].
+    pub fn open(root: &Path) -> Result<Self, StoreError> {
+        for dir in ["blobs/sha256", "trees", "cache/steps", "jobs", "tmp"] {
+            let dir = root.join(dir);
+            fs::create_dir_all(&dir).map_err(StoreError::io("creating", &dir))?;
+        }
+        let root = root
+            .canonicalize()
+            .map_err(StoreError::io("resolving", root))?;
+        check_version(&root)?;
+        let (tmp, lock) = own_tmp(&root.join("tmp"))?;
+        let store = Self {
+            root,
+            tmp,
+            _lock: lock,
+        };
+        store.remove_garbage();
+        Ok(store)
+    }
+
+    /// The store's directory.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// This process's directory for unfinished things; on the same file system as the rest.
+    pub fn tmp(&self) -> &Path {
+        &self.tmp
+    }
+
+    /// Makes a directory with a name of its own in [`Store::tmp`].
+    ///
+    /// # Errors
+    /// [`StoreError::Io`].
+    pub fn tmp_dir(&self, prefix: &str) -> Result<PathBuf, StoreError> {
+        tempfile::Builder::new()
+            .prefix(prefix)
+            .tempdir_in(&self.tmp)
+            .map(tempfile::TempDir::keep)
+            .map_err(StoreError::io("creating a directory in", &self.tmp))
+    }
+
+    /// Where the blob `digest` is, or would be.
+    pub fn blob_path(&self, digest: &Digest) -> PathBuf {
+        self.root.join("blobs/sha256").join(digest.hex())
+    }
+
+    /// Whether the blob is here.
+    pub fn has_blob(&self, digest: &Digest) -> bool {
+        self.blob_path(digest).is_file()
+    }
+
+    /// Where the tree of the layer `diff_id` is, or would be.
+    pub fn tree_path(&self, diff_id: &DiffId) -> PathBuf {
+        self.root.join("trees").join(diff_id.digest().hex())
+    }
+
+    /// Whether the layer's tree is here.
+    pub fn has_tree(&self, diff_id: &DiffId) -> bool {
+        self.tree_path(diff_id).is_dir()
+    }
+
+    /// Gives the complete directory `from` (in [`Store::tmp`]) its name as the tree of `diff_id`.
+    ///
+    /// Where another process was faster, its tree stays and `from` is removed.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`].
+    pub fn adopt_tree(&self, from: &Path, diff_id: &DiffId) -> Result<PathBuf, StoreError> {
+        let to = self.tree_path(diff_id);
+        match fs::rename(from, &to) {
+            Ok(()) => Ok(to),
+            Err(error)
+                if matches!(
+                    error.raw_os_error(),
+                    Some(libc_errno::EEXIST | libc_errno::ENOTEMPTY)
+                ) =>
+            {
+                // An identical tree is there. An open overlay may still use `from`,
+                // which goes on working: removed files live as long as they are open,
+                // but directory entries do not, so leave it to the end of the process.
+                Ok(to)
+            }
+            Err(error) => Err(StoreError::io("naming the tree", &to)(error)),
+        }
+    }
+
+    /// Where step records live.
+    pub fn steps_path(&self) -> PathBuf {
+        self.root.join("cache/steps")
+    }
+
+    /// Where the service keeps its database.
+    pub fn jobs_path(&self) -> PathBuf {
+        self.root.join("jobs")
+    }
+
+    /// Writes `bytes` as the file `path` (below the root) in one atomic step.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`].
+    pub fn write_file(&self, path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
+        use io::Write;
+        let mut file = tempfile::NamedTempFile::new_in(&self.tmp)
+            .map_err(StoreError::io("creating a file in", &self.tmp))?;
+        file.write_all(bytes)
+            .map_err(StoreError::io("writing", path))?;
+        if let Some(parent) = path.parent() {
+            fs::create_dir_all(parent).map_err(StoreError::io("creating", parent))?;
+        }
+        file.persist(path)
+            .map_err(|e| StoreError::io("naming", path)(e.error))?;
+        Ok(())
+    }
+
+    /// Removes directories in `tmp/` whose owner is dead. Failures are left for the next time.
+    fn remove_garbage(&self) {
+        let Ok(entries) = fs::read_dir(self.root.join("tmp")) else {
+            return;
+        };
+        for dir in entries
+            .flatten()
+            .map(|e| e.path())
+            .filter(|p| *p != self.tmp)
+        {
+            let Ok(lock) = File::open(dir.join(LOCK)) else {
+                continue;
+            };
+            match lock.try_lock() {
+                Ok(()) => {
+                    if let Err(error) = remove_tree(&dir) {
+                        tracing::debug!(dir = %dir.display(), %error, "garbage stays");
+                    }
+                }
+                Err(TryLockError::WouldBlock) => {}
+                Err(TryLockError::Error(error)) => {
+                    tracing::debug!(dir = %dir.display(), %error, "cannot test the lock");
+                }
+            }
+        }
+    }
+}
+
+impl Drop for Store {
+    fn drop(&mut self) {
+        if let Err(error) = remove_tree(&self.tmp) {
+            tracing::debug!(dir = %self.tmp.display(), %error, "tmp stays for the next build to remove");
+        }
+    }
+}
+
+/// `std::fs::remove_dir_all`, also where directories inside forbid it to their owner.
+///
+/// # Errors
+/// Those of `unlinkat(2)`.
+pub fn remove_tree(dir: &Path) -> io::Result<()> {
+    match fs::remove_dir_all(dir) {
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            open_up(dir)?;
+            fs::remove_dir_all(dir)
+        }
+        other => other,
+    }
+}
+
+fn open_up(dir: &Path) -> io::Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    fs::set_permissions(dir, fs::Permissions::from_mode(0o700))?;
+    for entry in fs::read_dir(dir)? {
+        let entry = entry?;
+        // `file_type` does not follow links.
+        if entry.file_type()?.is_dir() {
+            open_up(&entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+fn check_version(root: &Path) -> Result<(), StoreError> {
+    let path = root.join("version");
+    match fs::read_to_string(&path) {
+        Ok(found) if found == VERSION => Ok(()),
+        Ok(found) => Err(StoreError::Version {
+            root: root.to_owned(),
+            found,
+        }),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let tmp = tempfile::NamedTempFile::new_in(root)
+                .map_err(StoreError::io("creating a file in", root))?;
+            fs::write(tmp.path(), VERSION).map_err(StoreError::io("writing", &path))?;
+            tmp.persist(&path)
+                .map_err(|e| StoreError::io("naming", &path)(e.error))?;
+            Ok(())
+        }
+        Err(error) => Err(StoreError::io("reading", &path)(error)),
+    }
+}
+
+/// Makes a locked directory. Another process may take it for garbage between its
+/// creation and its lock; then it is gone and the next try makes another.
+fn own_tmp(parent: &Path) -> Result<(PathBuf, File), StoreError> {
+    loop {
+        let dir = tempfile::Builder::new()
+            .prefix("build-")
+            .tempdir_in(parent)
+            .map_err(StoreError::io("creating a directory in", parent))?
+            .keep();
+        let path = dir.join(LOCK);
+        let Ok(lock) = File::create_new(&path) else {
+            continue;
+        };
+        if lock.try_lock().is_ok() && path.exists() {
+            return Ok((dir, lock));
+        }
+    }
+}
+
+/// The two numbers for "there is something there" of `rename(2)`; `io::ErrorKind` splits them.
+mod libc_errno {
+    pub(super) const EEXIST: i32 = rustix::io::Errno::EXIST.raw_os_error();
+    pub(super) const ENOTEMPTY: i32 = rustix::io::Errno::NOTEMPTY.raw_os_error();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_dead_process_leaves_nothing_and_a_live_one_keeps_its_things() {
+        let dir = tempfile::tempdir().unwrap();
+        let live = Store::open(dir.path()).unwrap();
+        fs::write(live.tmp().join("half"), "x").unwrap();
+        let dead = dir.path().join("tmp/build-dead");
+        fs::create_dir_all(dead.join("sub")).unwrap();
+        fs::write(dead.join(LOCK), "").unwrap();
+
+        let second = Store::open(dir.path()).unwrap();
+        assert!(!dead.exists());
+        assert!(live.tmp().join("half").exists());
+        let tmp = live.tmp().to_owned();
+        drop(live);
+        assert!(!tmp.exists());
+        drop(second);
+        assert_eq!(fs::read_dir(dir.path().join("tmp")).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_store_of_another_version_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("version"), "99\n").unwrap();
+        let error = Store::open(dir.path()).unwrap_err();
+        assert!(matches!(error, StoreError::Version { found, .. } if found == "99\n"));
+    }
+
+    #[test]
+    fn the_first_of_two_identical_trees_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let diff_id = DiffId::from_uncompressed(Digest::of(b"layer"));
+        for name in ["first", "second"] {
+            let tree = store.tmp_dir("tree-").unwrap();
+            fs::write(tree.join(name), "").unwrap();
+            assert_eq!(
+                store.adopt_tree(&tree, &diff_id).unwrap(),
+                store.tree_path(&diff_id)
+            );
+        }
+        assert!(store.tree_path(&diff_id).join("first").exists());
+        assert!(!store.tree_path(&diff_id).join("second").exists());
+    }
+}
