@@ -5,6 +5,7 @@ pub mod dockerfile;
 pub mod image;
 pub mod io;
 pub mod pipeline;
+pub mod plan;
 pub mod progress;
 pub mod registry;
 pub mod rootfs;

@@ -24,3 +24,20 @@ pub fn expand_word(
     let _ = (word, escape, environment);
     unimplemented!()
 }
+/// Words.
+pub fn expand_words(
+    word: &Word,
+    escape: char,
+    environment: &Environment,
+) -> Result<Vec<String>, ExpandError> {
+    expand_word(word, escape, environment).map(|w| vec![w])
+}
+/// Text.
+pub fn expand_text(
+    text: &str,
+    escape: char,
+    environment: &Environment,
+) -> Result<String, ExpandError> {
+    let _ = (text, escape, environment);
+    unimplemented!()
+}
