@@ -1,6 +1,7 @@
 //! sockless builds OCI images from Dockerfiles with no docker.sock, no daemon and no root.
 
 pub mod confined;
+pub mod context;
 pub mod dockerfile;
 pub mod image;
 pub mod io;
