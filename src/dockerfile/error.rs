@@ -64,6 +64,9 @@ pub fn place(name: &str, text: &str, span: Span) -> String {
     format!("{name}:{line}:{column}")
 }
 
+/// Longer excerpts are cut on both sides of the place.
+const MAX_EXCERPT_CHARS: usize = 160;
+
 impl fmt::Display for DockerfileError {
     /// A block a problem:
     ///
@@ -79,32 +82,56 @@ impl fmt::Display for DockerfileError {
                 writeln!(f)?;
             }
             let (line, column) = line_column(&self.text, problem.span.start);
-            writeln!(
-                f,
-                "{}: {}",
-                place(&self.name, &self.text, problem.span),
-                problem.message
-            )?;
-            let excerpt = self.text.lines().nth(line - 1).unwrap_or_default();
-            let width = excerpt.chars().count();
-            let span_chars = self
-                .text
-                .get(problem.span.start..problem.span.end.min(self.text.len()))
-                .map_or(1, |s| s.lines().next().unwrap_or_default().chars().count());
-            let carets = span_chars.clamp(1, (width + 1).saturating_sub(column - 1).max(1));
-            // Tabs are kept in the indentation, so that the carets stand below the place.
-            let indent: String = excerpt
-                .chars()
-                .take(column - 1)
-                .map(|c| if c == '\t' { '\t' } else { ' ' })
-                .collect();
+            writeln!(f, "{}:{line}:{column}: {}", self.name, problem.message)?;
+            let (excerpt, marks) = excerpt(&self.text, problem.span, line, column);
             writeln!(f, "{line:>4} | {excerpt}")?;
-            write!(f, "     | {indent}{}", "^".repeat(carets))?;
+            write!(f, "     | {marks}")?;
             if let Some(hint) = &problem.hint {
                 write!(f, "\nhint: {hint}")?;
             }
         }
         Ok(())
+    }
+}
+
+/// The line that `span` starts in, and carets to stand below the part it covers.
+fn excerpt(text: &str, span: Span, line: usize, column: usize) -> (String, String) {
+    let whole = text.lines().nth(line - 1).unwrap_or_default();
+    let before = column - 1;
+    let skipped = before.saturating_sub(MAX_EXCERPT_CHARS / 2);
+    let mut chars = whole.chars().skip(skipped);
+    let mut shown: String = chars
+        .by_ref()
+        .take(MAX_EXCERPT_CHARS)
+        .map(visible)
+        .collect();
+    let width = shown.chars().count();
+    // Tabs are kept in the indentation, so that the carets stand below the place.
+    let mut marks: String = (shown.chars().take(before - skipped))
+        .map(|c| if c == '\t' { '\t' } else { ' ' })
+        .collect();
+    let covered = text
+        .get(span.start..span.end.min(text.len()))
+        .and_then(|covered| covered.lines().next())
+        .map_or(1, |covered| covered.chars().count());
+    let room = (width + 1).saturating_sub(before - skipped).max(1);
+    marks.push_str(&"^".repeat(covered.clamp(1, room)));
+    if chars.next().is_some() {
+        shown.push('…');
+    }
+    if skipped > 0 {
+        shown.insert(0, '…');
+        marks.insert(0, ' ');
+    }
+    (shown, marks)
+}
+
+/// Control characters would act on the terminal.
+fn visible(c: char) -> char {
+    if c.is_control() && c != '\t' {
+        char::REPLACEMENT_CHARACTER
+    } else {
+        c
     }
 }
 
@@ -127,5 +154,37 @@ mod tests {
             "Dockerfile:2:2: unknown instruction \"RUNN\"\n   2 | \tRUNN true\n     | \t^^^^\n\
              hint: did you mean \"RUN\"?"
         );
+    }
+
+    fn display(text: &str, start: usize, end: usize) -> String {
+        let error = DockerfileError {
+            name: "f".into(),
+            text: text.into(),
+            problems: vec![Problem::new(Span { start, end }, "m")],
+        };
+        error.to_string()
+    }
+
+    #[test]
+    fn places_at_the_edges_are_shown() {
+        assert_eq!(display("", 0, 0), "f:1:1: m\n   1 | \n     | ^");
+        assert_eq!(display("a\n", 2, 2), "f:2:1: m\n   2 | \n     | ^");
+        assert_eq!(display("ab\ncd", 1, 5), "f:1:2: m\n   1 | ab\n     |  ^");
+        assert_eq!(display("ab", 2, 9), "f:1:3: m\n   1 | ab\n     |   ^");
+        assert_eq!(display("é b", 3, 4), "f:1:3: m\n   1 | é b\n     |   ^");
+    }
+
+    #[test]
+    fn excerpts_are_harmless_and_short() {
+        let shown = display("a\u{1b}[31mb", 0, 1);
+        assert_eq!(shown, "f:1:1: m\n   1 | a\u{fffd}[31mb\n     | ^");
+        let long = "x".repeat(1000) + "HERE" + &"y".repeat(1000);
+        let expected = format!(
+            "f:1:1001: m\n   1 | …{}HERE{}…\n     |  {}^^^^",
+            "x".repeat(80),
+            "y".repeat(76),
+            " ".repeat(80)
+        );
+        assert_eq!(display(&long, 1000, 1004), expected);
     }
 }

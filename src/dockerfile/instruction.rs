@@ -6,13 +6,21 @@
 //!
 //! <https://docs.docker.com/reference/dockerfile/>
 
+use std::fmt;
+
 /// A range of bytes in the Dockerfile's text.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Span {
     /// The first byte.
     pub start: usize,
     /// One past the last byte.
     pub end: usize,
+}
+
+impl fmt::Debug for Span {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}..{}", self.start, self.end)
+    }
 }
 
 /// A text in which variables, quotes and escapes have not been processed yet.
@@ -94,7 +102,7 @@ pub enum InstructionKind {
     Entrypoint(CommandLine),
     /// `ENV NAME=VALUE …` or `ENV NAME VALUE`.
     Env(Vec<KeyValue>),
-    /// `EXPOSE`.
+    /// `EXPOSE`, sorted as BuildKit does before anything is expanded.
     Expose(Vec<Word>),
     /// `HEALTHCHECK`.
     Healthcheck(Healthcheck),
@@ -172,7 +180,8 @@ pub enum CommandLine {
 /// `RUN`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Run {
-    /// What runs. With here-documents this is the line before them.
+    /// What runs; never an empty [`CommandLine::Exec`]. With here-documents this is the
+    /// line before them.
     pub command: CommandLine,
     /// Here-documents in the order of their `<<`.
     pub heredocs: Vec<Heredoc>,
@@ -191,7 +200,7 @@ pub struct Run {
 pub struct Copy {
     /// Sources that are paths or URLs.
     pub sources: Vec<Word>,
-    /// Sources that are here-documents.
+    /// Sources that are here-documents, each with the file's name.
     pub heredocs: Vec<Heredoc>,
     /// The destination.
     pub destination: Word,
@@ -201,7 +210,7 @@ pub struct Copy {
     pub chown: Option<Word>,
     /// `--chmod=`.
     pub chmod: Option<Word>,
-    /// `--link`, and what it was set to.
+    /// `--link`; false also where it is absent.
     pub link: bool,
     /// `--parents`; `COPY` only.
     pub parents: bool,

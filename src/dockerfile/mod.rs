@@ -60,7 +60,6 @@ pub fn parse(name: &str, text: &[u8]) -> Result<Dockerfile, DockerfileError> {
     let directives = directive::parse(text, &mut problems);
     let mut global_args = Vec::new();
     let mut stages: Vec<Stage> = Vec::new();
-    let mut seen_any = false;
     let mut seen_from = false;
     let mut told_from = false;
     each_statement(
@@ -68,7 +67,6 @@ pub fn parse(name: &str, text: &[u8]) -> Result<Dockerfile, DockerfileError> {
         directives.escape,
         &mut problems,
         |line, statement, problems| {
-            seen_any = true;
             let known = statement::known_name(line, directives.escape);
             seen_from |= known == Some("FROM");
             match (known, statement) {
@@ -92,21 +90,13 @@ pub fn parse(name: &str, text: &[u8]) -> Result<Dockerfile, DockerfileError> {
         },
     );
     if !seen_from && problems.is_empty() {
-        let end = Span {
-            start: text.len(),
-            end: text.len(),
+        let (what, span) = match global_args.last() {
+            _ if text.is_empty() => ("is empty", Span::default()),
+            None => ("has no instructions", Span::default()),
+            Some(argument) => ("has no stages", argument.span),
         };
-        let problem = if text.is_empty() {
-            Problem::new(end, "the Dockerfile is empty: it must have a FROM")
-        } else if !seen_any {
-            Problem::new(
-                end,
-                "the Dockerfile has no instructions: it must have a FROM",
-            )
-        } else {
-            Problem::new(end, "the Dockerfile has no stages: it must have a FROM")
-        };
-        problems.push(problem);
+        let message = format!("the Dockerfile {what}: it must have a FROM");
+        problems.push(Problem::new(span, message));
     }
     finish(name, text, problems)?;
     Ok(Dockerfile {
