@@ -1,0 +1,151 @@
+//! [`Failure`]: what kind of failure an error is, and advice, for whoever reports it.
+//!
+//! Errors keep their own types; where only a report follows (`pipeline`, `cli`), a
+//! `Failure` is attached as `anyhow` context. The kind decides the exit code and is
+//! asked of the error, never of its text.
+
+use std::fmt;
+
+use crate::dockerfile::DockerfileError;
+
+/// What kind of failure ended a build.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Kind {
+    /// A step's process ended with a status other than 0.
+    StepFailed,
+    /// The Dockerfile is wrong, or asks for what this program does not do.
+    Dockerfile,
+    /// Arguments, settings, files that were named and are not there.
+    Configuration,
+    /// A registry refused, answered nonsense or was out of reach.
+    Registry,
+    /// This machine offers no sandbox that was allowed.
+    SandboxUnavailable,
+    /// Everything else: a full disk, an error in this program.
+    Internal,
+}
+
+impl Kind {
+    /// The status this program exits with.
+    ///
+    /// 0 is success, 130 and 143 are an interrupt and a termination; 2 is what
+    /// command lines are refused with everywhere, 70 is `EX_SOFTWARE` of `sysexits.h`.
+    pub fn exit_code(self) -> u8 {
+        match self {
+            Self::StepFailed => 1,
+            Self::Dockerfile | Self::Configuration => 2,
+            Self::Registry => 3,
+            Self::SandboxUnavailable => 4,
+            Self::Internal => 70,
+        }
+    }
+}
+
+/// Context for an error: what was being done, what kind of failure it is, and advice.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Failure {
+    /// What kind it is.
+    pub kind: Kind,
+    /// What was being done: a gerund with its subject, or the whole error where it has no source.
+    pub message: String,
+    /// Advice, one sentence each.
+    pub hints: Vec<String>,
+}
+
+impl Failure {
+    /// A failure without advice.
+    pub fn new(kind: Kind, message: impl Into<String>) -> Self {
+        Self {
+            kind,
+            message: message.into(),
+            hints: Vec::new(),
+        }
+    }
+
+    /// Adds advice.
+    #[must_use]
+    pub fn with_hint(mut self, hint: impl Into<String>) -> Self {
+        self.hints.push(hint.into());
+        self
+    }
+
+    /// The kind of `error`: that of the outermost `Failure` in it, else what its types tell.
+    pub fn kind_of(error: &anyhow::Error) -> Kind {
+        if let Some(failure) = error.downcast_ref::<Self>() {
+            return failure.kind;
+        }
+        if error.chain().any(|cause| cause.is::<DockerfileError>()) {
+            return Kind::Dockerfile;
+        }
+        if error
+            .chain()
+            .any(|cause| cause.is::<crate::context::ContextError>())
+        {
+            return Kind::Configuration;
+        }
+        Kind::Internal
+    }
+
+    /// The advice that the outermost `Failure` in `error` gives.
+    pub fn hints_of(error: &anyhow::Error) -> &[String] {
+        error
+            .downcast_ref::<Self>()
+            .map_or(&[], |failure| &failure.hints)
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for Failure {}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::{Context as _, anyhow};
+
+    use super::*;
+
+    #[test]
+    fn the_kind_is_found_below_further_context() {
+        let error = Err::<(), _>(anyhow!("401"))
+            .context(Failure::new(Kind::Registry, "pulling a").with_hint("log in"))
+            .context("building b")
+            .unwrap_err();
+        assert_eq!(Failure::kind_of(&error), Kind::Registry);
+        assert_eq!(Failure::hints_of(&error), ["log in"]);
+        assert_eq!(format!("{error:#}"), "building b: pulling a: 401");
+
+        let error = anyhow::Error::new(Failure::new(Kind::StepFailed, "x")).context("y");
+        assert_eq!(Failure::kind_of(&error), Kind::StepFailed);
+    }
+
+    #[test]
+    fn an_error_without_failure_is_told_by_its_type() {
+        let dockerfile = DockerfileError {
+            name: "Dockerfile".into(),
+            text: String::new(),
+            problems: Vec::new(),
+        };
+        let error = anyhow::Error::new(dockerfile).context("reading");
+        assert_eq!(Failure::kind_of(&error), Kind::Dockerfile);
+        assert_eq!(Failure::kind_of(&anyhow!("x")), Kind::Internal);
+        assert_eq!(Failure::hints_of(&anyhow!("x")), [] as [String; 0]);
+    }
+
+    #[test]
+    fn every_kind_has_its_exit_code() {
+        let codes = [
+            Kind::StepFailed,
+            Kind::Dockerfile,
+            Kind::Configuration,
+            Kind::Registry,
+            Kind::SandboxUnavailable,
+            Kind::Internal,
+        ]
+        .map(Kind::exit_code);
+        assert_eq!(codes, [1, 2, 2, 3, 4, 70]);
+    }
+}
