@@ -3,6 +3,7 @@
 pub mod confined;
 pub mod context;
 pub mod dockerfile;
+pub mod export;
 pub mod failure;
 pub mod image;
 pub mod io;

@@ -1,0 +1,77 @@
+//! An image goes out: as a tar of an OCI image layout.
+//!
+//! Pushing to a registry is [`crate::registry`]'s. Nothing is compressed or fetched
+//! here: every blob has to be in the store.
+
+mod oci;
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use thiserror::Error;
+
+use crate::image::Digest;
+use crate::store::StoreError;
+
+pub use oci::{oci_archive, write_oci_archive};
+
+/// What can go wrong while an image is written.
+#[derive(Debug, Error)]
+pub enum ExportError {
+    /// The file cannot be written.
+    #[error("{action} {}", path.display())]
+    Io {
+        /// Such as `writing`.
+        action: &'static str,
+        /// The file; `-` for standard output.
+        path: PathBuf,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+    /// An archive is nothing to look at.
+    #[error("standard output is a terminal: redirect it, or give a file with \"dest=FILE\"")]
+    Terminal,
+    /// A blob cannot be opened.
+    #[error("opening the blob {digest}")]
+    OpenBlob {
+        /// Its name.
+        digest: Digest,
+        /// Why not.
+        #[source]
+        source: StoreError,
+    },
+    /// A blob in the store has another size than its descriptor says.
+    #[error("the blob {digest} in the store has {got} bytes, want {want}")]
+    BlobSize {
+        /// Its name.
+        digest: Digest,
+        /// The number of bytes in the store.
+        got: u64,
+        /// The descriptor's number.
+        want: u64,
+    },
+    /// A blob could not be copied: it is damaged, or the archive cannot be written.
+    #[error("copying the blob {digest}")]
+    CopyBlob {
+        /// Its name.
+        digest: Digest,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// The archive cannot be written.
+    #[error("writing the archive")]
+    Archive(#[source] io::Error),
+}
+
+impl ExportError {
+    fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+        let path = path.to_owned();
+        move |source| Self::Io {
+            action,
+            path,
+            source,
+        }
+    }
+}
