@@ -1,5 +1,6 @@
 //! sockless builds OCI images from Dockerfiles with no docker.sock, no daemon and no root.
 
+pub mod cli;
 pub mod confined;
 pub mod context;
 pub mod dockerfile;

@@ -3,11 +3,15 @@
 //! Only `cli` turns events into text for people. `--progress rawjson` writes them
 //! as they are, a JSON object a line; the service reads them from its child that way.
 
+mod recorder;
+
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
 use crate::image::Digest;
+
+pub use recorder::Recorder;
 
 /// Which of a step's two output streams.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -1,0 +1,210 @@
+//! The command line as `clap` sees it. Raw texts only; `request` gives them meaning.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
+
+use crate::sandbox;
+
+/// The whole command line.
+#[derive(Clone, Debug, Parser)]
+#[command(
+    name = "sockless",
+    about = "Builds OCI images from Dockerfiles with no docker.sock, no daemon and no root",
+    version = super::VERSION.as_str(),
+    after_help = "Exit codes: 0 success, 1 a build step failed, 2 wrong arguments, settings or Dockerfile,\n\
+                  3 registry, 4 no sandbox available, 70 anything else, 130 and 143 interrupted.\n\
+                  SOCKLESS_LOG sets what is logged to stderr (default \"warn\")."
+)]
+pub(super) struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Clone, Debug, Subcommand)]
+pub(super) enum Command {
+    /// Builds an image from a Dockerfile
+    Build(Box<BuildArgs>),
+    /// Builds and pushes images when a webhook says so
+    Serve(ServeArgs),
+    /// Prints the version and what it was built for
+    Version,
+}
+
+/// Arguments of `sockless serve`.
+#[derive(Clone, Debug, Args)]
+pub(super) struct ServeArgs {
+    /// The configuration file
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+}
+
+/// Arguments of `sockless build`, named as those of `docker build`.
+#[derive(Clone, Debug, Args)]
+pub(super) struct BuildArgs {
+    /// The Dockerfile [default: Dockerfile in CONTEXT]; "-" reads it from standard input
+    #[arg(short, long, value_name = "FILE")]
+    pub file: Option<PathBuf>,
+
+    /// A name for the image, REGISTRY/REPOSITORY:TAG
+    #[arg(short, long = "tag", value_name = "REF")]
+    pub tags: Vec<String>,
+
+    /// Pushes the image to the registry of every --tag
+    #[arg(long, action = ArgAction::Set, num_args = 0..=1, require_equals = true,
+          default_value = "false", default_missing_value = "true", hide_default_value = true,
+          hide_possible_values = true, value_name = "BOOL")]
+    pub push: bool,
+
+    /// Sets a build argument; without a value, takes it from the environment
+    #[arg(long = "build-arg", value_name = "NAME[=VALUE]")]
+    pub build_args: Vec<String>,
+
+    /// The stage to build [default: the last one]
+    #[arg(long, value_name = "STAGE")]
+    pub target: Option<String>,
+
+    /// Writes the image: type=oci,dest=FILE (an OCI layout in a tar; "-" is standard output), type=registry
+    #[arg(short, long = "output", value_name = "type=TYPE,…")]
+    pub outputs: Vec<String>,
+
+    /// The platform to build for, such as linux/arm64 [env: DOCKER_DEFAULT_PLATFORM] [default: this machine's]
+    #[arg(long = "platform", value_name = "PLATFORM")]
+    pub platforms: Vec<String>,
+
+    /// A URL that is asked before registry HOST [env: SOCKLESS_REGISTRY_MIRROR, separated by commas]
+    #[arg(long = "registry-mirror", value_name = "HOST=URL")]
+    pub registry_mirrors: Vec<String>,
+
+    /// A registry that may be spoken to over HTTP or with any certificate
+    /// [env: SOCKLESS_INSECURE_REGISTRY, separated by commas]
+    #[arg(long = "insecure-registry", value_name = "HOST[:PORT]")]
+    pub insecure_registries: Vec<String>,
+
+    /// Certificates (PEM) that are trusted beside the system's
+    /// [env: SOCKLESS_REGISTRY_CA, separated by commas]
+    #[arg(long = "registry-ca", value_name = "FILE")]
+    pub registry_ca_files: Vec<PathBuf>,
+
+    /// What runs the steps [env: SOCKLESS_SANDBOX] [default: auto]
+    #[arg(long, value_name = "SANDBOX")]
+    pub sandbox: Option<SandboxArg>,
+
+    /// Where everything is kept between builds [env: SOCKLESS_ROOT]
+    /// [default: /var/lib/sockless as root, else $XDG_DATA_HOME/sockless]
+    #[arg(long, value_name = "DIR")]
+    pub root: Option<PathBuf>,
+
+    /// How progress is shown, on standard error [env: BUILDKIT_PROGRESS] [default: auto]
+    #[arg(long, value_name = "STYLE")]
+    pub progress: Option<ProgressArg>,
+
+    /// Shows no progress and prints the image ID
+    #[arg(short, long, action = ArgAction::Set, num_args = 0..=1, require_equals = true,
+          default_value = "false", default_missing_value = "true", hide_default_value = true,
+          hide_possible_values = true, value_name = "BOOL")]
+    pub quiet: bool,
+
+    /// Runs every step, whatever the cache has
+    #[arg(long, action = ArgAction::Set, num_args = 0..=1, require_equals = true,
+          default_value = "false", default_missing_value = "true", hide_default_value = true,
+          hide_possible_values = true, value_name = "BOOL")]
+    pub no_cache: bool,
+
+    /// Writes the image's digest to a file
+    #[arg(long = "iidfile", value_name = "FILE")]
+    pub iid_file: Option<PathBuf>,
+
+    /// Writes a JSON object about the result to a file
+    #[arg(long, value_name = "FILE")]
+    pub metadata_file: Option<PathBuf>,
+
+    /// Ends this process when its parent ends; for the service's jobs
+    #[arg(long, hide = true)]
+    pub die_with_parent: bool,
+
+    /// The directory that COPY and ADD read from
+    #[arg(value_name = "CONTEXT")]
+    pub context: OsString,
+}
+
+/// `--sandbox`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum SandboxArg {
+    /// The best that works here
+    Auto,
+    /// bubblewrap
+    Bwrap,
+    /// runc
+    Runc,
+    /// crun
+    Crun,
+}
+
+impl From<SandboxArg> for sandbox::Choice {
+    fn from(arg: SandboxArg) -> Self {
+        match arg {
+            SandboxArg::Auto => Self::Auto,
+            SandboxArg::Bwrap => Self::Bwrap,
+            SandboxArg::Runc => Self::Runc,
+            SandboxArg::Crun => Self::Crun,
+        }
+    }
+}
+
+/// `--progress`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub(super) enum ProgressArg {
+    /// tty where standard error is a terminal, else plain
+    #[default]
+    Auto,
+    /// Lines that are redrawn as steps run
+    Tty,
+    /// One line after the other
+    Plain,
+    /// Nothing but errors
+    #[value(alias = "none")]
+    Quiet,
+    /// One JSON object a line
+    Rawjson,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_definition_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn flags_are_those_of_docker_build() {
+        let args = "sockless build -f a -t b --tag c --push --build-arg D=e --target f \
+                    -o type=oci,dest=g --platform linux/arm64 --no-cache=false --iidfile h \
+                    --metadata-file i --progress plain -q .";
+        let Command::Build(build) = Cli::try_parse_from(args.split_whitespace())
+            .unwrap()
+            .command
+        else {
+            panic!("not a build");
+        };
+        assert_eq!(build.file, Some("a".into()));
+        assert_eq!(build.tags, ["b", "c"]);
+        assert_eq!(
+            (build.push, build.no_cache, build.quiet),
+            (true, false, true)
+        );
+        assert_eq!(build.build_args, ["D=e"]);
+        assert_eq!(build.target.as_deref(), Some("f"));
+        assert_eq!(build.outputs, ["type=oci,dest=g"]);
+        assert_eq!(build.platforms, ["linux/arm64"]);
+        assert_eq!(build.progress, Some(ProgressArg::Plain));
+        assert_eq!(build.context, ".");
+    }
+}

@@ -1,0 +1,838 @@
+//! Command line + environment → [`BuildRequest`], once and completely.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::{OsStr, OsString};
+use std::path::{Path, PathBuf};
+
+use clap::ValueEnum;
+use thiserror::Error;
+use url::Url;
+
+use super::args::{BuildArgs, ProgressArg, SandboxArg};
+use super::output::{OutputError, Wanted};
+use super::unsupported::UnsupportedFlag;
+use crate::image::{Platform, PlatformError, Reference, ReferenceError};
+use crate::pipeline::{BuildRequest, Output};
+use crate::registry;
+use crate::secret::RedactedUrl;
+
+/// The last second of the year 9999, beyond which RFC 3339 cannot write a time.
+const EPOCH_MAX: i64 = 253_402_300_799;
+
+/// The environment variable and build argument that sets every time.
+const EPOCH: &str = "SOURCE_DATE_EPOCH";
+
+/// A build and how it is shown.
+#[derive(Clone, Debug)]
+pub(super) struct BuildSettings {
+    /// What is built.
+    pub request: BuildRequest,
+    /// `--progress`.
+    pub progress: ProgressArg,
+    /// `--quiet`: the image ID goes to standard output.
+    pub print_image_id: bool,
+    /// `--die-with-parent`.
+    pub die_with_parent: bool,
+    /// Nobody said where the image goes, and nobody said that it goes nowhere.
+    pub without_output: bool,
+}
+
+/// Why a command line or an environment is refused.
+#[derive(Debug, Error)]
+pub(super) enum RequestError {
+    /// A flag of `docker build` that is not there yet.
+    #[error(transparent)]
+    Flag(#[from] UnsupportedFlag),
+    /// `--output`.
+    #[error(transparent)]
+    Output(#[from] OutputError),
+    /// `--tag`.
+    #[error("--tag")]
+    Tag(#[source] ReferenceError),
+    /// A tag that names a digest, which only the build can know.
+    #[error("--tag {0:?}: a name for a new image cannot have a digest")]
+    TagWithDigest(String),
+    /// A push to nowhere.
+    #[error("pushing needs a name: no --tag was given")]
+    PushWithoutTag,
+    /// `--build-arg` without a name.
+    #[error("--build-arg {0:?}: expected NAME=VALUE or NAME")]
+    BuildArg(String),
+    /// A variable that is no text.
+    #[error("environment variable {0} is not UTF-8")]
+    NotUtf8(String),
+    /// `--platform` or `DOCKER_DEFAULT_PLATFORM`.
+    #[error("--platform")]
+    Platform(#[from] PlatformError),
+    /// More than one platform.
+    #[error("building for several platforms at once is not supported yet: got {0}")]
+    SeveralPlatforms(String),
+    /// `--registry-mirror`.
+    #[error("--registry-mirror for {host:?}: {reason}")]
+    Mirror {
+        /// The registry, as given.
+        host: String,
+        /// What is wrong; never shows the URL's credentials.
+        reason: String,
+    },
+    /// `--insecure-registry`.
+    #[error("--insecure-registry {0:?}: expected HOST[:PORT] with a dot, a port or \"localhost\"")]
+    InsecureRegistry(String),
+    /// `SOURCE_DATE_EPOCH`.
+    #[error("{EPOCH} {0:?}: expected seconds since 1970 from 0 to {EPOCH_MAX}")]
+    Epoch(String),
+    /// A variable that holds one word of several.
+    #[error("environment variable {name} is {value:?}: expected one of {expected}")]
+    Choice {
+        /// The variable.
+        name: &'static str,
+        /// Its value.
+        value: String,
+        /// What there is.
+        expected: String,
+    },
+    /// `--quiet` with another way to show progress.
+    #[error("--quiet and --progress={0} exclude each other")]
+    QuietWithProgress(String),
+    /// Nowhere to keep anything.
+    #[error(
+        "no place for the store: neither SOCKLESS_ROOT nor XDG_DATA_HOME nor HOME is an absolute path"
+    )]
+    NoRoot,
+    /// A context that is no directory on this machine.
+    #[error("the context {context:?}: {what} is not supported yet")]
+    ContextKind {
+        /// As given, without credentials.
+        context: String,
+        /// What it is.
+        what: &'static str,
+    },
+    /// Two things at once on standard output.
+    #[error("standard output can take one thing: only one of --quiet and one \"dest=-\"")]
+    StandardOutput,
+}
+
+impl RequestError {
+    /// What to do about it.
+    pub(super) fn hint(&self) -> Option<&str> {
+        match self {
+            Self::Flag(flag) => flag.hint,
+            Self::PushWithoutTag => Some("name the image with --tag REGISTRY/REPOSITORY:TAG"),
+            Self::SeveralPlatforms(_) => Some("run one build for each platform"),
+            Self::NoRoot => Some("choose a directory with --root DIR"),
+            Self::ContextKind { .. } => {
+                Some("fetch or unpack it first and give its directory as CONTEXT")
+            }
+            _ => None,
+        }
+    }
+}
+
+/// What the conversion may ask of the machine: values, so that it can be tested.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Machine<E> {
+    /// Looks up an environment variable.
+    pub env: E,
+    /// Whether this process is root and not only inside a user namespace.
+    pub is_root: bool,
+}
+
+impl<E: Fn(&str) -> Option<OsString>> Machine<E> {
+    /// A variable; empty is absent, as everywhere in Docker's tools.
+    fn var(&self, name: &str) -> Result<Option<String>, RequestError> {
+        match (self.env)(name) {
+            None => Ok(None),
+            Some(value) if value.is_empty() => Ok(None),
+            Some(value) => value
+                .into_string()
+                .map(Some)
+                .map_err(|_| RequestError::NotUtf8(name.to_owned())),
+        }
+    }
+
+    /// `flags`, then the items of the variable `name`.
+    fn list(&self, flags: &[String], name: &str) -> Result<Vec<String>, RequestError> {
+        let var = self.var(name)?.unwrap_or_default();
+        let items = var
+            .split(',')
+            .map(str::trim)
+            .filter(|item| !item.is_empty());
+        Ok(flags
+            .iter()
+            .cloned()
+            .chain(items.map(str::to_owned))
+            .collect())
+    }
+
+    /// The word of a variable as a value of `T`.
+    fn choice<T: ValueEnum>(&self, name: &'static str) -> Result<Option<T>, RequestError> {
+        let Some(value) = self.var(name)? else {
+            return Ok(None);
+        };
+        T::from_str(&value, true)
+            .map(Some)
+            .map_err(|_| RequestError::Choice {
+                name,
+                value,
+                expected: T::value_variants()
+                    .iter()
+                    .filter_map(|v| Some(format!("{:?}", v.to_possible_value()?.get_name())))
+                    .collect::<Vec<_>>()
+                    .join(", "),
+            })
+    }
+
+    fn root(&self, flag: Option<&Path>) -> Result<PathBuf, RequestError> {
+        let dir = |name| {
+            (self.env)(name)
+                .filter(|value| !value.is_empty())
+                .map(PathBuf::from)
+        };
+        let chosen = flag.map(Path::to_owned).or_else(|| dir("SOCKLESS_ROOT"));
+        if let Some(root) = chosen {
+            return Ok(root);
+        }
+        if self.is_root {
+            return Ok(PathBuf::from("/var/lib/sockless"));
+        }
+        // The XDG specification: a relative path is invalid and ignored.
+        dir("XDG_DATA_HOME")
+            .filter(|data| data.is_absolute())
+            .or_else(|| {
+                Some(
+                    dir("HOME")
+                        .filter(|home| home.is_absolute())?
+                        .join(".local/share"),
+                )
+            })
+            .map(|data| data.join("sockless"))
+            .ok_or(RequestError::NoRoot)
+    }
+}
+
+impl BuildSettings {
+    /// Validates the arguments and completes them from the environment.
+    ///
+    /// # Errors
+    /// [`RequestError`] for the first thing that is wrong.
+    pub(super) fn from_args<E: Fn(&str) -> Option<OsString>>(
+        args: BuildArgs,
+        machine: &Machine<E>,
+    ) -> Result<Self, RequestError> {
+        let mut tags = args.tags;
+        let mut push = args.push;
+        let mut outputs = Vec::new();
+        let mut nowhere = false;
+        for output in &args.outputs {
+            match Wanted::parse(output)? {
+                Wanted::File(file) => outputs.push(file),
+                Wanted::Nothing => nowhere = true,
+                Wanted::Image {
+                    names,
+                    push: wanted,
+                } => {
+                    tags.extend(names);
+                    push |= wanted;
+                }
+            }
+        }
+        if push && tags.is_empty() {
+            return Err(RequestError::PushWithoutTag);
+        }
+        let to_stdout = outputs
+            .iter()
+            .filter(|Output::OciArchive { dest }| dest == Path::new("-"))
+            .count();
+        if to_stdout + usize::from(args.quiet) > 1 {
+            return Err(RequestError::StandardOutput);
+        }
+        let mut build_args = build_args(&args.build_args, machine)?;
+        let epoch = epoch(&mut build_args, machine)?;
+        let request = BuildRequest {
+            context: context(&args.context)?,
+            dockerfile: args.file,
+            tags: parse_tags(&tags)?,
+            push,
+            outputs,
+            build_args,
+            target: args.target.filter(|target| !target.is_empty()),
+            platform: platform(&args.platforms, machine)?,
+            no_cache: args.no_cache,
+            epoch,
+            registry: registry_options(
+                &args.registry_mirrors,
+                &args.insecure_registries,
+                args.registry_ca_files,
+                machine,
+            )?,
+            sandbox: match args.sandbox {
+                Some(sandbox) => sandbox.into(),
+                None => machine
+                    .choice::<SandboxArg>("SOCKLESS_SANDBOX")?
+                    .unwrap_or(SandboxArg::Auto)
+                    .into(),
+            },
+            root: machine.root(args.root.as_deref())?,
+            iid_file: args.iid_file,
+            metadata_file: args.metadata_file,
+        };
+        Ok(Self {
+            without_output: !request.push && request.outputs.is_empty() && !nowhere,
+            request,
+            progress: progress(args.progress, args.quiet, machine)?,
+            print_image_id: args.quiet,
+            die_with_parent: args.die_with_parent,
+        })
+    }
+}
+
+/// Whether this process is root on its machine, and not only inside a user namespace:
+/// there, user 0 is somebody else outside.
+pub(super) fn is_root() -> bool {
+    // Without user namespaces in the kernel there is no such file.
+    let map = std::fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
+    rustix::process::geteuid().is_root() && (map.is_empty() || maps_root_to_root(&map))
+}
+
+/// `user_namespaces(7)`: lines of the first ID inside, the first outside, and how many.
+fn maps_root_to_root(uid_map: &str) -> bool {
+    uid_map
+        .lines()
+        .map(|line| line.split_whitespace().collect::<Vec<_>>())
+        .any(|fields| matches!(fields[..], ["0", "0", _]))
+}
+
+/// `--quiet` wins over the environment, but not silently over a flag.
+fn progress<E: Fn(&str) -> Option<OsString>>(
+    flag: Option<ProgressArg>,
+    quiet: bool,
+    machine: &Machine<E>,
+) -> Result<ProgressArg, RequestError> {
+    match (flag, quiet) {
+        (None | Some(ProgressArg::Auto | ProgressArg::Quiet), true) => Ok(ProgressArg::Quiet),
+        (Some(other), true) => Err(RequestError::QuietWithProgress(
+            other
+                .to_possible_value()
+                .map_or_else(String::new, |v| v.get_name().to_owned()),
+        )),
+        (Some(flag), false) => Ok(flag),
+        (None, false) => Ok(machine.choice("BUILDKIT_PROGRESS")?.unwrap_or_default()),
+    }
+}
+
+fn parse_tags(tags: &[String]) -> Result<Vec<Reference>, RequestError> {
+    let mut parsed = Vec::new();
+    for tag in tags {
+        let reference = Reference::parse(tag).map_err(RequestError::Tag)?;
+        if reference.digest().is_some() {
+            return Err(RequestError::TagWithDigest(tag.clone()));
+        }
+        if !parsed.contains(&reference) {
+            parsed.push(reference);
+        }
+    }
+    Ok(parsed)
+}
+
+/// A later argument of the same name wins. A name alone takes its value from the
+/// environment, and where that has none, is as if it had not been given.
+fn build_args<E: Fn(&str) -> Option<OsString>>(
+    args: &[String],
+    machine: &Machine<E>,
+) -> Result<BTreeMap<String, String>, RequestError> {
+    let mut values = BTreeMap::new();
+    for arg in args {
+        let (name, value) = match arg.split_once('=') {
+            Some((name, value)) => (name, Some(value.to_owned())),
+            None => {
+                let value = (machine.env)(arg).map(OsString::into_string).transpose();
+                (
+                    arg.as_str(),
+                    value.map_err(|_| RequestError::NotUtf8(arg.clone()))?,
+                )
+            }
+        };
+        if name.is_empty() {
+            return Err(RequestError::BuildArg(arg.clone()));
+        }
+        match value {
+            Some(value) => values.insert(name.to_owned(), value),
+            None => values.remove(name),
+        };
+    }
+    Ok(values)
+}
+
+/// The build argument wins over the environment, which is handed on as one, as `buildx` does.
+fn epoch<E: Fn(&str) -> Option<OsString>>(
+    build_args: &mut BTreeMap<String, String>,
+    machine: &Machine<E>,
+) -> Result<Option<i64>, RequestError> {
+    let text = match build_args.get(EPOCH) {
+        Some(text) if text.is_empty() => return Ok(None),
+        Some(text) => text.clone(),
+        None => match machine.var(EPOCH)? {
+            Some(text) => text,
+            None => return Ok(None),
+        },
+    };
+    let epoch = text
+        .bytes()
+        .all(|b| b.is_ascii_digit())
+        .then(|| text.parse::<i64>().ok())
+        .flatten()
+        .filter(|epoch| *epoch <= EPOCH_MAX)
+        .ok_or_else(|| RequestError::Epoch(text.clone()))?;
+    build_args.insert(EPOCH.to_owned(), text);
+    Ok(Some(epoch))
+}
+
+fn platform<E: Fn(&str) -> Option<OsString>>(
+    flags: &[String],
+    machine: &Machine<E>,
+) -> Result<Platform, RequestError> {
+    let flags = if flags.is_empty() {
+        machine
+            .var("DOCKER_DEFAULT_PLATFORM")?
+            .into_iter()
+            .collect()
+    } else {
+        flags.to_vec()
+    };
+    let platforms = flags
+        .iter()
+        .flat_map(|flag| flag.split(','))
+        .map(|text| Platform::parse(text.trim()))
+        .collect::<Result<BTreeSet<_>, _>>()?;
+    let mut platforms = platforms.into_iter();
+    match (platforms.next(), platforms.next()) {
+        (None, _) => Ok(Platform::host()),
+        (Some(platform), None) => Ok(platform),
+        (Some(_), Some(_)) => Err(RequestError::SeveralPlatforms(flags.join(","))),
+    }
+}
+
+fn registry_options<E: Fn(&str) -> Option<OsString>>(
+    mirrors: &[String],
+    insecure: &[String],
+    mut ca_files: Vec<PathBuf>,
+    machine: &Machine<E>,
+) -> Result<registry::Options, RequestError> {
+    let mut options = registry::Options::default();
+    for mirror in machine.list(mirrors, "SOCKLESS_REGISTRY_MIRROR")? {
+        let (host, url) = parse_mirror(&mirror)?;
+        options.mirrors.entry(host).or_default().push(url);
+    }
+    for host in machine.list(insecure, "SOCKLESS_INSECURE_REGISTRY")? {
+        let registry =
+            parse_registry(&host).ok_or_else(|| RequestError::InsecureRegistry(host.clone()))?;
+        options.insecure.insert(registry);
+    }
+    ca_files.extend(
+        machine
+            .list(&[], "SOCKLESS_REGISTRY_CA")?
+            .into_iter()
+            .map(PathBuf::from),
+    );
+    options.ca_files = ca_files;
+    Ok(options)
+}
+
+/// The registry that `host` names, as references spell it.
+fn parse_registry(host: &str) -> Option<String> {
+    if host.contains('/') {
+        return None;
+    }
+    // Only a first component that is a host leaves the second as the whole repository.
+    let reference = Reference::parse(&format!("{host}/a/b")).ok()?;
+    (reference.repository().name() == "a/b").then(|| reference.repository().registry().to_owned())
+}
+
+fn parse_mirror(text: &str) -> Result<(String, Url), RequestError> {
+    let (host, url) = text.split_once('=').ok_or_else(|| RequestError::Mirror {
+        host: text.to_owned(),
+        reason: "expected HOST=URL".to_owned(),
+    })?;
+    let fail = |reason: String| RequestError::Mirror {
+        host: host.to_owned(),
+        reason,
+    };
+    let registry = parse_registry(host).ok_or_else(|| {
+        fail("the registry must be HOST[:PORT], such as \"docker.io\"".to_owned())
+    })?;
+    let url = Url::parse(url).map_err(|error| fail(format!("the URL is invalid: {error}")))?;
+    let shown = RedactedUrl(&url);
+    if !matches!(url.scheme(), "http" | "https") {
+        return Err(fail(format!("{shown} is neither http nor https")));
+    }
+    if !url.username().is_empty() || url.password().is_some() {
+        return Err(fail(format!(
+            "{shown} has a user name or a password; credentials belong into Docker's config.json"
+        )));
+    }
+    if url.query().is_some() || url.fragment().is_some() {
+        return Err(fail(format!("{shown} has a query or a fragment")));
+    }
+    Ok((registry, url))
+}
+
+/// What is surely no directory is refused by name; the rest is seen when it is opened.
+fn context(context: &OsStr) -> Result<PathBuf, RequestError> {
+    let text = context.to_string_lossy();
+    let refuse = |what| {
+        Err(RequestError::ContextKind {
+            context: Url::parse(&text).map_or_else(
+                |_| text.clone().into_owned(),
+                |url| RedactedUrl(&url).to_string(),
+            ),
+            what,
+        })
+    };
+    if text == "-" {
+        return refuse("reading it from standard input");
+    }
+    if ["http://", "https://", "git://", "ssh://", "git@"]
+        .iter()
+        .any(|prefix| text.starts_with(prefix))
+    {
+        return refuse("a URL");
+    }
+    Ok(PathBuf::from(context))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser as _;
+
+    use super::*;
+    use crate::cli::args::{Cli, Command};
+    use crate::sandbox::Choice;
+
+    fn convert(args: &[&str], env: &[(&str, &str)]) -> Result<BuildSettings, RequestError> {
+        let args = [&["sockless", "build"], args].concat();
+        let Command::Build(args) = Cli::try_parse_from(args).unwrap().command else {
+            panic!("not a build");
+        };
+        let env: BTreeMap<&str, &str> = [("HOME", "/home/u")]
+            .into_iter()
+            .chain(env.iter().copied())
+            .collect();
+        let machine = Machine {
+            env: |name: &str| env.get(name).map(OsString::from),
+            is_root: false,
+        };
+        BuildSettings::from_args(*args, &machine)
+    }
+
+    #[track_caller]
+    fn check_error(args: &[&str], env: &[(&str, &str)], expected: &str) {
+        let error = anyhow::Error::new(convert(args, env).unwrap_err());
+        assert_eq!(format!("{error:#}"), expected);
+    }
+
+    #[test]
+    fn without_flags_everything_has_its_default() {
+        let settings = convert(&["dir"], &[]).unwrap();
+        let request = settings.request;
+        assert_eq!(request.context, Path::new("dir"));
+        assert_eq!(request.dockerfile, None);
+        assert_eq!(request.tags, []);
+        assert!(!request.push && !request.no_cache);
+        assert_eq!(request.outputs, []);
+        assert_eq!(request.build_args, BTreeMap::new());
+        assert_eq!(request.platform, Platform::host());
+        assert_eq!(request.epoch, None);
+        assert_eq!(request.sandbox, Choice::Auto);
+        assert_eq!(request.root, Path::new("/home/u/.local/share/sockless"));
+        assert_eq!(settings.progress, ProgressArg::Auto);
+        assert!(settings.without_output && !settings.print_image_id);
+    }
+
+    #[test]
+    fn the_root_is_where_the_user_or_the_system_wants_it() {
+        let root = |args: &[&str], env: &[(&str, &str)]| convert(args, env).unwrap().request.root;
+        let xdg = ("XDG_DATA_HOME", "/data");
+        let own = ("SOCKLESS_ROOT", "/own");
+        assert_eq!(root(&["."], &[xdg]), Path::new("/data/sockless"));
+        assert_eq!(
+            root(&["."], &[("XDG_DATA_HOME", "relative")]),
+            Path::new("/home/u/.local/share/sockless")
+        );
+        assert_eq!(root(&["."], &[xdg, own]), Path::new("/own"));
+        assert_eq!(root(&["--root", "/f", "."], &[xdg, own]), Path::new("/f"));
+        let machine = Machine {
+            env: |name: &str| (name == "XDG_DATA_HOME").then(|| "/data".into()),
+            is_root: true,
+        };
+        assert_eq!(machine.root(None).unwrap(), Path::new("/var/lib/sockless"));
+        let nowhere = Machine {
+            env: |_: &str| None,
+            is_root: false,
+        };
+        assert!(matches!(nowhere.root(None), Err(RequestError::NoRoot)));
+    }
+
+    #[test]
+    fn root_in_a_user_namespace_is_a_user() {
+        assert!(maps_root_to_root("         0          0 4294967295\n"));
+        assert!(!maps_root_to_root("0 1000 1\n1 100000 65536\n"));
+        assert!(!maps_root_to_root("1000 0 1\n"));
+    }
+
+    #[test]
+    fn build_arguments_come_from_flags_and_the_environment() {
+        let args = [
+            "--build-arg",
+            "A=1=2",
+            "--build-arg",
+            "B",
+            "--build-arg",
+            "C",
+            "--build-arg",
+            "D=",
+            "--build-arg",
+            "A=3",
+            ".",
+        ];
+        let settings = convert(&args, &[("B", "from env")]).unwrap();
+        let expected = [("A", "3"), ("B", "from env"), ("D", "")]
+            .map(|(name, value)| (name.to_owned(), value.to_owned()));
+        assert_eq!(settings.request.build_args, BTreeMap::from(expected));
+        check_error(
+            &["--build-arg", "=x", "."],
+            &[],
+            "--build-arg \"=x\": expected NAME=VALUE or NAME",
+        );
+    }
+
+    #[test]
+    fn the_epoch_is_an_argument_or_a_variable() {
+        let env = [("SOURCE_DATE_EPOCH", "1")];
+        let settings = convert(&["."], &env).unwrap();
+        assert_eq!(settings.request.epoch, Some(1));
+        assert_eq!(settings.request.build_args[EPOCH], "1");
+        let settings = convert(&["--build-arg", "SOURCE_DATE_EPOCH=2", "."], &env).unwrap();
+        assert_eq!(settings.request.epoch, Some(2));
+        assert_eq!(convert(&["."], &[(EPOCH, "")]).unwrap().request.epoch, None);
+        for bad in [
+            "-1",
+            "x",
+            "1.5",
+            "+1",
+            "253402300800",
+            "99999999999999999999",
+        ] {
+            check_error(
+                &["."],
+                &[(EPOCH, bad)],
+                &format!(
+                    "SOURCE_DATE_EPOCH {bad:?}: expected seconds since 1970 from 0 to 253402300799"
+                ),
+            );
+        }
+    }
+
+    #[test]
+    fn tags_and_pushes_fit_together() {
+        let settings = convert(
+            &[
+                "-t",
+                "a",
+                "-t",
+                "h:1/b:2",
+                "-t",
+                "a:latest",
+                "-o",
+                "type=image,name=c,push=true",
+                ".",
+            ],
+            &[],
+        )
+        .unwrap();
+        let tags: Vec<String> = settings
+            .request
+            .tags
+            .iter()
+            .map(Reference::to_string)
+            .collect();
+        assert_eq!(
+            tags,
+            [
+                "docker.io/library/a:latest",
+                "h:1/b:2",
+                "docker.io/library/c:latest"
+            ]
+        );
+        assert!(settings.request.push && !settings.without_output);
+        check_error(
+            &["--push", "."],
+            &[],
+            "pushing needs a name: no --tag was given",
+        );
+        let digest = crate::image::Digest::of(b"");
+        check_error(
+            &["-t", &format!("a@{digest}"), "."],
+            &[],
+            &format!("--tag \"a@{digest}\": a name for a new image cannot have a digest"),
+        );
+        check_error(
+            &["-t", "A", "."],
+            &[],
+            "--tag: invalid reference \"A\": the repository must be lower case",
+        );
+    }
+
+    #[test]
+    fn registries_come_from_flags_and_the_environment() {
+        let options = convert(
+            &[
+                "--registry-mirror",
+                "index.docker.io=https://m.example/hub",
+                "--insecure-registry",
+                "localhost:5000",
+                "--registry-ca",
+                "a.pem",
+                ".",
+            ],
+            &[
+                (
+                    "SOCKLESS_REGISTRY_MIRROR",
+                    "docker.io=http://127.0.0.1:1, q.io=https://q",
+                ),
+                ("SOCKLESS_INSECURE_REGISTRY", "10.0.0.1"),
+                ("SOCKLESS_REGISTRY_CA", "/b.pem,/c.pem"),
+            ],
+        )
+        .unwrap()
+        .request
+        .registry;
+        let urls = |texts: &[&str]| texts.iter().map(|t| Url::parse(t).unwrap()).collect();
+        assert_eq!(
+            options.mirrors,
+            BTreeMap::from([
+                (
+                    "docker.io".to_owned(),
+                    urls(&["https://m.example/hub", "http://127.0.0.1:1"])
+                ),
+                ("q.io".to_owned(), urls(&["https://q"])),
+            ])
+        );
+        let insecure = ["10.0.0.1", "localhost:5000"].map(str::to_owned);
+        assert_eq!(options.insecure, BTreeSet::from(insecure));
+        assert_eq!(
+            options.ca_files,
+            ["a.pem", "/b.pem", "/c.pem"].map(PathBuf::from)
+        );
+    }
+
+    #[test]
+    fn a_bad_registry_setting_shows_no_secret() {
+        for (mirror, expected) in [
+            (
+                "docker.io",
+                "--registry-mirror for \"docker.io\": expected HOST=URL",
+            ),
+            (
+                "hub=https://m",
+                "--registry-mirror for \"hub\": the registry must be HOST[:PORT], such as \"docker.io\"",
+            ),
+            (
+                "docker.io=ftp://u:hunter2@m/",
+                "--registry-mirror for \"docker.io\": ftp://m/ is neither http nor https",
+            ),
+            (
+                "docker.io=https://u:hunter2@m",
+                "--registry-mirror for \"docker.io\": https://m/ has a user name or a password; \
+                 credentials belong into Docker's config.json",
+            ),
+            (
+                "docker.io=https://m?a=hunter2",
+                "--registry-mirror for \"docker.io\": https://m/?… has a query or a fragment",
+            ),
+            (
+                "docker.io=m",
+                "--registry-mirror for \"docker.io\": the URL is invalid: relative URL without a base",
+            ),
+        ] {
+            check_error(&["--registry-mirror", mirror, "."], &[], expected);
+        }
+        check_error(
+            &["--insecure-registry", "a.b/c", "."],
+            &[],
+            "--insecure-registry \"a.b/c\": expected HOST[:PORT] with a dot, a port or \"localhost\"",
+        );
+    }
+
+    #[test]
+    fn platforms_and_words_of_the_environment_are_checked() {
+        let platform = |args: &[&str]| {
+            let env = [("DOCKER_DEFAULT_PLATFORM", "linux/s390x")];
+            convert(args, &env).unwrap().request.platform.to_string()
+        };
+        assert_eq!(platform(&["."]), "linux/s390x");
+        assert_eq!(
+            platform(&["--platform", "linux/arm64,linux/aarch64", "."]),
+            "linux/arm64"
+        );
+        check_error(
+            &[
+                "--platform",
+                "linux/amd64",
+                "--platform",
+                "linux/arm64",
+                ".",
+            ],
+            &[],
+            "building for several platforms at once is not supported yet: got linux/amd64,linux/arm64",
+        );
+        check_error(
+            &["."],
+            &[("SOCKLESS_SANDBOX", "docker")],
+            "environment variable SOCKLESS_SANDBOX is \"docker\": \
+             expected one of \"auto\", \"bwrap\", \"runc\", \"crun\"",
+        );
+        let settings = convert(
+            &["."],
+            &[("SOCKLESS_SANDBOX", "crun"), ("BUILDKIT_PROGRESS", "plain")],
+        )
+        .unwrap();
+        assert_eq!(settings.request.sandbox, Choice::Crun);
+        assert_eq!(settings.progress, ProgressArg::Plain);
+    }
+
+    #[test]
+    fn quiet_takes_standard_output_and_silences_progress() {
+        let settings = convert(&["-q", "."], &[("BUILDKIT_PROGRESS", "plain")]).unwrap();
+        assert!(settings.print_image_id);
+        assert_eq!(settings.progress, ProgressArg::Quiet);
+        check_error(
+            &["-q", "--progress", "plain", "."],
+            &[],
+            "--quiet and --progress=plain exclude each other",
+        );
+        check_error(
+            &["-q", "-o", "type=oci,dest=-", "."],
+            &[],
+            "standard output can take one thing: only one of --quiet and one \"dest=-\"",
+        );
+    }
+
+    #[test]
+    fn contexts_that_are_no_directory_are_refused_by_name() {
+        check_error(
+            &["-"],
+            &[],
+            "the context \"-\": reading it from standard input is not supported yet",
+        );
+        check_error(
+            &["https://u:hunter2@example.com/a.git"],
+            &[],
+            "the context \"https://example.com/a.git\": a URL is not supported yet",
+        );
+        assert!(
+            !convert(&["-o", "type=cacheonly", "."], &[])
+                .unwrap()
+                .without_output
+        );
+    }
+}

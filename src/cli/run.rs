@@ -1,0 +1,259 @@
+//! Runs what the command line asked for and says how it went.
+
+use std::collections::BTreeMap;
+use std::io::{self, Write as _};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use anyhow::Context as _;
+
+use super::args::ProgressArg;
+use super::progress::{self, Display};
+use super::report::{message, render};
+use super::signal::{Ended, Signals};
+use super::{Build, VERSION, log};
+use crate::failure::{Failure, Kind};
+use crate::pipeline::{self, BuildRequest, BuildResult};
+use crate::progress::{BuildEvent, Progress};
+
+/// How long work that is in the middle of a system call may take to end after a signal.
+/// What it leaves in the store's `tmp/` is removed by the next build.
+const CLEAN_UP_LIMIT: Duration = Duration::from_secs(10);
+
+/// Why there is no result.
+#[derive(Debug)]
+enum Stopped {
+    Failed(anyhow::Error),
+    Signalled(Ended),
+}
+
+impl Stopped {
+    fn exit_code(&self) -> u8 {
+        match self {
+            Self::Failed(error) => Failure::kind_of(error).exit_code(),
+            Self::Signalled(signal) => signal.exit_code(),
+        }
+    }
+
+    /// On one line where it has one, for events.
+    fn message(&self) -> String {
+        match self {
+            Self::Failed(error) => message(error),
+            Self::Signalled(signal) => signal.message().to_owned(),
+        }
+    }
+
+    /// With line ends, for people.
+    fn render(&self) -> String {
+        match self {
+            Self::Failed(error) => render(error),
+            Self::Signalled(signal) => format!("error: {}\n", signal.message()),
+        }
+    }
+}
+
+impl From<anyhow::Error> for Stopped {
+    fn from(error: anyhow::Error) -> Self {
+        Self::Failed(error)
+    }
+}
+
+/// Runs a build and returns the exit code.
+#[allow(clippy::print_stderr, reason = "this is where errors are printed")]
+pub fn build(build: Build) -> u8 {
+    let settings = build.settings;
+    let display = progress::choose(settings.progress, |name| std::env::var_os(name));
+    let watched = Arc::new(Watched {
+        display: Arc::clone(&display),
+        finished: AtomicBool::new(false),
+    });
+    let outcome =
+        try_build(settings.request, settings.without_output, &watched).and_then(|result| {
+            if settings.print_image_id {
+                print_line(result.image_id.as_str()).context("printing the image ID")?;
+            }
+            Ok(())
+        });
+    watched.finish(&outcome);
+    display.close();
+    match outcome {
+        Ok(()) => 0,
+        Err(stopped) => {
+            // There the event said it, and every line is an event.
+            if settings.progress != ProgressArg::Rawjson {
+                eprint!("{}", stopped.render());
+            }
+            stopped.exit_code()
+        }
+    }
+}
+
+fn try_build(
+    request: BuildRequest,
+    without_output: bool,
+    watched: &Arc<Watched>,
+) -> Result<BuildResult, Stopped> {
+    log::init(
+        Arc::clone(&watched.display),
+        std::env::var_os("SOCKLESS_LOG").as_deref(),
+    )?;
+    if without_output {
+        watched.event(BuildEvent::Warning {
+            message: "nothing says where the image goes, so it stays in the store: \
+                      push it with --push, or write it with -o type=oci,dest=FILE"
+                .to_owned(),
+        });
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(std::thread::available_parallelism().map_or(2, |n| n.get().max(2)))
+        .enable_all()
+        .build()
+        .context("starting the async runtime")?;
+    let outcome = runtime.block_on(async {
+        let mut signals = Signals::catch().context("catching signals")?;
+        let progress = Arc::clone(watched) as Arc<dyn Progress>;
+        match signals.run(pipeline::build(request, progress)).await {
+            Ok(result) => Ok(result?),
+            Err(signal) => {
+                // Who asks twice does not want to wait for the clean-up.
+                tokio::spawn(async move {
+                    let again = signals.next().await;
+                    std::process::exit(again.exit_code().into());
+                });
+                Err(Stopped::Signalled(signal))
+            }
+        }
+    });
+    runtime.shutdown_timeout(CLEAN_UP_LIMIT);
+    outcome
+}
+
+/// Runs the service with the configuration file `config`, until it is told to stop.
+pub fn serve(config: Option<&Path>) -> u8 {
+    let error = Failure::new(
+        Kind::Configuration,
+        match config {
+            Some(config) => format!(
+                "serving with {}: this binary has no service",
+                config.display()
+            ),
+            None => "serving: this binary has no service".to_owned(),
+        },
+    );
+    super::report(&error.into())
+}
+
+/// Prints the version on standard output.
+pub fn print_version() -> u8 {
+    match print_line(&format!("sockless {}", *VERSION)) {
+        Ok(()) => 0,
+        Err(error) => super::report(&anyhow::Error::new(error).context("printing the version")),
+    }
+}
+
+/// Has the kernel end this process when its parent ends.
+///
+/// The kernel forgets it where credentials change, so it is called again after a user
+/// namespace was entered.
+///
+/// # Errors
+/// A [`Failure`] around what `prctl(2)` says.
+pub fn die_with_parent() -> anyhow::Result<()> {
+    rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL)).context(
+        Failure::new(Kind::Internal, "tying this process to its parent"),
+    )
+}
+
+fn print_line(line: &str) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    writeln!(out, "{line}")?;
+    out.flush()
+}
+
+/// Passes events on and knows whether the last one came.
+struct Watched {
+    display: Arc<dyn Display>,
+    finished: AtomicBool,
+}
+
+impl Watched {
+    /// Says that the build has ended, where it could not say so itself.
+    fn finish(&self, outcome: &Result<(), Stopped>) {
+        if !self.finished.load(Ordering::SeqCst) {
+            self.event(BuildEvent::Finished {
+                success: outcome.is_ok(),
+                message: outcome
+                    .as_ref()
+                    .err()
+                    .map(Stopped::message)
+                    .unwrap_or_default(),
+                timings_ms: BTreeMap::new(),
+            });
+        }
+    }
+}
+
+impl Progress for Watched {
+    fn event(&self, event: BuildEvent) {
+        if matches!(event, BuildEvent::Finished { .. }) {
+            self.finished.store(true, Ordering::SeqCst);
+        }
+        self.display.event(event);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::progress::Recorder;
+
+    impl Display for Recorder {
+        fn log(&self, _: &str) {}
+
+        fn close(&self) {}
+    }
+
+    fn watch() -> (Arc<Recorder>, Watched) {
+        let recorder = Arc::new(Recorder::default());
+        let watched = Watched {
+            display: Arc::clone(&recorder) as Arc<dyn Display>,
+            finished: AtomicBool::new(false),
+        };
+        (recorder, watched)
+    }
+
+    fn finished(success: bool, message: &str) -> BuildEvent {
+        BuildEvent::Finished {
+            success,
+            message: message.to_owned(),
+            timings_ms: BTreeMap::new(),
+        }
+    }
+
+    #[test]
+    fn the_last_event_comes_once() {
+        let (recorder, watched) = watch();
+        watched.event(finished(false, "from the pipeline"));
+        watched.finish(&Err(Stopped::Signalled(Ended::Interrupted)));
+        assert_eq!(recorder.events(), [finished(false, "from the pipeline")]);
+
+        let (recorder, watched) = watch();
+        watched.finish(&Err(Stopped::Signalled(Ended::Interrupted)));
+        assert_eq!(recorder.events(), [finished(false, "interrupted")]);
+
+        let (recorder, watched) = watch();
+        watched.finish(&Ok(()));
+        assert_eq!(recorder.events(), [finished(true, "")]);
+    }
+
+    #[test]
+    fn a_stop_has_the_exit_code_of_its_cause() {
+        let failed = Stopped::Failed(Failure::new(Kind::StepFailed, "x").into());
+        assert_eq!((failed.exit_code(), &*failed.render()), (1, "error: x\n"));
+        let signalled = Stopped::Signalled(Ended::Terminated);
+        assert_eq!(signalled.exit_code(), 143);
+        assert_eq!(signalled.render(), "error: terminated\n");
+    }
+}
