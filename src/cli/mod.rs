@@ -7,6 +7,7 @@ mod args;
 mod log;
 mod output;
 mod progress;
+mod registry;
 mod report;
 mod request;
 mod run;
@@ -88,11 +89,11 @@ pub fn parse(
         .try_get_matches_from(args)
         .map_err(ParseError::Usage)?;
     let refuse = |error: RequestError| {
-        let mut failure = Failure::new(Kind::Configuration, "reading the command line");
-        if let Some(hint) = error.hint() {
-            failure = failure.with_hint(hint);
-        }
-        ParseError::Request(anyhow::Error::new(error).context(failure))
+        let hint = error.hint().map(str::to_owned);
+        let message = report::message(&anyhow::Error::new(error));
+        let mut failure = Failure::new(Kind::Configuration, message);
+        failure.hints.extend(hint);
+        ParseError::Request(failure.into())
     };
     if let Some(build) = matches.subcommand_matches("build") {
         unsupported::check(build).map_err(|flag| refuse(flag.into()))?;
@@ -170,17 +171,17 @@ mod tests {
     fn what_is_not_there_yet_is_refused_with_advice() {
         check_refused(
             "sockless build --load .",
-            "reading the command line: --load is not supported yet",
+            "--load is not supported yet",
             &["there is no daemon to load into; write an archive with -o type=oci,dest=FILE"],
         );
         check_refused(
             "sockless build --secret id=a .",
-            "reading the command line: --secret is not supported yet",
+            "--secret is not supported yet",
             &[],
         );
         check_refused(
             "sockless build --push .",
-            "reading the command line: pushing needs a name: no --tag was given",
+            "pushing needs a name: no --tag was given",
             &["name the image with --tag REGISTRY/REPOSITORY:TAG"],
         );
     }

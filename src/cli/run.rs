@@ -1,13 +1,16 @@
 //! Runs what the command line asked for and says how it went.
 
+use std::any::Any;
 use std::collections::BTreeMap;
 use std::io::{self, Write as _};
+use std::panic::AssertUnwindSafe;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, anyhow};
+use futures_util::FutureExt as _;
 
 use super::args::ProgressArg;
 use super::progress::{self, Display};
@@ -114,8 +117,11 @@ fn try_build(
     let outcome = runtime.block_on(async {
         let mut signals = Signals::catch().context("catching signals")?;
         let progress = Arc::clone(watched) as Arc<dyn Progress>;
-        match signals.run(pipeline::build(request, progress)).await {
-            Ok(result) => Ok(result?),
+        let work = AssertUnwindSafe(pipeline::build(request, progress)).catch_unwind();
+        match signals.run(work).await {
+            Ok(Ok(result)) => Ok(result?),
+            // Whoever reads events waits for the last one, also then.
+            Ok(Err(panic)) => Err(Stopped::Failed(anyhow!(panic_message(&*panic)))),
             Err(signal) => {
                 // Who asks twice does not want to wait for the clean-up.
                 tokio::spawn(async move {
@@ -128,6 +134,16 @@ fn try_build(
     });
     runtime.shutdown_timeout(CLEAN_UP_LIMIT);
     outcome
+}
+
+/// What a panic says; its place was printed when it happened.
+fn panic_message(panic: &(dyn Any + Send)) -> String {
+    let text = panic
+        .downcast_ref::<&str>()
+        .copied()
+        .or_else(|| panic.downcast_ref::<String>().map(String::as_str))
+        .unwrap_or("no message");
+    format!("this is an error in sockless: {text}")
 }
 
 /// Runs the service with the configuration file `config`, until it is told to stop.
@@ -246,6 +262,22 @@ mod tests {
         let (recorder, watched) = watch();
         watched.finish(&Ok(()));
         assert_eq!(recorder.events(), [finished(true, "")]);
+    }
+
+    #[test]
+    fn a_panic_is_an_internal_error() {
+        let formatted = std::panic::catch_unwind(|| panic!("at {}", 1)).unwrap_err();
+        assert_eq!(
+            panic_message(&*formatted),
+            "this is an error in sockless: at 1"
+        );
+        let fixed = std::panic::catch_unwind(|| panic!("fixed")).unwrap_err();
+        assert_eq!(
+            panic_message(&*fixed),
+            "this is an error in sockless: fixed"
+        );
+        let stopped = Stopped::Failed(anyhow!(panic_message(&*fixed)));
+        assert_eq!(stopped.exit_code(), 70);
     }
 
     #[test]

@@ -269,8 +269,11 @@ mod tests {
         names.iter().map(|n| Reference::parse(n).unwrap()).collect()
     }
 
-    /// Names, modes and times in order, and the content by name.
-    fn read_back(archive: &[u8]) -> (Vec<(String, u32, u64)>, HashMap<String, Vec<u8>>) {
+    /// Name, mode and time of an entry.
+    type Head = (String, u32, u64);
+
+    /// The heads in order, and the content by name.
+    fn read_back(archive: &[u8]) -> (Vec<Head>, HashMap<String, Vec<u8>>) {
         let mut heads = Vec::new();
         let mut contents = HashMap::new();
         for entry in tar::Archive::new(archive).entries().unwrap() {
@@ -296,7 +299,7 @@ mod tests {
         oci_archive(&image, &tags(&["a:1", "h.io/b/c"]), &store, &dest).unwrap();
         let (heads, contents) = read_back(&fs::read(&dest).unwrap());
 
-        let mut digests = vec![
+        let mut digests = [
             image.raw_manifest.digest.hex(),
             image.manifest.config.digest.hex(),
             image.layers[0].descriptor.digest.hex(),
