@@ -1,7 +1,7 @@
 //! `--progress tty`: running steps are redrawn in place, finished ones scroll up.
 
 use std::sync::mpsc::{self, RecvTimeoutError};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -52,7 +52,7 @@ impl Terminal {
             let shared = Arc::clone(&shared);
             move || {
                 while stopped.recv_timeout(REDRAW) == Err(RecvTimeoutError::Timeout) {
-                    shared.draw();
+                    shared.draw(&shared.view());
                 }
             }
         });
@@ -73,19 +73,24 @@ impl Shared {
         }
     }
 
-    fn draw(&self) {
-        let view = self.view.lock().unwrap_or_else(PoisonError::into_inner);
+    fn draw(&self, view: &View) {
         let frame = view.frame(self.started.elapsed(), &self.screen());
         self.bar.set_message(frame.join("\n"));
+    }
+
+    fn view(&self) -> MutexGuard<'_, View> {
+        self.view.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Progress for Terminal {
     fn event(&self, event: BuildEvent) {
         let shared = &self.shared;
-        let mut view = shared.view.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut view = shared.view();
         let rows = view.event(event, shared.started.elapsed(), &shared.screen());
         if !rows.is_empty() {
+            // First, so that nothing is on the screen both as running and as ended.
+            shared.draw(&view);
             shared.bar.println(rows.join("\n"));
         }
     }
