@@ -8,6 +8,7 @@ pub mod export;
 pub mod failure;
 pub mod image;
 pub mod io;
+pub mod layer;
 pub mod pipeline;
 pub mod plan;
 pub mod progress;

@@ -1,0 +1,406 @@
+//! [`apply`]: one layer → a tree in overlay form. Input is hostile.
+
+use std::cell::Cell;
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+
+use rustix::fs::{AtFlags, FileType, Mode, OFlags};
+use rustix::io::Errno;
+
+pub use super::metadata::SkippedXattr;
+use super::metadata::{check_xattrs, set_by_name, set_on_fd, set_on_link};
+use super::tree::{Place, Tree, normalise};
+use super::whiteout::{self, Meaning};
+use super::{EntryKind, LayerError, Limits, Segment, TarEntry, TarReader, decompress};
+use crate::image::{DiffId, MediaType};
+use crate::io::HashingReader;
+
+/// Buffer between decompression and the files; most files are written with one call.
+const TAR_BUFFER_BYTES: usize = 256 << 10;
+
+/// What came of applying a layer, beside the tree.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct AppliedLayer {
+    /// Bytes of the uncompressed tar.
+    pub uncompressed_bytes: u64,
+    /// Device nodes that are missing in the tree, because this process must not make any.
+    pub skipped_devices: Vec<SkippedDevice>,
+    /// Extended attributes that are missing in the tree, because the file system or the
+    /// user namespace cannot hold them. Never `security.capability`.
+    pub skipped_xattrs: Vec<SkippedXattr>,
+    /// Directories that no entry of the layer names and that were made, 0755, root's, for
+    /// what is in them. In an overlay they would wrongly replace the metadata of the same
+    /// directories in lower layers. In path order, relative to the root.
+    pub implied_directories: Vec<PathBuf>,
+}
+
+/// A device node that was not made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SkippedDevice {
+    /// Where it would be, relative to the root.
+    pub path: PathBuf,
+    /// Whether it is a block device, and not a character device.
+    pub is_block: bool,
+    /// Major number.
+    pub major: u32,
+    /// Minor number.
+    pub minor: u32,
+}
+
+/// Applies one layer alone, given as its compressed stream, to the empty directory `tree`.
+///
+/// Whiteouts become character devices 0/0, opaque whiteouts the attribute
+/// `user.overlay.opaque=y`; what the layer has itself at such a path stays. Names are
+/// resolved inside the tree: a leading `/` is dropped, `..` is refused, links in parents
+/// are followed inside, a link at the end is replaced. Of several entries of one path, the
+/// last counts. Metadata of the root itself is not applied; it becomes 0755.
+///
+/// `want` is verified over all uncompressed bytes, also those after the archive's end; the
+/// stream is read to its end, so that a reader that verifies a digest there does.
+///
+/// On an error the tree is incomplete and the caller removes it. Blocking.
+///
+/// # Errors
+/// [`LayerError::Read`] where the stream fails or is damaged; [`LayerError::Malformed`],
+/// [`LayerError::Limit`], [`LayerError::Refused`], [`LayerError::ForbiddenXattr`] for bad
+/// archives; [`LayerError::HardlinkOutsideLayer`]; [`LayerError::DiffId`];
+/// [`LayerError::WhiteoutNotPermitted`], [`LayerError::Owner`], [`LayerError::Xattr`],
+/// [`LayerError::Tree`] where the tree cannot hold what the layer has.
+///
+/// <https://github.com/opencontainers/image-spec/blob/main/layer.md#applying-changesets>
+pub fn apply(
+    compressed: impl Read,
+    media_type: &MediaType,
+    want: &DiffId,
+    tree: &Path,
+    limits: &Limits,
+) -> Result<AppliedLayer, LayerError> {
+    let compressed_bytes = Rc::new(Cell::new(0));
+    let counted = CountingReader {
+        inner: compressed,
+        count: Rc::clone(&compressed_bytes),
+    };
+    let guard = Guard {
+        inner: HashingReader::new(decompress(media_type, counted)?),
+        compressed_bytes,
+        uncompressed_bytes: 0,
+        limits: limits.clone(),
+    };
+    let input = BufReader::with_capacity(TAR_BUFFER_BYTES, guard);
+    let mut tar = TarReader::new(input, limits.clone());
+    let mut applier = Applier {
+        tree: Tree::open(tree, limits.clone())?,
+        applied: AppliedLayer::default(),
+    };
+    while let Some(entry) = tar.next()? {
+        applier.entry(&entry, &mut tar)?;
+    }
+    let (_, digest, uncompressed_bytes) = tar.finish()?.into_inner().inner.finish();
+    let got = DiffId::from_uncompressed(digest);
+    if got != *want {
+        return Err(LayerError::DiffId {
+            got,
+            want: want.clone(),
+        });
+    }
+    let Applier { tree, applied } = applier;
+    let (implied_directories, skipped_xattrs) = tree.finish()?;
+    Ok(AppliedLayer {
+        uncompressed_bytes,
+        implied_directories,
+        skipped_xattrs,
+        ..applied
+    })
+}
+
+struct Applier {
+    tree: Tree,
+    applied: AppliedLayer,
+}
+
+impl Applier {
+    fn entry<R: BufRead>(
+        &mut self,
+        entry: &TarEntry,
+        tar: &mut TarReader<R>,
+    ) -> Result<(), LayerError> {
+        let path = normalise(&entry.name)?;
+        let Some(name) = path.file_name() else {
+            // The root itself.
+            return Ok(());
+        };
+        let parent = path.parent().unwrap_or(Path::new(""));
+        for component in parent.iter() {
+            match whiteout::meaning(component) {
+                Meaning::File => {}
+                Meaning::Aufs => return Ok(()),
+                _ => {
+                    return Err(refused(
+                        entry,
+                        "a directory cannot have the name of a whiteout",
+                    ));
+                }
+            }
+        }
+        match whiteout::meaning(name) {
+            Meaning::File => {}
+            Meaning::Aufs => return Ok(()),
+            Meaning::Invalid => return Err(refused(entry, "it is a whiteout of nothing")),
+            Meaning::Opaque => return self.tree.make_opaque(parent),
+            Meaning::Whiteout(name) => {
+                let place = self.tree.place(&parent.join(name))?;
+                return self.tree.whiteout(&place);
+            }
+        }
+        check_xattrs(&path, &entry.metadata)?;
+        let place = self.tree.place(&path)?;
+        match &entry.kind {
+            EntryKind::File(segments) => self.file(&place, entry, segments.as_deref(), tar),
+            EntryKind::Directory => self.tree.make_directory(&place, entry.metadata.clone()),
+            EntryKind::Symlink(target) => {
+                self.tree
+                    .create(&place, |parent, name| {
+                        rustix::fs::symlinkat(target, parent, name)
+                    })?
+                    .map_err(LayerError::tree("making the link", &path))?;
+                self.metadata(&place, entry, true)
+            }
+            EntryKind::Hardlink(target) => self.hardlink(&place, entry, target),
+            EntryKind::CharDevice { major, minor } => {
+                self.device(&place, entry, FileType::CharacterDevice, (*major, *minor))
+            }
+            EntryKind::BlockDevice { major, minor } => {
+                self.device(&place, entry, FileType::BlockDevice, (*major, *minor))
+            }
+            EntryKind::Fifo => self.device(&place, entry, FileType::Fifo, (0, 0)),
+        }
+    }
+
+    fn file<R: BufRead>(
+        &mut self,
+        place: &Place,
+        entry: &TarEntry,
+        segments: Option<&[Segment]>,
+        tar: &mut TarReader<R>,
+    ) -> Result<(), LayerError> {
+        let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::NOFOLLOW;
+        let file = self
+            .tree
+            .create(place, |parent, name| {
+                let mode = Mode::RUSR | Mode::WUSR;
+                rustix::fs::openat(parent, name, flags | OFlags::CLOEXEC, mode)
+            })?
+            .map_err(LayerError::tree("creating", &entry.name))?;
+        let file = File::from(file);
+        let fail = |error: io::Error| LayerError::tree("writing", &entry.name)(error);
+        match segments {
+            None => {
+                let mut file = &file;
+                copy(tar, |bytes| file.write_all(bytes).map_err(fail))?;
+            }
+            Some(segments) => {
+                file.set_len(entry.size_bytes).map_err(fail)?;
+                scatter(tar, segments, |bytes, at| {
+                    file.write_all_at(bytes, at).map_err(fail)
+                })?;
+            }
+        }
+        let skipped = &mut self.tree.skipped_xattrs;
+        let before = skipped.len();
+        set_on_fd(file.as_fd(), &entry.name, &entry.metadata, skipped)?;
+        self.account_for_skipped(before)
+    }
+
+    fn hardlink(
+        &mut self,
+        place: &Place,
+        entry: &TarEntry,
+        target: &Path,
+    ) -> Result<(), LayerError> {
+        let outside = || LayerError::HardlinkOutsideLayer {
+            path: place.path(),
+            target: target.to_owned(),
+        };
+        let target_path = normalise(target)?;
+        if target_path.as_os_str().is_empty() {
+            return Err(refused(entry, "it is a hard link to the root"));
+        }
+        let target_place = self.tree.find(&target_path)?.ok_or_else(outside)?;
+        if target_place.path() == place.path() {
+            return Err(refused(entry, "it is a hard link to itself"));
+        }
+        self.tree
+            .create(place, |parent, name| {
+                // No flag to follow a link: its own inode is what is linked.
+                rustix::fs::linkat(
+                    target_place.parent(),
+                    target_place.name(),
+                    parent,
+                    name,
+                    AtFlags::empty(),
+                )
+            })?
+            .map_err(LayerError::tree("making the hard link", &place.path()))?;
+        let skipped = &mut self.tree.skipped_xattrs;
+        let before = skipped.len();
+        set_on_link(
+            place.parent(),
+            place.name(),
+            &place.path(),
+            &entry.metadata,
+            skipped,
+        )?;
+        self.account_for_skipped(before)
+    }
+
+    fn device(
+        &mut self,
+        place: &Place,
+        entry: &TarEntry,
+        kind: FileType,
+        (major, minor): (u32, u32),
+    ) -> Result<(), LayerError> {
+        let made = self.tree.create(place, |parent, name| {
+            let device = rustix::fs::makedev(major, minor);
+            rustix::fs::mknodat(parent, name, kind, Mode::RUSR | Mode::WUSR, device)
+        })?;
+        match made {
+            Ok(()) => self.metadata(place, entry, false),
+            // Nobody but the real root may make devices. An empty file in its place would
+            // be worse than nothing: programs would write to it.
+            Err(Errno::PERM) if kind != FileType::Fifo => {
+                self.tree.remember(&place.path(), 0)?;
+                self.applied.skipped_devices.push(SkippedDevice {
+                    path: place.path(),
+                    is_block: kind == FileType::BlockDevice,
+                    major,
+                    minor,
+                });
+                Ok(())
+            }
+            Err(error) => Err(LayerError::tree("making the device", &entry.name)(error)),
+        }
+    }
+
+    fn metadata(
+        &mut self,
+        place: &Place,
+        entry: &TarEntry,
+        is_symlink: bool,
+    ) -> Result<(), LayerError> {
+        let skipped = &mut self.tree.skipped_xattrs;
+        let before = skipped.len();
+        set_by_name(
+            place.parent(),
+            place.name(),
+            &place.path(),
+            &entry.metadata,
+            is_symlink,
+            skipped,
+        )?;
+        self.account_for_skipped(before)
+    }
+
+    fn account_for_skipped(&mut self, before: usize) -> Result<(), LayerError> {
+        for at in before..self.tree.skipped_xattrs.len() {
+            let skipped = &self.tree.skipped_xattrs[at];
+            let (path, bytes) = (skipped.path.clone(), skipped.name.len());
+            self.tree.remember(&path, bytes)?;
+        }
+        Ok(())
+    }
+}
+
+fn refused(entry: &TarEntry, reason: &'static str) -> LayerError {
+    LayerError::Refused {
+        path: entry.name.clone(),
+        reason,
+    }
+}
+
+/// Hands the rest of the current entry's content to `write`.
+fn copy<R: BufRead>(
+    tar: &mut TarReader<R>,
+    mut write: impl FnMut(&[u8]) -> Result<(), LayerError>,
+) -> Result<(), LayerError> {
+    loop {
+        let chunk = tar.chunk()?;
+        if chunk.is_empty() {
+            return Ok(());
+        }
+        write(chunk)?;
+        let length = chunk.len();
+        tar.consume(length);
+    }
+}
+
+/// Hands the content to `write` piece by piece with where it goes. The reader has checked
+/// that the pieces are as long as the content.
+fn scatter<R: BufRead>(
+    tar: &mut TarReader<R>,
+    segments: &[Segment],
+    mut write: impl FnMut(&[u8], u64) -> Result<(), LayerError>,
+) -> Result<(), LayerError> {
+    for segment in segments {
+        let mut done = 0;
+        while done < segment.length {
+            let chunk = tar.chunk()?;
+            let left = usize::try_from(segment.length - done).unwrap_or(usize::MAX);
+            let chunk = &chunk[..chunk.len().min(left)];
+            write(chunk, segment.offset + done)?;
+            let length = chunk.len();
+            tar.consume(length);
+            done += length as u64;
+        }
+    }
+    Ok(())
+}
+
+/// Counts what passes, for somebody else to look at.
+struct CountingReader<R> {
+    inner: R,
+    count: Rc<Cell<u64>>,
+}
+
+impl<R: Read> Read for CountingReader<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.inner.read(buffer)?;
+        self.count.set(self.count.get() + read as u64);
+        Ok(read)
+    }
+}
+
+/// Ends a layer that grows too large while it is decompressed.
+struct Guard<R> {
+    inner: HashingReader<R>,
+    compressed_bytes: Rc<Cell<u64>>,
+    uncompressed_bytes: u64,
+    limits: Limits,
+}
+
+impl<R: Read> Read for Guard<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.inner.read(buffer)?;
+        self.uncompressed_bytes += read as u64;
+        let limits = &self.limits;
+        let too_much = |what, limit| {
+            let path = PathBuf::new();
+            Err(io::Error::other(LayerError::Limit { what, limit, path }))
+        };
+        if self.uncompressed_bytes > limits.uncompressed_bytes {
+            return too_much("too many uncompressed bytes", limits.uncompressed_bytes);
+        }
+        let allowed = self.compressed_bytes.get().saturating_mul(limits.ratio);
+        if self.uncompressed_bytes > limits.ratio_free_bytes.max(allowed) {
+            return too_much(
+                "too many uncompressed bytes for each compressed one",
+                limits.ratio,
+            );
+        }
+        Ok(read)
+    }
+}

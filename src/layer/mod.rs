@@ -1,0 +1,181 @@
+//! The layer archive, both directions: changes → tar → compressed blob, and back.
+//!
+//! [`seal`] turns a list of changes into a blob in the store, in one pass over every
+//! byte. [`apply`] turns the compressed stream of *one* layer into a tree in overlay
+//! form; lower layers are not looked at. Rules common to both directions:
+//!
+//! - Entries are in path order, a directory before what is in it, and no path twice.
+//! - A removed path `a/b` is the empty file `a/.wh.b`; a directory that hides what lower
+//!   layers have in it is followed by `.wh..wh..opq` inside it ([`whiteout`]).
+//! - Kept of a file: type, the lowest twelve mode bits, numeric owner and group, mtime,
+//!   extended attributes, link target. Not kept: access and change times, user and group
+//!   names, sockets.
+//!
+//! Deliberately not here: finding out what changed (`rootfs`), stacking trees (`rootfs`),
+//! moving blobs (`registry`). What an archive says is hostile: names are resolved below
+//! the tree only, sizes are limited by [`Limits`], and whatever is malformed is an error.
+//!
+//! <https://github.com/opencontainers/image-spec/blob/main/layer.md>
+
+mod apply;
+mod compress;
+mod decompress;
+mod error;
+mod header;
+mod metadata;
+mod pax;
+mod read;
+mod sparse;
+mod tree;
+pub mod whiteout;
+mod write;
+
+#[cfg(test)]
+mod hostile;
+#[cfg(test)]
+mod laws;
+#[cfg(test)]
+mod testing;
+
+use std::io;
+use std::num::NonZeroUsize;
+
+pub use apply::{AppliedLayer, SkippedDevice, SkippedXattr, apply};
+pub use compress::{Compression, Compressor};
+pub use decompress::{Decompressed, decompress};
+pub use error::LayerError;
+pub use read::{EntryKind, TarEntry, TarReader};
+pub use sparse::Segment;
+pub use write::write;
+
+use crate::image::{Descriptor, DiffId};
+use crate::io::HashingWriter;
+use crate::rootfs::Change;
+use crate::store::Store;
+
+/// How a layer is sealed. Everything here changes the bytes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SealOptions {
+    /// In seconds since 1970 UTC: no mtime is later.
+    pub epoch: Option<i64>,
+    /// How the tar is compressed.
+    pub compression: Compression,
+}
+
+/// A layer that is in the store.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SealedLayer {
+    /// The digest of the uncompressed tar.
+    pub diff_id: DiffId,
+    /// Media type, digest and size of the blob.
+    pub descriptor: Descriptor,
+    /// The size of the uncompressed tar.
+    pub uncompressed_bytes: u64,
+}
+
+/// What a hostile layer may cost. Exceeding a limit is an error, never a cut.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Bytes of the whole uncompressed tar, and of all files with their holes.
+    pub uncompressed_bytes: u64,
+    /// Uncompressed bytes for each compressed byte; see `ratio_free_bytes`.
+    pub ratio: u64,
+    /// So many uncompressed bytes are always allowed, whatever the ratio: a gigabyte of
+    /// zeros in a small image is unusual and not an attack.
+    pub ratio_free_bytes: u64,
+    /// Headers in the tar, and directories that entries imply.
+    pub entries: u64,
+    /// Bytes of one extended header or long name.
+    pub extended_header_bytes: u64,
+    /// Bytes of a path or link target.
+    pub path_bytes: usize,
+    /// Bytes of one extended attribute's value.
+    pub xattr_bytes: usize,
+    /// Pieces of one sparse file.
+    pub sparse_segments: usize,
+    /// Bytes of memory for what is remembered until the end: directories, skipped devices.
+    pub remembered_bytes: u64,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            // The largest real layers (machine-learning images) have some 20 GB.
+            uncompressed_bytes: 64 << 30,
+            // Text compresses to a tenth, generated tables to a fiftieth.
+            ratio: 200,
+            ratio_free_bytes: 2 << 30,
+            // The largest real layers have some hundred thousand.
+            entries: 2_000_000,
+            // As Go's archive/tar has it, which every other builder reads with.
+            extended_header_bytes: 1 << 20,
+            // PATH_MAX: the kernel resolves nothing longer.
+            path_bytes: 4096,
+            // XATTR_SIZE_MAX: the kernel stores nothing larger.
+            xattr_bytes: 64 << 10,
+            sparse_segments: 1 << 17,
+            remembered_bytes: 256 << 20,
+        }
+    }
+}
+
+/// Writes `changes` as one compressed layer into the store, on as many threads as there are processors.
+///
+/// One pass: tar, diff ID, compression, digest, blob. `changes` must be in path order,
+/// parents before children. The blob appears whole or not at all, and its bytes do not
+/// depend on the machine or the number of threads. Blocking.
+///
+/// # Errors
+/// [`LayerError::Changes`] where the list itself failed; [`LayerError::SizeChanged`],
+/// [`LayerError::ReadFile`] where a file vanished, grew or shrank;
+/// [`LayerError::Name`] and [`LayerError::Order`] for changes that no layer can express;
+/// [`LayerError::Write`], [`LayerError::Store`].
+///
+/// <https://github.com/opencontainers/image-spec/blob/main/layer.md>
+pub fn seal<E>(
+    changes: impl IntoIterator<Item = Result<Change, E>>,
+    options: &SealOptions,
+    store: &Store,
+) -> Result<SealedLayer, LayerError>
+where
+    E: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    let threads = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
+    seal_with(changes, options, threads, store)
+}
+
+/// [`seal`] with compression on `threads` threads beside this one. Same bytes for any number.
+///
+/// # Errors
+/// As [`seal`].
+pub fn seal_with<E>(
+    changes: impl IntoIterator<Item = Result<Change, E>>,
+    options: &SealOptions,
+    threads: NonZeroUsize,
+    store: &Store,
+) -> Result<SealedLayer, LayerError>
+where
+    E: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    let blob = store.write_blob()?;
+    let compressor =
+        Compressor::new(options.compression, threads, blob).map_err(LayerError::Write)?;
+    let mut tar = HashingWriter::new(compressor);
+    write(changes, options.epoch, &mut tar)?;
+    let (compressor, diff_id, uncompressed_bytes) = tar.finish();
+    let blob = compressor.finish().map_err(LayerError::Write)?;
+    let (digest, size) = blob.commit(None)?;
+    Ok(SealedLayer {
+        diff_id: DiffId::from_uncompressed(diff_id),
+        descriptor: Descriptor::new(options.compression.media_type(), digest, size),
+        uncompressed_bytes,
+    })
+}
+
+/// Whether `error` carries a [`LayerError`] that went through [`io::Error`].
+fn layer_error_inside(error: io::Error) -> LayerError {
+    match error.downcast::<LayerError>() {
+        Ok(inner) => inner,
+        Err(error) => LayerError::Read(error),
+    }
+}
