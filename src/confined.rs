@@ -3,12 +3,17 @@
 //! Every path is resolved by the kernel with `openat2` and `RESOLVE_IN_ROOT`: the
 //! directory is the root, `..` stops there, and absolute links start there, exactly
 //! as they would for a process whose root it is. Nothing ever joins strings.
+//!
+//! [`remove_tree`] is the counterpart for removing: it follows no link and enters
+//! no other mount.
 
+use std::ffi::{OsStr, OsString};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, Stat};
+use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, ResolveFlags, Stat};
+use rustix::io::Errno;
 
 /// A directory outside of which nothing is opened, whatever the paths and links say.
 #[derive(Debug)]
@@ -18,6 +23,15 @@ pub struct ConfinedDir {
 }
 
 const IN_ROOT: ResolveFlags = ResolveFlags::IN_ROOT.union(ResolveFlags::NO_MAGICLINKS);
+
+const EXACT: ResolveFlags = ResolveFlags::BENEATH
+    .union(ResolveFlags::NO_SYMLINKS)
+    .union(ResolveFlags::NO_MAGICLINKS)
+    .union(ResolveFlags::NO_XDEV);
+
+/// Bytes of a path that are given to the kernel at once, which takes less than 4096
+/// (`PATH_MAX`). Room for one more name of 255 bytes is left.
+const PIECE_BYTES: usize = 3800;
 
 impl ConfinedDir {
     /// Opens `path`, which is trusted and may lead through links.
@@ -52,10 +66,33 @@ impl ConfinedDir {
             let flags = flags | OFlags::CLOEXEC;
             match rustix::fs::openat2(&self.fd, path, flags, mode, IN_ROOT) {
                 // The kernel asks to try again where a rename elsewhere raced with the look-up.
-                Err(rustix::io::Errno::AGAIN) => {}
+                Err(Errno::AGAIN) => {}
                 other => return Ok(other?),
             }
         }
+    }
+
+    /// Opens exactly `path` (relative, without `..`): no component may be a link or lie
+    /// on another mount. It may be longer than `PATH_MAX`. An empty path is the
+    /// directory itself. With `O_PATH | O_NOFOLLOW` a link as last component is opened itself.
+    ///
+    /// # Errors
+    /// Those of `openat2(2)`: `ELOOP` for a link, `EXDEV` for a mount point, a `..` that
+    /// leads outside, or an absolute path.
+    pub fn open_exact(&self, path: &Path, flags: OFlags, mode: Mode) -> io::Result<OwnedFd> {
+        open_exact(self.fd.as_fd(), path, flags, mode)
+    }
+
+    /// Opens the directory that holds the last component of `path` as [`Self::open_exact`]
+    /// does, and returns it with that component.
+    ///
+    /// # Errors
+    /// `EINVAL` where `path` ends in `..` or names the directory itself; those of [`Self::open_exact`].
+    pub fn open_exact_parent<'p>(&self, path: &'p Path) -> io::Result<(OwnedFd, &'p OsStr)> {
+        let name = path.file_name().ok_or(Errno::INVAL)?;
+        let parent = path.parent().unwrap_or(Path::new(""));
+        let fd = self.open_exact(parent, OFlags::PATH | OFlags::DIRECTORY, Mode::empty())?;
+        Ok((fd, name))
     }
 
     /// Opens the directory that holds the last component of `path`, following links
@@ -63,8 +100,8 @@ impl ConfinedDir {
     ///
     /// # Errors
     /// `EINVAL` where `path` ends in `..` or names the directory itself; those of `openat2(2)`.
-    pub fn open_parent<'p>(&self, path: &'p Path) -> io::Result<(OwnedFd, &'p std::ffi::OsStr)> {
-        let name = path.file_name().ok_or(rustix::io::Errno::INVAL)?;
+    pub fn open_parent<'p>(&self, path: &'p Path) -> io::Result<(OwnedFd, &'p OsStr)> {
+        let name = path.file_name().ok_or(Errno::INVAL)?;
         let parent = path.parent().unwrap_or(Path::new(""));
         let fd = self.open_at(parent, OFlags::PATH | OFlags::DIRECTORY, Mode::empty())?;
         Ok((fd, name))
@@ -88,6 +125,208 @@ impl AsFd for ConfinedDir {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
+}
+
+fn open_exact(
+    dir: BorrowedFd<'_>,
+    path: &Path,
+    flags: OFlags,
+    mode: Mode,
+) -> io::Result<OwnedFd> {
+    let one = |dir: BorrowedFd<'_>, path: &Path, flags: OFlags, mode: Mode| loop {
+        match rustix::fs::openat2(dir, path, flags | OFlags::CLOEXEC, mode, EXACT) {
+            Err(Errno::AGAIN) => {}
+            other => return other,
+        }
+    };
+    if path.as_os_str().is_empty() {
+        return Ok(one(dir, Path::new("."), flags, mode)?);
+    }
+    if path.as_os_str().len() <= PIECE_BYTES {
+        return Ok(one(dir, path, flags, mode)?);
+    }
+    let mut here: Option<OwnedFd> = None;
+    let mut piece = PathBuf::new();
+    for component in path {
+        if piece.as_os_str().len() > PIECE_BYTES {
+            let from = here.as_ref().map_or(dir, AsFd::as_fd);
+            let step = OFlags::PATH | OFlags::DIRECTORY;
+            here = Some(one(from, &piece, step, Mode::empty())?);
+            piece.clear();
+        }
+        piece.push(component);
+    }
+    let from = here.as_ref().map_or(dir, AsFd::as_fd);
+    Ok(one(from, &piece, flags, mode)?)
+}
+
+/// A directory on the way down of [`remove_tree`].
+struct Level {
+    name: OsString,
+    /// Device and inode, by which it is recognised on the way up.
+    id: (u64, u64),
+    /// Directories inside that are still to be removed.
+    left: Vec<OsString>,
+}
+
+/// Removes the directory `path` and everything in it.
+///
+/// The walk goes by descriptors, follows no link and never enters another mount, so
+/// that a forgotten mount costs an error and not what is mounted there. It holds one
+/// descriptor however deep the directories are, and opens up directories that forbid
+/// their owner to read or change them. What disappears meanwhile counts as removed.
+///
+/// # Errors
+/// [`io::ErrorKind::ResourceBusy`], naming the place, on meeting a mount point: it and
+/// everything below it are untouched. Otherwise those of `openat2(2)` and `unlinkat(2)`,
+/// with the path. In every case some of the rest may be gone already.
+pub fn remove_tree(path: &Path) -> io::Result<()> {
+    let name = path.file_name().ok_or(Errno::INVAL)?;
+    let parent = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let outside = rustix::fs::open(parent, flags, Mode::empty())?;
+
+    let (mut here, top) = enter(outside.as_fd(), name, || path.to_owned())?;
+    let mut levels = vec![top];
+    loop {
+        let place = |levels: &[Level], name: &OsStr| {
+            let mut place = path.to_owned();
+            place.extend(levels.iter().skip(1).map(|level| &level.name));
+            place.push(name);
+            place
+        };
+        let level = levels.last_mut().expect("the loop ends with the first level");
+        if let Some(name) = level.left.pop() {
+            let entered = enter(here.as_fd(), &name, || place(&levels, &name));
+            match entered {
+                Ok((fd, level)) => {
+                    here = fd;
+                    levels.push(level);
+                }
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
+            continue;
+        }
+        let done = levels.pop().expect("it was there above");
+        let Some(above) = levels.last() else {
+            return ignore_gone(rustix::fs::unlinkat(&outside, name, AtFlags::REMOVEDIR))
+                .map_err(|error| failure(error, path));
+        };
+        let failed = |error| failure(error, &place(&levels, &done.name));
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        here = rustix::fs::openat(&here, "..", flags, Mode::empty()).map_err(failed)?;
+        if identity(&rustix::fs::fstat(&here).map_err(failed)?) != above.id {
+            // Somebody moved it: what is above now is none of ours.
+            return Err(failed(Errno::STALE));
+        }
+        ignore_gone(rustix::fs::unlinkat(&here, &done.name, AtFlags::REMOVEDIR))
+            .map_err(failed)?;
+    }
+}
+
+/// Opens the directory `name` in `dir`, removes everything in it but directories, and lists those.
+fn enter(
+    dir: BorrowedFd<'_>,
+    name: &OsStr,
+    place: impl Fn() -> PathBuf,
+) -> io::Result<(OwnedFd, Level)> {
+    let failed = |error| failure(error, &place());
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW;
+    let open = |flags| open_exact(dir, Path::new(name), flags, Mode::empty());
+    let fd = match open(flags) {
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            // O_PATH needs no permission on the directory itself, and chmod of the
+            // descriptor cannot be led elsewhere.
+            let path = open(flags | OFlags::PATH)?;
+            let itself = format!("/proc/self/fd/{}", path.as_raw_fd());
+            rustix::fs::chmod(itself, Mode::RWXU).map_err(failed)?;
+            open(flags)
+        }
+        other => other,
+    }
+    .map_err(|error| match Errno::from_io_error(&error) {
+        Some(errno) => failed(errno),
+        None => error,
+    })?;
+    let stat = rustix::fs::fstat(&fd).map_err(failed)?;
+    if !Mode::from_raw_mode(stat.st_mode).contains(Mode::RWXU) {
+        // Where this is not allowed, privilege may make it unnecessary; if not, the
+        // removals below say so.
+        let _ = rustix::fs::fchmod(&fd, Mode::RWXU);
+    }
+    let mut left = Vec::new();
+    for (name, file_type) in list(fd.as_fd()).map_err(failed)? {
+        if file_type == FileType::Directory {
+            left.push(name);
+        } else {
+            ignore_gone(rustix::fs::unlinkat(&fd, &name, AtFlags::empty()))
+                .map_err(|error| failure(error, &place().join(&name)))?;
+        }
+    }
+    let level = Level {
+        name: name.to_owned(),
+        id: identity(&stat),
+        left,
+    };
+    Ok((fd, level))
+}
+
+fn identity(stat: &Stat) -> (u64, u64) {
+    (stat.st_dev, stat.st_ino)
+}
+
+fn ignore_gone(result: Result<(), Errno>) -> Result<(), Errno> {
+    match result {
+        Err(Errno::NOENT) => Ok(()),
+        other => other,
+    }
+}
+
+fn failure(error: Errno, path: &Path) -> io::Error {
+    let path = path.display();
+    match error {
+        // `openat2` says the first of a directory, `unlinkat` the second of a file.
+        Errno::XDEV | Errno::BUSY => io::Error::new(
+            io::ErrorKind::ResourceBusy,
+            format!("{path} is a mount point; nothing below it was removed; unmount it first"),
+        ),
+        Errno::STALE => io::Error::new(
+            io::ErrorKind::StaleNetworkFileHandle,
+            format!("{path} was moved while it was being removed"),
+        ),
+        error => {
+            let error = io::Error::from(error);
+            io::Error::new(error.kind(), format!("removing {path}: {error}"))
+        }
+    }
+}
+
+/// Names and types of everything in the directory `fd` but `.` and `..`, in no order.
+pub(crate) fn list(fd: BorrowedFd<'_>) -> Result<Vec<(OsString, FileType)>, Errno> {
+    use std::os::unix::ffi::OsStrExt;
+    let mut entries = Vec::new();
+    for entry in Dir::read_from(fd)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        if name == c"." || name == c".." {
+            continue;
+        }
+        let file_type = match entry.file_type() {
+            // Some file systems do not say it here.
+            FileType::Unknown => match rustix::fs::statat(fd, name, AtFlags::SYMLINK_NOFOLLOW) {
+                Ok(stat) => FileType::from_raw_mode(stat.st_mode),
+                Err(Errno::NOENT) => continue,
+                Err(error) => return Err(error),
+            },
+            known => known,
+        };
+        entries.push((OsStr::from_bytes(name.to_bytes()).to_owned(), file_type));
+    }
+    Ok(entries)
 }
 
 #[cfg(test)]

@@ -23,6 +23,7 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
+use crate::confined;
 use crate::image::{DiffId, Digest};
 
 pub use blob::{BlobReader, BlobWriter};
@@ -242,31 +243,12 @@ impl Drop for Store {
     }
 }
 
-/// `std::fs::remove_dir_all`, also where directories inside forbid it to their owner.
+/// Removes `dir` and everything in it, never what is mounted there.
 ///
 /// # Errors
-/// Those of `unlinkat(2)`.
+/// Those of [`confined::remove_tree`].
 pub fn remove_tree(dir: &Path) -> io::Result<()> {
-    match fs::remove_dir_all(dir) {
-        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
-            open_up(dir)?;
-            fs::remove_dir_all(dir)
-        }
-        other => other,
-    }
-}
-
-fn open_up(dir: &Path) -> io::Result<()> {
-    use std::os::unix::fs::PermissionsExt;
-    fs::set_permissions(dir, fs::Permissions::from_mode(0o700))?;
-    for entry in fs::read_dir(dir)? {
-        let entry = entry?;
-        // `file_type` does not follow links.
-        if entry.file_type()?.is_dir() {
-            open_up(&entry.path())?;
-        }
-    }
-    Ok(())
+    confined::remove_tree(dir)
 }
 
 fn check_version(root: &Path) -> Result<(), StoreError> {

@@ -1,0 +1,352 @@
+//! [`Rootfs`]: a stack mounted by the kernel's overlay filesystem, with a new directory on top.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{CWD, Gid, Mode, OFlags, Timespec, Timestamps, Uid};
+use rustix::io::Errno;
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MoveMountFlags, UnmountFlags,
+};
+
+use super::stack::{ROOT_MODE, Stack};
+use super::stubs::{MountPoint, Stubs};
+use super::{RootfsError, stubs};
+use crate::confined::{self, ConfinedDir};
+
+/// Lower layers that one overlay mount can have (`OVL_MAX_STACK`).
+const KERNEL_LIMIT: usize = 500;
+
+/// Bytes of options that `mount(2)` takes: one page with its final NUL.
+const OPTIONS_LIMIT_BYTES: usize = 4095;
+
+/// A writable root filesystem: a stack of trees with a new, empty directory on top that
+/// takes all changes.
+///
+/// Dropping it unmounts it and leaves its directory to whoever made that.
+#[derive(Debug)]
+pub struct Rootfs {
+    scratch: PathBuf,
+    merged: PathBuf,
+    /// The mounted root; none once it is unmounted.
+    root: Option<ConfinedDir>,
+    stubs: Stubs,
+}
+
+/// What was written into a [`Rootfs`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Changed {
+    /// A directory that is a tree, to be opened or renamed; on the file system of `scratch`.
+    pub upper: PathBuf,
+}
+
+/// How the kernel is asked for the mount.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Method {
+    /// `fsconfig(2)` with one `lowerdir+` for each layer; Linux 6.5.
+    Config,
+    /// `mount(2)` with everything in one page.
+    Mount,
+}
+
+impl Rootfs {
+    /// Mounts `stack` below a new upper directory.
+    ///
+    /// `scratch` is an existing, empty directory; `upper`, `work`, `merged` and `none` are
+    /// made in it. The calling process must be in a mount namespace of its own, from which
+    /// no mount propagates, and be allowed to mount there.
+    ///
+    /// Contents are not synced when it is unmounted; a store that has to survive a crash
+    /// syncs what it gives a name to.
+    ///
+    /// # Errors
+    /// [`RootfsError::TooManyLayers`] beyond 500, or on Linux before 6.5 beyond about 200;
+    /// [`RootfsError::Mount`] where the kernel refuses; [`RootfsError::Io`].
+    pub fn mount(stack: &Stack, scratch: &Path) -> Result<Self, RootfsError> {
+        match Self::mount_by(stack, scratch, Method::Config) {
+            // ENOSYS: no fsopen; EINVAL: no `lowerdir+`. Both depend on the kernel's age, and
+            // the second also on everything else, which then fails again with its own reason.
+            Err(RootfsError::Mount { source, .. })
+                if matches!(
+                    Errno::from_io_error(&source),
+                    Some(Errno::NOSYS | Errno::INVAL)
+                ) =>
+            {
+                Self::mount_by(stack, scratch, Method::Mount)
+            }
+            other => other,
+        }
+    }
+
+    fn mount_by(stack: &Stack, scratch: &Path, method: Method) -> Result<Self, RootfsError> {
+        let root = stack
+            .root()
+            .map_err(RootfsError::io("reading the layers below", scratch))?;
+        let [upper, work, merged, none] =
+            ["upper", "work", "merged", "none"].map(|name| scratch.join(name));
+        for dir in [&upper, &work, &merged, &none] {
+            match fs::create_dir(dir) {
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+                other => other,
+            }
+            .map_err(RootfsError::io("creating", dir))?;
+        }
+        let open = |path: &Path| ConfinedDir::open(path).map_err(RootfsError::io("opening", path));
+        let (upper_dir, work_dir) = (open(&upper)?, open(&work)?);
+        dress_root(&upper, root.attributes()).map_err(RootfsError::io("preparing", &upper))?;
+
+        let none_dir = open(&none)?;
+        let mut seen = std::collections::HashSet::new();
+        // Where one layer occurs twice, its upper occurrence has all that the lower one has,
+        // and the kernel refuses to take a directory twice.
+        let mut lowers: Vec<BorrowedFd<'_>> = Vec::new();
+        for &index in root.trees() {
+            let tree = stack.trees()[index].root().as_fd();
+            let stat = rustix::fs::fstat(tree)
+                .map_err(RootfsError::io("reading", stack.trees()[index].path()))?;
+            if seen.insert((stat.st_dev, stat.st_ino)) {
+                lowers.push(tree);
+            }
+        }
+        if lowers.is_empty() {
+            lowers.push(none_dir.as_fd());
+        }
+        let parts = Parts {
+            lowers: &lowers,
+            upper: upper_dir.as_fd(),
+            work: work_dir.as_fd(),
+        };
+        parts.check(method)?;
+        let outcome = match method {
+            Method::Config => parts.config(&merged),
+            Method::Mount => parts.mount(&merged).map_err(|error| (error, String::new())),
+        };
+        outcome.map_err(|(source, messages)| RootfsError::Mount {
+            path: merged.clone(),
+            layers: lowers.len(),
+            messages,
+            source: source.into(),
+        })?;
+        let mut rootfs = Self {
+            scratch: scratch.to_owned(),
+            merged,
+            root: None,
+            stubs: Stubs::default(),
+        };
+        match ConfinedDir::open(&rootfs.merged) {
+            Ok(root) => rootfs.root = Some(root),
+            Err(error) => {
+                let failed = RootfsError::io("opening", &rootfs.merged)(error);
+                rootfs.unmount()?;
+                return Err(failed);
+            }
+        }
+        Ok(rootfs)
+    }
+
+    /// Where it is mounted.
+    pub fn path(&self) -> &Path {
+        &self.merged
+    }
+
+    /// Makes every mount point that is missing, with its parents, and remembers it:
+    /// [`Rootfs::finish`] removes those that the process had no other use for.
+    ///
+    /// # Errors
+    /// [`RootfsError::MountPoint`] where something else is there; [`RootfsError::Io`].
+    pub fn prepare_mount_points(&mut self, points: &[MountPoint]) -> Result<(), RootfsError> {
+        let root = self.root.as_ref().expect("it is mounted until it is consumed");
+        for point in points {
+            self.stubs.prepare(root, point)?;
+        }
+        Ok(())
+    }
+
+    /// Where `path` leads inside, without links, relative to the root; it need not exist.
+    /// Mounting there is what a process inside would call mounting at `path`.
+    ///
+    /// # Errors
+    /// [`RootfsError::Io`], also for a loop of links.
+    pub fn resolve(&self, path: &Path) -> Result<PathBuf, RootfsError> {
+        let root = self.root.as_ref().expect("it is mounted until it is consumed");
+        stubs::resolve(root, path).map_err(RootfsError::io("resolving", path))
+    }
+
+    /// Takes the mount points away, unmounts, and hands over what was changed.
+    ///
+    /// No process may use the filesystem any more.
+    ///
+    /// # Errors
+    /// [`RootfsError::Io`]; it is unmounted even then.
+    pub fn finish(mut self) -> Result<Changed, RootfsError> {
+        let removed = std::mem::take(&mut self.stubs).remove();
+        self.unmount()?;
+        removed?;
+        for name in ["merged", "none"] {
+            let dir = self.scratch.join(name);
+            fs::remove_dir(&dir).map_err(RootfsError::io("removing", &dir))?;
+        }
+        let work = self.scratch.join("work");
+        confined::remove_tree(&work).map_err(RootfsError::io("removing", &work))?;
+        Ok(Changed {
+            upper: self.scratch.join("upper"),
+        })
+    }
+
+    /// Unmounts it and removes what was changed. Failures are left to whoever removes `scratch`.
+    pub fn discard(mut self) {
+        self.stubs = Stubs::default();
+        if let Err(error) = self.unmount() {
+            tracing::debug!(%error, "a root filesystem stays mounted");
+            return;
+        }
+        for name in ["upper", "work", "merged", "none"] {
+            let dir = self.scratch.join(name);
+            if let Err(error) = confined::remove_tree(&dir) {
+                tracing::debug!(dir = %dir.display(), %error, "a directory stays");
+            }
+        }
+    }
+
+    fn unmount(&mut self) -> Result<(), RootfsError> {
+        // An open descriptor would keep it busy.
+        self.root = None;
+        let unmount = |flags| rustix::mount::unmount(&self.merged, flags | UnmountFlags::NOFOLLOW);
+        match unmount(UnmountFlags::empty()) {
+            // Somebody looks into it from outside. It disappears from here at once and
+            // altogether when they are done; nobody writes any more.
+            Err(Errno::BUSY) => unmount(UnmountFlags::DETACH),
+            other => other,
+        }
+        .map_err(RootfsError::io("unmounting", &self.merged))
+    }
+}
+
+impl Drop for Rootfs {
+    fn drop(&mut self) {
+        if self.root.is_some() {
+            self.stubs = Stubs::default();
+            if let Err(error) = self.unmount() {
+                tracing::debug!(%error, "a root filesystem stays mounted");
+            }
+        }
+    }
+}
+
+/// The directories of an overlay mount. The kernel is given them by their descriptors'
+/// names, which are short, free of characters with a meaning, and lead nowhere else.
+struct Parts<'a> {
+    /// The topmost first.
+    lowers: &'a [BorrowedFd<'a>],
+    upper: BorrowedFd<'a>,
+    work: BorrowedFd<'a>,
+}
+
+fn name_of(fd: BorrowedFd<'_>) -> String {
+    format!("/proc/self/fd/{}", fd.as_raw_fd())
+}
+
+impl Parts<'_> {
+    fn check(&self, method: Method) -> Result<(), RootfsError> {
+        if self.lowers.len() > KERNEL_LIMIT {
+            return Err(RootfsError::TooManyLayers {
+                layers: self.lowers.len(),
+                limit: KERNEL_LIMIT,
+                hint: "join layers of the base image, for instance by copying all of it in one COPY --from",
+            });
+        }
+        let bytes = self.options().len();
+        if method == Method::Mount && bytes > OPTIONS_LIMIT_BYTES {
+            return Err(RootfsError::TooManyLayers {
+                layers: self.lowers.len(),
+                limit: self.lowers.len() * OPTIONS_LIMIT_BYTES / bytes,
+                hint: "Linux 6.5 or newer mounts 500",
+            });
+        }
+        Ok(())
+    }
+
+    /// All options as `mount(2)` takes them.
+    ///
+    /// `index=off`, because an index ties the upper directory to this mount; `volatile`,
+    /// because nothing is lost that a crash would not end anyway. With `userxattr` redirects
+    /// and metadata-only copies are off, and saying so is an error to some kernels.
+    fn options(&self) -> String {
+        let lowers: Vec<String> = self.lowers.iter().map(|fd| name_of(*fd)).collect();
+        format!(
+            "userxattr,index=off,volatile,lowerdir={},upperdir={},workdir={}",
+            lowers.join(":"),
+            name_of(self.upper),
+            name_of(self.work)
+        )
+    }
+
+    fn mount(&self, target: &Path) -> Result<(), Errno> {
+        let options = std::ffi::CString::new(self.options()).map_err(|_| Errno::INVAL)?;
+        let flags = MountFlags::empty();
+        rustix::mount::mount("sockless", target, "overlay", flags, options.as_c_str())
+    }
+
+    /// On failure also returns what the kernel says.
+    fn config(&self, target: &Path) -> Result<(), (Errno, String)> {
+        use rustix::mount::{
+            fsconfig_create, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, move_mount,
+        };
+        let context =
+            fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC).map_err(|error| (error, String::new()))?;
+        let configure = || -> Result<OwnedFd, Errno> {
+            let context = context.as_fd();
+            fsconfig_set_string(context, "source", "sockless")?;
+            fsconfig_set_flag(context, "userxattr")?;
+            fsconfig_set_string(context, "index", "off")?;
+            fsconfig_set_flag(context, "volatile")?;
+            for lower in self.lowers {
+                fsconfig_set_string(context, "lowerdir+", name_of(*lower))?;
+            }
+            fsconfig_set_string(context, "upperdir", name_of(self.upper))?;
+            fsconfig_set_string(context, "workdir", name_of(self.work))?;
+            fsconfig_create(context)?;
+            fsmount(context, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())
+        };
+        let mounted = configure().map_err(|error| (error, messages(context.as_fd())))?;
+        let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+        move_mount(&mounted, "", CWD, target, flags).map_err(|error| (error, String::new()))
+    }
+}
+
+/// What the kernel noted in a filesystem context, one message after the other.
+fn messages(context: BorrowedFd<'_>) -> String {
+    let mut all: Vec<String> = Vec::new();
+    let mut buffer = [0; 1024];
+    // It ends with ENODATA.
+    while let Ok(length @ 1..) = rustix::io::read(context, &mut buffer) {
+        let line = String::from_utf8_lossy(&buffer[..length]);
+        // Each begins with its kind: `e `, `w ` or `i `.
+        let text = line.trim();
+        all.push(text.get(2..).unwrap_or(text).to_owned());
+    }
+    all.join("; ")
+}
+
+/// Gives the upper directory what the root directory of the mounted filesystem should have.
+fn dress_root(upper: &Path, want: &super::tree::Attributes) -> io::Result<()> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let fd = rustix::fs::open(upper, flags, Mode::empty())?;
+    let stat = rustix::fs::fstat(&fd)?;
+    if (stat.st_uid, stat.st_gid) != (want.uid, want.gid) {
+        let (uid, gid) = (Uid::from_raw(want.uid), Gid::from_raw(want.gid));
+        rustix::fs::fchown(&fd, Some(uid), Some(gid))?;
+    }
+    fs::set_permissions(upper, fs::Permissions::from_mode(ROOT_MODE))?;
+    let times = Timestamps {
+        last_access: Timespec {
+            tv_sec: 0,
+            tv_nsec: rustix::fs::UTIME_OMIT,
+        },
+        last_modification: want.mtime.into(),
+    };
+    Ok(rustix::fs::futimens(&fd, &times)?)
+}

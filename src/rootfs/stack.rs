@@ -1,0 +1,317 @@
+//! [`Stack`]: several trees as one read-only filesystem, without mounting anything.
+//!
+//! The rules are those of the kernel's overlay: of several entries with one name the
+//! topmost counts; directories merge down to the first that is opaque or hidden by
+//! something else. Links are resolved across trees, with the stack as root.
+
+use std::collections::{BTreeMap, btree_map};
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStringExt;
+use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
+
+use rustix::fs::FileType;
+use rustix::io::Errno;
+
+use super::change::{Metadata, Time};
+use super::tree::{self, Attributes, Tree};
+use super::xattr;
+
+/// Links followed in one look-up; the kernel's limit (`MAXSYMLINKS`).
+const LINKS_LIMIT: u32 = 40;
+
+/// The mode of a root directory in every image; see the module [`super`].
+pub(super) const ROOT_MODE: u32 = 0o755;
+
+/// Several trees looked at as one read-only filesystem.
+#[derive(Clone, Debug, Default)]
+pub struct Stack {
+    trees: Vec<Arc<Tree>>,
+}
+
+/// One file of a [`Stack`], of any type. It means nothing to another stack.
+#[derive(Clone, Debug)]
+pub struct Node {
+    path: PathBuf,
+    attributes: Attributes,
+    /// Indices of the trees that have it, the one that counts first. More than one
+    /// only for directories; none only for the root of an empty stack.
+    trees: Vec<usize>,
+}
+
+impl Stack {
+    /// Puts `trees` on top of each other, the base first.
+    pub fn new(trees: Vec<Arc<Tree>>) -> Self {
+        Self { trees }
+    }
+
+    /// Puts `tree` on top.
+    pub fn push(&mut self, tree: Arc<Tree>) {
+        self.trees.push(tree);
+    }
+
+    /// The trees, the base first.
+    pub fn trees(&self) -> &[Arc<Tree>] {
+        &self.trees
+    }
+
+    /// Finds `path`, whether or not it has a leading slash. Links in all parents are
+    /// followed, the last component only if `follow_last`; `..` stops at the root. A
+    /// trailing slash means nothing. `None` if there is no such file, also where a
+    /// parent is not a directory.
+    ///
+    /// # Errors
+    /// `ELOOP` after 40 links; those of reading the trees.
+    pub fn lookup(&self, path: &Path, follow_last: bool) -> io::Result<Option<Node>> {
+        let mut found = vec![self.root()?];
+        let mut left: Vec<OsString> = names(path);
+        left.reverse();
+        let mut links = 0;
+        while let Some(name) = left.pop() {
+            let here = found.last().expect("the root is never popped");
+            if !here.attributes.is_dir() {
+                return Ok(None);
+            }
+            if name == ".." {
+                if found.len() > 1 {
+                    found.pop();
+                }
+                continue;
+            }
+            let Some(node) = self.child(here, &name)? else {
+                return Ok(None);
+            };
+            if node.file_type() == FileType::Symlink && (follow_last || !left.is_empty()) {
+                links += 1;
+                if links > LINKS_LIMIT {
+                    return Err(Errno::LOOP.into());
+                }
+                let target = PathBuf::from(self.read_link(&node)?);
+                if target.is_absolute() {
+                    found.truncate(1);
+                }
+                left.extend(names(&target).into_iter().rev());
+            } else {
+                found.push(node);
+            }
+        }
+        Ok(found.pop())
+    }
+
+    /// What the directory `dir` holds, sorted by the bytes of the names.
+    ///
+    /// # Errors
+    /// `ENOTDIR` where `dir` is something else; those of reading the trees.
+    pub fn read_dir(&self, dir: &Node) -> io::Result<Vec<(OsString, Node)>> {
+        if !dir.attributes.is_dir() {
+            return Err(Errno::NOTDIR.into());
+        }
+        // The node, unless a whiteout hides it; and whether lower trees still matter.
+        let mut entries: BTreeMap<OsString, (Option<Node>, bool)> = BTreeMap::new();
+        for &index in &dir.trees {
+            let root = self.trees[index].root();
+            for (name, file_type) in tree::list(root, &dir.path)? {
+                let mut entry = match entries.entry(name) {
+                    btree_map::Entry::Vacant(entry) => {
+                        let path = dir.path.join(entry.key());
+                        let Some((fd, attributes)) = tree::look_at(root, &path)? else {
+                            continue;
+                        };
+                        if attributes.is_whiteout() {
+                            entry.insert((None, false));
+                            continue;
+                        }
+                        let open = attributes.is_dir() && !xattr::is_opaque(fd.as_fd())?;
+                        let node = Node {
+                            path,
+                            attributes,
+                            trees: vec![index],
+                        };
+                        entry.insert((Some(node), open));
+                        continue;
+                    }
+                    btree_map::Entry::Occupied(entry) => entry,
+                };
+                let (Some(node), open @ true) = entry.get_mut() else {
+                    continue;
+                };
+                if file_type == FileType::Directory {
+                    *open = match tree::look_at(root, &node.path)? {
+                        Some((fd, _)) => !xattr::is_opaque(fd.as_fd())?,
+                        None => continue,
+                    };
+                    node.trees.push(index);
+                } else {
+                    *open = false;
+                }
+            }
+        }
+        let visible = |(name, (node, _))| Some((name, Option::<Node>::from(node)?));
+        Ok(entries.into_iter().filter_map(visible).collect())
+    }
+
+    /// Opens the regular file `node` for reading.
+    ///
+    /// # Errors
+    /// `EINVAL` where it is no regular file; those of `openat2(2)`.
+    pub fn open(&self, node: &Node) -> io::Result<File> {
+        let tree = self.tree_of(node)?;
+        tree::open_file(tree.root(), &node.path, &node.attributes)
+    }
+
+    /// The target of the symbolic link `node`, verbatim.
+    ///
+    /// # Errors
+    /// `EINVAL` where it is none; those of `readlinkat(2)`.
+    pub fn read_link(&self, node: &Node) -> io::Result<OsString> {
+        let (parent, name) = self.tree_of(node)?.root().open_exact_parent(&node.path)?;
+        let target = rustix::fs::readlinkat(parent, name, Vec::new())?;
+        Ok(OsString::from_vec(target.into_bytes()))
+    }
+
+    /// The extended attributes of `node` that belong into layers: see [`super::belongs_in_layer`].
+    ///
+    /// # Errors
+    /// Those of `listxattr(2)` and `getxattr(2)`.
+    pub fn xattrs(&self, node: &Node) -> io::Result<BTreeMap<OsString, Vec<u8>>> {
+        let Some(&index) = node.trees.first() else {
+            return Ok(BTreeMap::new());
+        };
+        let (fd, _) =
+            tree::look_at(self.trees[index].root(), &node.path)?.ok_or(Errno::STALE)?;
+        xattr::of_layer(fd.as_fd())
+    }
+
+    /// The root directory.
+    pub(super) fn root(&self) -> io::Result<Node> {
+        let mut root = Node {
+            path: PathBuf::new(),
+            attributes: Attributes {
+                file_type: FileType::Directory,
+                mode: ROOT_MODE,
+                uid: 0,
+                gid: 0,
+                mtime: Time::default(),
+                size: 0,
+                nlink: 1,
+                rdev: 0,
+                id: (0, 0),
+            },
+            trees: Vec::new(),
+        };
+        for (index, tree) in self.trees.iter().enumerate().rev() {
+            let Some((fd, found)) = tree::look_at(tree.root(), Path::new(""))? else {
+                return Err(Errno::NOENT.into());
+            };
+            if root.trees.is_empty() {
+                root.attributes.mtime = found.mtime;
+                root.attributes.id = found.id;
+                root.attributes.nlink = found.nlink;
+                root.attributes.size = found.size;
+            }
+            // Most trees were made without a word about the root, so they have its default owner.
+            if (root.attributes.uid, root.attributes.gid) == (0, 0) {
+                root.attributes.uid = found.uid;
+                root.attributes.gid = found.gid;
+            }
+            root.trees.push(index);
+            if xattr::is_opaque(fd.as_fd())? {
+                break;
+            }
+        }
+        Ok(root)
+    }
+
+    /// The entry `name` of the directory `dir`.
+    pub(super) fn child(&self, dir: &Node, name: &OsStr) -> io::Result<Option<Node>> {
+        let path = dir.path.join(name);
+        let mut node: Option<Node> = None;
+        for &index in &dir.trees {
+            let Some((fd, attributes)) = tree::look_at(self.trees[index].root(), &path)? else {
+                continue;
+            };
+            match &mut node {
+                _ if attributes.is_whiteout() => break,
+                Some(_) if !attributes.is_dir() => break,
+                Some(node) => node.trees.push(index),
+                None => {
+                    node = Some(Node {
+                        path: path.clone(),
+                        attributes,
+                        trees: vec![index],
+                    });
+                }
+            }
+            if !attributes.is_dir() || xattr::is_opaque(fd.as_fd())? {
+                break;
+            }
+        }
+        Ok(node)
+    }
+
+    fn tree_of(&self, node: &Node) -> io::Result<&Tree> {
+        let index = node.trees.first().ok_or(Errno::INVAL)?;
+        Ok(&self.trees[*index])
+    }
+}
+
+impl Node {
+    /// Where it is, without links, relative to the root and without a leading slash:
+    /// the form of [`super::Change::path`]. Empty for the root.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Its type.
+    pub fn file_type(&self) -> FileType {
+        self.attributes.file_type
+    }
+
+    /// Owner, permissions and times; [`Metadata::xattrs`] is empty, see [`Stack::xattrs`].
+    pub fn metadata(&self) -> Metadata {
+        self.attributes.metadata()
+    }
+
+    /// Bytes of a regular file; of other types what the file system says.
+    pub fn size(&self) -> u64 {
+        self.attributes.size
+    }
+
+    /// What tells whether two nodes are one file: hard links have the same.
+    pub fn device_and_inode(&self) -> (u64, u64) {
+        self.attributes.id
+    }
+
+    /// The number of names that the file has in its tree.
+    pub fn nlink(&self) -> u64 {
+        self.attributes.nlink
+    }
+
+    /// Of a device its number, to be split by [`rustix::fs::major`] and [`rustix::fs::minor`].
+    pub fn rdev(&self) -> u64 {
+        self.attributes.rdev
+    }
+
+    /// Indices of the trees that it is made of, the one that counts first.
+    pub(super) fn trees(&self) -> &[usize] {
+        &self.trees
+    }
+
+    pub(super) fn attributes(&self) -> &Attributes {
+        &self.attributes
+    }
+}
+
+/// The components of a path that mean something.
+fn names(path: &Path) -> Vec<OsString> {
+    path.components()
+        .filter_map(|component| match component {
+            Component::Normal(name) => Some(name.to_owned()),
+            Component::ParentDir => Some("..".into()),
+            Component::CurDir | Component::RootDir | Component::Prefix(_) => None,
+        })
+        .collect()
+}
