@@ -73,7 +73,8 @@ pub enum Data {
     },
     /// A symbolic link and its target, verbatim.
     Symlink(OsString),
-    /// Another name of the regular file at this path, which is an earlier change of the same list.
+    /// Another name of the file at this path, which is an earlier change of the same
+    /// list and anything but a directory: links and devices can have several names too.
     Hardlink(PathBuf),
     /// A character device.
     CharDevice {
@@ -122,6 +123,15 @@ impl fmt::Debug for Data {
             Self::CharDevice { major, minor } => write!(f, "CharDevice({major}, {minor})"),
             Self::BlockDevice { major, minor } => write!(f, "BlockDevice({major}, {minor})"),
             Self::Fifo => f.write_str("Fifo"),
+        }
+    }
+}
+
+impl fmt::Debug for FileSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Bytes(bytes) => write!(f, "Bytes({})", bytes.len()),
+            Self::Open(_) => f.write_str("Open"),
         }
     }
 }

@@ -150,3 +150,195 @@ fn said(messages: &str) -> String {
         format!(" (the kernel says: {messages})")
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::io::Write;
+    use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, lchown, symlink};
+    use std::time::{Duration, SystemTime};
+
+    use rustix::fs::{CWD, FileType, Mode, XattrFlags};
+
+    use super::testing::{View, has_many_ids, in_worlds, view_of_dir, view_of_stack};
+    use super::*;
+
+    /// A generator of numbers that is the same everywhere (xorshift64*).
+    struct Dice(u64);
+
+    impl Dice {
+        fn roll(&mut self, sides: u64) -> u64 {
+            self.0 ^= self.0 >> 12;
+            self.0 ^= self.0 << 25;
+            self.0 ^= self.0 >> 27;
+            (self.0.wrapping_mul(0x2545_F491_4F6C_DD1D) >> 33) % sides
+        }
+
+        /// A path of one to three names out of few, so that most exist already.
+        fn path(&mut self, root: &Path) -> PathBuf {
+            let mut path = root.to_owned();
+            for _ in 0..=self.roll(3) {
+                path.push(["a", "b", "b c", "\u{e9}"][self.roll(4) as usize]);
+            }
+            path
+        }
+    }
+
+    /// Does one thing in `root`. What is impossible, such as a directory in a file, is
+    /// left undone.
+    fn act(dice: &mut Dice, root: &Path) {
+        let (path, other) = (dice.path(root), dice.path(root));
+        let mode = [0o755, 0o700, 0o4711, 0o1777, 0o640, 0o0][dice.roll(6) as usize];
+        let time = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000_000 + dice.roll(3));
+        let text = "x".repeat(dice.roll(3) as usize);
+        let attribute = ["user.a", "user.b", "security.capability"][dice.roll(3) as usize];
+        // `cap_chown=ep` of revision 2.
+        let mut value = vec![1, 0, 0, 2, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+        value[4] = 1 + dice.roll(2) as u8;
+        let is_link = path.is_symlink();
+        // A pipe must not wait for its other end.
+        let without_waiting = i32::try_from(rustix::fs::OFlags::NONBLOCK.bits()).unwrap();
+        let mut options = fs::OpenOptions::new();
+        options.custom_flags(without_waiting);
+        match dice.roll(19) {
+            0 | 1 => {
+                let file = options.write(true).create(true).truncate(true).open(&path);
+                drop(file.and_then(|mut file| file.write_all(text.as_bytes())));
+            }
+            2 | 3 => drop(fs::create_dir_all(&path)),
+            4 => drop(fs::remove_file(&path)),
+            5 => drop(fs::remove_dir_all(&path)),
+            6 => {
+                // Leaves an opaque directory where there was one below.
+                drop(fs::remove_dir_all(&path));
+                drop(fs::create_dir(&path));
+            }
+            7 => drop(fs::rename(&path, &other)),
+            8 => drop(symlink(other.strip_prefix(root).unwrap(), &path)),
+            9 => drop(fs::hard_link(&path, &other)),
+            10 if !is_link => drop(fs::set_permissions(&path, fs::Permissions::from_mode(mode))),
+            11 if has_many_ids() => drop(lchown(&path, Some(mode % 7), Some(mode % 5))),
+            12 if !is_link => {
+                // Opened for reading, a file is not copied up by that.
+                drop(options.read(true).open(&path).and_then(|file| file.set_modified(time)));
+            }
+            13 => drop(rustix::fs::mknodat(CWD, &path, FileType::Fifo, Mode::RUSR, 0)),
+            14 if !is_link => drop(rustix::fs::lsetxattr(&path, attribute, &value, XattrFlags::empty())),
+            15 => {
+                // Copies it up and changes nothing.
+                drop(options.append(true).open(&path));
+            }
+            16 => {
+                drop(fs::remove_dir_all(&path));
+                drop(options.write(true).create_new(true).open(&path));
+            }
+            17 => {
+                drop(fs::remove_file(&path));
+                drop(fs::create_dir_all(path.join("a")));
+            }
+            18 => drop(std::os::unix::net::UnixListener::bind(&path)),
+            _ => {}
+        }
+    }
+
+    /// What layers can say: no sockets, and no time of a directory whose time alone has
+    /// changed. Which of several names of one file are links may differ, where one of
+    /// them is as it was below.
+    fn of_layers(mut view: View) -> View {
+        view.retain(|_, seen| seen.kind != "Socket");
+        for seen in view.values_mut() {
+            seen.same_as = None;
+            if seen.kind == "Directory" {
+                seen.metadata.mtime = Time::default();
+            }
+        }
+        view
+    }
+
+    fn compare(what: &str, got: &View, want: &View) {
+        for path in got.keys().chain(want.keys()) {
+            assert_eq!(got.get(path), want.get(path), "{what}: {path:?}");
+        }
+    }
+
+    #[test]
+    fn sandbox_stack_and_changes_agree_with_the_kernel() {
+        in_worlds(module_path!(), "sandbox_stack_and_changes_agree_with_the_kernel", || {
+            let mut entries = 0;
+            for seed in 1..=40 {
+                let dir = tempfile::tempdir().unwrap();
+                let mut dice = Dice(seed * 0x9E37_79B9);
+                let mut lower = Stack::default();
+                // The same image from trees that were made from the changes alone.
+                let mut again = Stack::default();
+                for layer in 0..5 {
+                    let what = format!("seed {seed} layer {layer}");
+                    let scratch = dir.path().join(format!("scratch{layer}"));
+                    fs::create_dir(&scratch).unwrap();
+                    let rootfs = Rootfs::mount(&lower, &scratch).unwrap();
+                    for _ in 0..40 {
+                        act(&mut dice, rootfs.path());
+                    }
+                    let kernel = view_of_dir(rootfs.path());
+                    entries += kernel.len();
+                    let upper = rootfs.finish().unwrap().upper;
+                    let tree = Tree::open(&upper).unwrap();
+                    // A tree is renamed into place while it is in use.
+                    fs::rename(&upper, dir.path().join(format!("tree{layer}"))).unwrap();
+
+                    let list = || changes(&tree, &lower).map(Result::unwrap);
+                    let paths: Vec<PathBuf> = list().map(|change| change.path).collect();
+                    let is_ordered = |pair: &[PathBuf]| order(&pair[0], &pair[1]).is_lt();
+                    assert!(paths.windows(2).all(is_ordered), "{what}: {paths:?}");
+
+                    let remade = dir.path().join(format!("remade{layer}"));
+                    fs::create_dir(&remade).unwrap();
+                    materialize(list(), &remade).unwrap();
+                    let remade = Tree::open(&remade).unwrap();
+
+                    // The list taken from the new tree is the list.
+                    let lines = |list: Changes| -> Vec<String> {
+                        list.map(|change| testing::line(change.unwrap())).collect()
+                    };
+                    assert_eq!(lines(changes(&remade, &lower)), lines(changes(&tree, &lower)), "{what}");
+
+                    lower.push(tree);
+                    again.push(remade);
+                    let stack = view_of_stack(&lower);
+                    compare(&format!("{what}: stack, kernel"), &stack, &kernel);
+                    let again = view_of_stack(&again);
+                    compare(
+                        &format!("{what}: again, kernel"),
+                        &of_layers(again),
+                        &of_layers(kernel),
+                    );
+                }
+            }
+            // The operations did build something.
+            assert!(entries > 40 * 5 * 5, "{entries}");
+        });
+    }
+
+    #[test]
+    fn sandbox_an_image_from_its_trees_is_mounted_as_it_was() {
+        in_worlds(module_path!(), "sandbox_an_image_from_its_trees_is_mounted_as_it_was", || {
+            let dir = tempfile::tempdir().unwrap();
+            let (_base, base) = testing::tree_of(&["755 d/", "644 d/a = 1", "644 d/b = 2"]);
+            let (_top, top) = testing::tree_of(&["755 d!/", "644 d/c = 3"]);
+            // The same layer twice, which the kernel would refuse.
+            let stack = Stack::new(vec![top.clone(), base, top.clone()]);
+            let rootfs = Rootfs::mount(&stack, dir.path()).unwrap();
+            compare("view", &view_of_stack(&stack), &view_of_dir(rootfs.path()));
+            let names = |path: &Path| -> Vec<String> {
+                let names = fs::read_dir(path).unwrap().map(|e| e.unwrap().file_name());
+                names.map(|n| n.into_string().unwrap()).collect()
+            };
+            assert_eq!(names(&rootfs.path().join("d")), ["c"]);
+            let root = fs::metadata(rootfs.path()).unwrap();
+            assert_eq!((root.mode(), root.uid(), root.gid()), (0o40755, 0, 0));
+            assert_eq!(root.mtime(), fs::metadata(top.path()).unwrap().mtime());
+            rootfs.discard();
+            assert_eq!(names(dir.path()), Vec::<String>::new());
+        });
+    }
+}

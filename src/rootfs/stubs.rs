@@ -156,12 +156,15 @@ impl Stubs {
 
 impl Parent {
     /// Does something in the directory that should not show in its modification time.
+    /// `act` says whether it has changed anything.
     fn without_trace(
         &self,
-        act: impl FnOnce(BorrowedFd<'_>) -> Result<(), Errno>,
+        act: impl FnOnce(BorrowedFd<'_>) -> Result<bool, Errno>,
     ) -> Result<(), Errno> {
         let now = mtime(&rustix::fs::fstat(&self.fd)?);
-        act(self.fd.as_fd())?;
+        if !act(self.fd.as_fd())? {
+            return Ok(());
+        }
         let untouched = now == self.after || now == self.before;
         let times = Timestamps {
             last_access: Timespec {
@@ -175,15 +178,16 @@ impl Parent {
 }
 
 impl Stub {
-    fn remove_from(&self, parent: BorrowedFd<'_>) -> Result<(), Errno> {
+    /// Returns whether it was there and unused.
+    fn remove_from(&self, parent: BorrowedFd<'_>) -> Result<bool, Errno> {
         let stat = match rustix::fs::statat(parent, &self.name, AtFlags::SYMLINK_NOFOLLOW) {
-            Err(Errno::NOENT) => return Ok(()),
+            Err(Errno::NOENT) => return Ok(false),
             other => other?,
         };
         let used = !self.is_dir && stat.st_size != 0;
         let is_dir = FileType::from_raw_mode(stat.st_mode) == FileType::Directory;
         if identity(&stat) != self.id || is_dir != self.is_dir || used {
-            return Ok(());
+            return Ok(false);
         }
         let flags = if self.is_dir {
             AtFlags::REMOVEDIR
@@ -192,8 +196,8 @@ impl Stub {
         };
         match rustix::fs::unlinkat(parent, &self.name, flags) {
             // The process put something into the directory, which is now part of the image.
-            Err(Errno::NOTEMPTY | Errno::EXIST | Errno::NOENT) => Ok(()),
-            other => other,
+            Err(Errno::NOTEMPTY | Errno::EXIST | Errno::NOENT) => Ok(false),
+            other => other.map(|()| true),
         }
     }
 }
