@@ -1,20 +1,95 @@
 //! Runs one process in one root filesystem. Knows nothing about images or Dockerfiles.
+//!
+//! A step is run by a chain of processes, each of them this program again with a hidden
+//! first argument (see [`hidden_command`]). Each has one job and one thread:
+//!
+//! ```text
+//! sockless build              run(): sends a Launch, drains output, waits
+//! └─ __supervise              dies with its parent; unshares PID and mount namespaces
+//!    └─ __reap                PID 1 of them: mounts /proc, attaches the network, reaps;
+//!       │                     when it ends, the kernel kills all that is below
+//!       ├─ pasta | slirp4netns
+//!       └─ __enter            unshares the network, mounts what the step may see, becomes …
+//!          └─ bwrap | runc | crun
+//!             └─ __init       inside: user, capabilities, limits, directory, becomes …
+//!                └─ the step  PID 1 of the innermost PID namespace
+//! ```
+//!
+//! Everything that could differ between the runtimes is done by this program: bind mounts,
+//! `/sys`, the network, users and capabilities, the look-up of the program. A runtime only
+//! pivots into the root filesystem and makes the innermost `/proc` and `/dev`. All that
+//! is mounted lives in namespaces of the step, on a tmpfs over the path of the root
+//! filesystem; so there is nothing to clean up, even after a `SIGKILL`.
+//!
+//! What it does not do: limit memory or CPU (no cgroup is touched), filter system calls,
+//! or make mount points; [`mount_points`] tells the caller which are needed. Needs Linux
+//! 5.12 for `mount_setattr(2)`.
+
+mod bwrap;
+mod choose;
+mod enter;
+mod error;
+mod init;
+mod netlink;
+mod network;
+mod output;
+mod runc;
+mod supervise;
+mod sys;
+mod userns;
+mod wire;
 
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
 
 use crate::progress::Stream;
 
+pub use choose::{choose, hidden_command};
+pub use error::{Refusal, SandboxError};
+pub use output::Cancel;
+pub use userns::{UsernsError, World, enter};
+
+/// Runs processes. Implementations: bubblewrap, runc, crun.
+pub trait Sandbox: Send + Sync {
+    /// What it is called on the command line: `bwrap`, `runc`, `crun`.
+    fn name(&self) -> &str;
+
+    /// What it does not give here, in words for people; shown once when a build starts.
+    fn notes(&self) -> Vec<String> {
+        Vec::new()
+    }
+
+    /// Runs `process` to its end and returns how it ended; blocks.
+    ///
+    /// A program that is not there or cannot be run is an outcome (127, 126) with a
+    /// message on the step's standard error. When this returns, with whatever result,
+    /// no process of the step is left.
+    ///
+    /// # Errors
+    /// [`SandboxError::Cancelled`] after [`Cancel::cancel`]; all others say why the
+    /// process was never started.
+    fn run(
+        &self,
+        process: &Process,
+        output: OutputSink<'_>,
+        cancel: &Cancel,
+    ) -> Result<Outcome, SandboxError>;
+}
+
 /// One process and everything it may see.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Process {
     /// The root filesystem on this machine, writable.
+    #[serde(with = "wire::path")]
     pub rootfs: PathBuf,
     /// The program and its arguments; the program is looked up in the process's own `PATH`.
     pub args: Vec<OsString>,
     /// The whole environment, `NAME=VALUE`.
     pub env: Vec<OsString>,
     /// The working directory inside; exists.
+    #[serde(with = "wire::path")]
     pub cwd: PathBuf,
     /// Who it runs as.
     pub user: User,
@@ -29,7 +104,7 @@ pub struct Process {
 }
 
 /// Numbers of user and groups, as inside.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct User {
     /// User.
     pub uid: u32,
@@ -40,20 +115,22 @@ pub struct User {
 }
 
 /// Something that is mounted inside.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Mount {
     /// Where, absolute, inside.
+    #[serde(with = "wire::path")]
     pub target: PathBuf,
     /// What.
     pub kind: MountKind,
 }
 
 /// What is mounted.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum MountKind {
     /// A file or directory of this machine.
     Bind {
         /// Where it is, outside.
+        #[serde(with = "wire::path")]
         source: PathBuf,
         /// Whether writes fail.
         read_only: bool,
@@ -66,7 +143,7 @@ pub enum MountKind {
 }
 
 /// What a process can reach.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Network {
     /// Outbound connections from a network namespace of its own; the host's loopback is out of reach.
     Private,
@@ -83,11 +160,51 @@ pub enum Outcome {
     Exited(i32),
 }
 
+/// A path inside the root filesystem on which something is mounted.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct MountPoint {
+    /// Where, absolute, inside.
+    pub path: PathBuf,
+    /// Whether a directory must be there, rather than a file.
+    pub is_dir: bool,
+}
+
+/// Returns what must exist in the root filesystem of `process` before it is run, in the
+/// order in which it is mounted; links are followed inside.
+///
+/// What lies below `/dev` is not listed: that is a fresh directory in memory.
+pub fn mount_points(process: &Process) -> Vec<MountPoint> {
+    let point = |path: &Path, is_dir| MountPoint {
+        path: path.to_owned(),
+        is_dir,
+    };
+    let mut points = vec![
+        point(Path::new("/proc"), true),
+        point(Path::new("/dev"), true),
+        point(Path::new("/sys"), true),
+        point(Path::new("/etc/resolv.conf"), false),
+        point(Path::new("/etc/hosts"), false),
+    ];
+    for mount in enter::in_mount_order(&process.mounts) {
+        if enter::is_below_dev(&mount.target) {
+            continue;
+        }
+        let is_dir = match &mount.kind {
+            // A source that is missing is reported when it is mounted.
+            MountKind::Bind { source, .. } => source.is_dir(),
+            MountKind::Tmpfs { .. } => true,
+        };
+        points.push(point(&mount.target, is_dir));
+    }
+    points
+}
+
 /// Takes output as it comes; called from one thread at a time.
 pub type OutputSink<'a> = &'a mut (dyn FnMut(Stream, &[u8]) + Send);
 
 /// `--sandbox`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Choice {
     /// The best that works here.
     #[default]

@@ -1,0 +1,545 @@
+//! [`choose`]: which sandbox works here, found out by running something in it; and the
+//! part of [`Sandbox::run`] that happens in this process.
+
+use std::ffi::OsString;
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::OnceLock;
+
+use rustix::fs::{MemfdFlags, SealFlags};
+use rustix::net::{AddressFamily, SocketFlags, SocketType};
+use rustix::pipe::PipeFlags;
+use serde::Deserialize;
+
+use super::output::{Ears, Heard, listen};
+use super::wire::{Attachment, Failure, Helper, Launch, Runtime, RuntimeKind};
+use super::{
+    Cancel, Choice, Mount, MountKind, Network, Outcome, OutputSink, Process, Refusal, Sandbox,
+    SandboxError, User, init, network, supervise, userns,
+};
+use crate::progress::Stream;
+
+/// Finds a sandbox that works here, by running nothing in it.
+///
+/// [`Choice::Auto`] takes the first of bubblewrap, runc and crun that works. A way to make a
+/// private network is tried, too; without one, [`Sandbox::notes`] says that steps get the
+/// host's. Takes some ten milliseconds; call it only when there is something to run.
+///
+/// # Errors
+/// [`SandboxError::Unavailable`] with the reason for each that was tried.
+pub fn choose(choice: Choice) -> Result<Box<dyn Sandbox>, SandboxError> {
+    let kinds: &[RuntimeKind] = match choice {
+        Choice::Auto => &[RuntimeKind::Bwrap, RuntimeKind::Runc, RuntimeKind::Crun],
+        Choice::Bwrap => &[RuntimeKind::Bwrap],
+        Choice::Runc => &[RuntimeKind::Runc],
+        Choice::Crun => &[RuntimeKind::Crun],
+    };
+    let mut refusals = Vec::new();
+    for &kind in kinds {
+        match Contained::probe(kind) {
+            Ok(sandbox) => return Ok(Box::new(sandbox)),
+            Err(SandboxError::Refused { refusal, .. }) => refusals.push(refusal),
+            Err(SandboxError::Mount { target, reason }) => refusals.push(Refusal::Failed {
+                program: kind.name(),
+                message: format!("mounting {target}: {reason}"),
+            }),
+            Err(SandboxError::Lost { sandbox }) => refusals.push(Refusal::Failed {
+                program: sandbox,
+                message: "it ended without a word".to_owned(),
+            }),
+            Err(other) => return Err(other),
+        }
+    }
+    Err(SandboxError::Unavailable(refusals))
+}
+
+/// A sandbox that was seen to work.
+#[derive(Debug)]
+struct Contained {
+    runtime: Runtime,
+    /// What makes a private network; without it, private is the host's.
+    helper: Option<Helper>,
+    notes: Vec<String>,
+}
+
+impl Contained {
+    fn probe(kind: RuntimeKind) -> Result<Self, SandboxError> {
+        let refused = |refusal| SandboxError::Refused {
+            sandbox: kind.name(),
+            refusal,
+        };
+        let program = userns::find_program(kind.name()).ok_or_else(|| {
+            refused(Refusal::NotInstalled {
+                program: kind.name(),
+            })
+        })?;
+        let runtime = Runtime { kind, program };
+        let mut reasons = Vec::new();
+        let mut helper = None;
+        for candidate in network::installed_helpers() {
+            // One run shows both, the usual case.
+            match probe(&runtime, Attachment::Private(candidate.clone())) {
+                Ok(()) => {
+                    helper = Some(candidate);
+                    break;
+                }
+                Err(SandboxError::Refused {
+                    refusal: Refusal::Network { program, message },
+                    ..
+                }) => reasons.push(format!("{program}: {message}")),
+                Err(other) => return Err(other),
+            }
+        }
+        if helper.is_none() {
+            probe(&runtime, Attachment::None)?;
+            if reasons.is_empty() {
+                reasons.push("neither pasta nor slirp4netns is installed".to_owned());
+            }
+        }
+        let mut notes = Vec::new();
+        if kind == RuntimeKind::Bwrap {
+            notes.push("bwrap: setuid programs gain no privileges in RUN steps".to_owned());
+        }
+        if helper.is_none() {
+            notes.push(format!(
+                "RUN steps share the host's network, its loopback included, for want of a \
+                 private one ({})",
+                reasons.join("; ")
+            ));
+        }
+        Ok(Self {
+            runtime,
+            helper,
+            notes,
+        })
+    }
+
+    fn attachment(&self, network: Network) -> Attachment {
+        match (network, &self.helper) {
+            (Network::None, _) => Attachment::None,
+            (Network::Private, Some(helper)) => Attachment::Private(helper.clone()),
+            (Network::Private, None) | (Network::Host, _) => Attachment::Host,
+        }
+    }
+}
+
+impl Sandbox for Contained {
+    fn name(&self) -> &str {
+        self.runtime.kind.name()
+    }
+
+    fn notes(&self) -> Vec<String> {
+        self.notes.clone()
+    }
+
+    fn run(
+        &self,
+        process: &Process,
+        output: OutputSink<'_>,
+        cancel: &Cancel,
+    ) -> Result<Outcome, SandboxError> {
+        let network = self.attachment(process.network);
+        let launch = launch(&self.runtime, process.clone(), network, false);
+        run(&launch, output, cancel)
+    }
+}
+
+/// Goes through everything but the last step, in an empty root filesystem.
+fn probe(runtime: &Runtime, network: Attachment) -> Result<(), SandboxError> {
+    let io = |source| SandboxError::Io {
+        doing: "making a root filesystem to try the sandbox with",
+        source,
+    };
+    let rootfs = tempfile::tempdir().map_err(io)?;
+    let process = Process {
+        rootfs: rootfs.path().to_owned(),
+        args: Vec::new(),
+        env: Vec::new(),
+        cwd: "/".into(),
+        user: User::default(),
+        mounts: Vec::new(),
+        network: Network::None,
+        hostname: "sockless".to_owned(),
+        extra_hosts: Vec::new(),
+    };
+    for point in super::mount_points(&process) {
+        let path = point.path.strip_prefix("/").unwrap_or(&point.path);
+        let path = rootfs.path().join(path);
+        if point.is_dir {
+            std::fs::create_dir_all(path).map_err(io)?;
+        } else {
+            std::fs::create_dir_all(path.parent().unwrap_or(rootfs.path())).map_err(io)?;
+            std::fs::File::create(path).map_err(io)?;
+        }
+    }
+    let launch = launch(runtime, process, network, true);
+    let mut ignore = |_: Stream, _: &[u8]| {};
+    match run(&launch, &mut ignore, &Cancel::new())? {
+        Outcome::Exited(0) => Ok(()),
+        Outcome::Exited(status) => Err(SandboxError::Refused {
+            sandbox: runtime.kind.name(),
+            refusal: Refusal::Failed {
+                program: runtime.kind.name(),
+                message: format!("it ended with status {status} where 0 was expected"),
+            },
+        }),
+    }
+}
+
+fn launch(runtime: &Runtime, process: Process, network: Attachment, probe: bool) -> Launch {
+    Launch {
+        runtime: runtime.clone(),
+        probe,
+        resolv_conf: network::resolv_conf(&network),
+        hosts: network::hosts(&process.hostname, &process.extra_hosts),
+        old_mounts: userns::old_mounts().cloned(),
+        network,
+        process,
+    }
+}
+
+fn run(launch: &Launch, output: OutputSink<'_>, cancel: &Cancel) -> Result<Outcome, SandboxError> {
+    let sandbox = launch.runtime.kind.name();
+    let io = |doing| move |source: std::io::Error| SandboxError::Io { doing, source };
+    let waker = cancel.waker().map_err(io("making an event file"))?;
+    if cancel.is_cancelled() {
+        return Err(SandboxError::Cancelled);
+    }
+    let exe = own_program().map_err(io("copying this program into memory"))?;
+    let text = serde_json::to_vec(launch)
+        .map_err(std::io::Error::from)
+        .map_err(io("describing the step"))?;
+    let launch_file = memory_file("sockless-launch", MemfdFlags::empty(), &mut &text[..])
+        .map_err(io("describing the step"))?;
+    let (log, far_log) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)
+        .map_err(|error| io("making a pipe")(error.into()))?;
+    let (socket, far_socket) = rustix::net::socketpair(
+        AddressFamily::UNIX,
+        SocketType::SEQPACKET,
+        SocketFlags::CLOEXEC,
+        None,
+    )
+    .map_err(|error| io("making a socket")(error.into()))?;
+    let mut child = supervise::start(&[exe, &launch_file, &far_log], &socket, far_socket)
+        .map_err(io("starting the sandbox"))?;
+    drop(far_log);
+    let (Some(stdout), Some(stderr)) = (child.stdout.take(), child.stderr.take()) else {
+        unreachable!("both were asked for");
+    };
+    let ears = Ears {
+        socket,
+        stdout: stdout.into(),
+        stderr: stderr.into(),
+        log,
+    };
+    let heard = {
+        use std::os::fd::AsFd;
+        listen(&ears, waker.as_fd(), output)
+    };
+    if heard.is_err() {
+        // Makes the supervisor kill everything.
+        let _ = rustix::net::shutdown(&ears.socket, rustix::net::Shutdown::Both);
+    }
+    // Its last breath comes after that of all others.
+    child.wait().map_err(io("waiting for the sandbox"))?;
+    conclude(sandbox, heard.map_err(io("reading the step's output"))?)
+}
+
+/// What came of it.
+fn conclude(sandbox: &'static str, heard: Heard) -> Result<Outcome, SandboxError> {
+    let log = String::from_utf8_lossy(&heard.log);
+    let log = log.trim();
+    if heard.cancelled {
+        return Err(SandboxError::Cancelled);
+    }
+    if let Some(failure) = heard.failure {
+        let refusal = refusal_of(sandbox, &failure);
+        return Err(SandboxError::Refused { sandbox, refusal });
+    }
+    match (heard.started, heard.exited) {
+        (true, Some(status)) => Ok(Outcome::Exited(status)),
+        (false, Some(status)) => {
+            let message = match log {
+                "" => format!("it ended with status {status} before the step began"),
+                log => log.replace('\n', "; "),
+            };
+            // The words of a foreign program are all there is to tell the two apart.
+            let refusal = if ["Operation not permitted", "operation not permitted"]
+                .iter()
+                .any(|words| message.contains(words))
+            {
+                Refusal::NotPermitted {
+                    program: sandbox,
+                    message,
+                }
+            } else {
+                Refusal::Failed {
+                    program: sandbox,
+                    message,
+                }
+            };
+            Err(SandboxError::Refused { sandbox, refusal })
+        }
+        (_, None) => Err(SandboxError::Lost { sandbox }),
+    }
+}
+
+fn refusal_of(program: &'static str, failure: &Failure) -> Refusal {
+    let message = format!("{}: {}", failure.doing, failure.reason);
+    match failure.errno {
+        _ if failure.is_network => Refusal::Network { program, message },
+        Some(libc::EPERM | libc::EACCES) => Refusal::NotPermitted { program, message },
+        _ => Refusal::Failed { program, message },
+    }
+}
+
+/// A copy of this program in memory that cannot be written.
+///
+/// It is what runs inside. A step that got hold of the file of the program that started
+/// it (`/proc/1/exe`, an interpreter line `#!/proc/self/exe`) could otherwise write to the
+/// program of the host: CVE-2019-5736.
+fn own_program() -> std::io::Result<&'static OwnedFd> {
+    static PROGRAM: OnceLock<OwnedFd> = OnceLock::new();
+    if let Some(program) = PROGRAM.get() {
+        return Ok(program);
+    }
+    let mut exe = std::fs::File::open("/proc/self/exe")?;
+    // Kernels before 6.3 know no such flag, and let every memory file be executed.
+    let program = match memory_file("sockless", MemfdFlags::EXEC, &mut exe) {
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+            exe = std::fs::File::open("/proc/self/exe")?;
+            memory_file("sockless", MemfdFlags::empty(), &mut exe)?
+        }
+        result => result?,
+    };
+    // Two threads may have made one each; then one is closed again.
+    Ok(PROGRAM.get_or_init(|| program))
+}
+
+/// Fills a memory file and seals it.
+fn memory_file(name: &str, flags: MemfdFlags, content: &mut dyn Read) -> std::io::Result<OwnedFd> {
+    let flags = flags | MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let mut file = std::fs::File::from(rustix::fs::memfd_create(name, flags)?);
+    std::io::copy(content, &mut file)?;
+    let seals = SealFlags::SEAL | SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE;
+    rustix::fs::fcntl_add_seals(&file, seals)?;
+    Ok(file.into())
+}
+
+/// Runs the stage of a sandbox that the command line names, if it names one, and exits.
+///
+/// `main` calls it before anything else: the stages are this program, started again with a
+/// hidden first argument, and each expects to have one thread and no files open but those
+/// it was given. Besides the stages there is `__sandbox`, which enters the namespaces and
+/// runs the process that standard input describes in JSON; for tests and for `doctor`.
+pub fn hidden_command() {
+    let mut args = std::env::args_os().skip(1);
+    let Some(name) = args.next() else { return };
+    let rest: Vec<OsString> = args.collect();
+    let status = match name.to_str() {
+        Some("__idmap") => userns::idmap_main(&rest),
+        Some("__supervise") => supervise::supervise_main(),
+        Some("__reap") => supervise::reap_main(&rest),
+        Some("__enter") => supervise::enter_main(&rest),
+        Some("__init") => init::init_main(&rest),
+        Some("__sandbox") => sandbox_main(),
+        _ => return,
+    };
+    std::process::exit(status);
+}
+
+/// What `__sandbox` reads.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Request {
+    #[serde(default)]
+    sandbox: Choice,
+    rootfs: String,
+    args: Vec<String>,
+    #[serde(default)]
+    env: Vec<String>,
+    #[serde(default = "root_dir")]
+    cwd: String,
+    #[serde(default)]
+    user: User,
+    #[serde(default)]
+    mounts: Vec<RequestMount>,
+    #[serde(default = "no_network")]
+    network: Network,
+    #[serde(default)]
+    extra_hosts: Vec<(String, String)>,
+    /// Cancels the step as soon as it has printed something.
+    #[serde(default)]
+    cancel_on_output: bool,
+}
+
+/// A mount in a [`Request`]: a tmpfs where it has no source.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RequestMount {
+    target: String,
+    source: Option<String>,
+    #[serde(default)]
+    read_only: bool,
+    size_bytes: Option<u64>,
+}
+
+fn root_dir() -> String {
+    "/".to_owned()
+}
+
+fn no_network() -> Network {
+    Network::None
+}
+
+impl Request {
+    fn process(&self) -> Process {
+        let os_strings = |strings: &[String]| strings.iter().map(OsString::from).collect();
+        let mount = |mount: &RequestMount| Mount {
+            target: mount.target.clone().into(),
+            kind: match &mount.source {
+                Some(source) => MountKind::Bind {
+                    source: source.into(),
+                    read_only: mount.read_only,
+                },
+                None => MountKind::Tmpfs {
+                    size_bytes: mount.size_bytes,
+                },
+            },
+        };
+        Process {
+            rootfs: Path::new(&self.rootfs).to_owned(),
+            args: os_strings(&self.args),
+            env: os_strings(&self.env),
+            cwd: Path::new(&self.cwd).to_owned(),
+            user: self.user.clone(),
+            mounts: self.mounts.iter().map(mount).collect(),
+            network: self.network,
+            hostname: "sockless".to_owned(),
+            extra_hosts: self.extra_hosts.clone(),
+        }
+    }
+}
+
+/// The exit status of `__sandbox` where there was no outcome.
+const NO_OUTCOME: i32 = 200;
+
+/// `__sandbox`: the step's output goes to standard output and error, its status is the exit
+/// status; errors and notes go to standard error with the prefix `sandbox:`.
+fn sandbox_main() -> i32 {
+    let say = |text: &dyn std::fmt::Display| {
+        let _ = writeln!(std::io::stderr(), "sandbox: {text}");
+    };
+    let request: Request = match serde_json::from_reader(std::io::stdin().lock()) {
+        Ok(request) => request,
+        Err(error) => {
+            say(&error);
+            return NO_OUTCOME;
+        }
+    };
+    match userns::enter() {
+        Ok(world) => say(&world),
+        Err(error) => {
+            say(&error);
+            return NO_OUTCOME;
+        }
+    }
+    let cancel = Cancel::new();
+    let mut sink = |stream: Stream, bytes: &[u8]| {
+        // A reader that has gone away is no reason to end the step.
+        let _ = match stream {
+            Stream::Stdout => std::io::stdout().write_all(bytes),
+            Stream::Stderr => std::io::stderr().write_all(bytes),
+        };
+        let _ = std::io::stdout().flush();
+        if request.cancel_on_output {
+            cancel.cancel();
+        }
+    };
+    let outcome = choose(request.sandbox).and_then(|sandbox| {
+        for note in sandbox.notes() {
+            say(&note);
+        }
+        sandbox.run(&request.process(), &mut sink, &cancel)
+    });
+    match outcome {
+        Ok(Outcome::Exited(status)) => status,
+        Err(error) => {
+            say(&error);
+            if let Some(hint) = error.hint() {
+                say(&format_args!("hint: {hint}"));
+            }
+            NO_OUTCOME
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_sandbox_that_fails_is_not_a_step_that_fails() {
+        let check = |heard: Heard, expected: Result<i32, &str>| {
+            let got = conclude("runc", heard)
+                .map(|Outcome::Exited(status)| status)
+                .map_err(|error| error.to_string());
+            assert_eq!(got, expected.map_err(str::to_owned));
+        };
+        let heard = |started, exited, log: &str| Heard {
+            started,
+            exited,
+            log: log.as_bytes().to_vec(),
+            ..Heard::default()
+        };
+        check(heard(true, Some(0), "warning"), Ok(0));
+        check(heard(true, Some(1), ""), Ok(1));
+        check(
+            heard(false, Some(1), "cannot\nstart\n"),
+            Err("runc: runc failed: cannot; start"),
+        );
+        check(
+            heard(false, Some(1), ""),
+            Err("runc: runc failed: it ended with status 1 before the step began"),
+        );
+        check(
+            heard(false, Some(1), "mount: Operation not permitted"),
+            Err("runc: runc is not permitted here: mount: Operation not permitted"),
+        );
+        check(
+            heard(true, None, ""),
+            Err("runc: the sandbox ended without a word; it may have been killed"),
+        );
+        let cancelled = Heard {
+            cancelled: true,
+            ..heard(true, Some(137), "")
+        };
+        check(cancelled, Err("the step was cancelled"));
+        let failure = Failure::new("mounting /x", &std::io::Error::from_raw_os_error(1));
+        let failed = Heard {
+            failure: Some(failure),
+            ..heard(false, Some(1), "bwrap: noise")
+        };
+        check(
+            failed,
+            Err(
+                "runc: runc is not permitted here: mounting /x: Operation not permitted (os error 1)",
+            ),
+        );
+    }
+
+    #[test]
+    fn the_copy_of_this_program_is_whole_and_cannot_be_written() {
+        let program = own_program().unwrap();
+        let size = std::fs::metadata("/proc/self/exe").unwrap().len();
+        assert_eq!(
+            rustix::fs::fstat(program).unwrap().st_size.cast_unsigned(),
+            size
+        );
+        assert_eq!(
+            rustix::io::pwrite(program, b"x", 0),
+            Err(rustix::io::Errno::PERM)
+        );
+    }
+}

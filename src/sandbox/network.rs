@@ -1,0 +1,333 @@
+//! What a step finds of the network: helpers that carry its packets, name servers, hosts.
+//!
+//! A private network is a namespace whose only way out is an ordinary process of the user:
+//! pasta or slirp4netns. Neither forwards to the host's loopback. The addresses at which
+//! clouds hand out credentials are made unreachable besides.
+
+use std::io::{Read, Seek};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::fd::AsRawFd;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use rustix::io::FdFlags;
+use rustix::pipe::PipeFlags;
+
+use super::wire::{Attachment, Doing, Failure, Helper, HelperKind};
+use super::{netlink, userns};
+
+/// Where pasta answers name queries by asking the host's own name server.
+const PASTA_DNS: &str = "169.254.1.1";
+/// The same for slirp4netns, with its default network.
+const SLIRP_DNS: &str = "10.0.2.3";
+
+/// Networks in which clouds serve instance metadata and credentials to anyone who asks:
+/// AWS, Google, Azure, Oracle and OpenStack at 169.254.169.254, AWS containers at
+/// 169.254.170.2 and .23, Alibaba at 100.100.100.200, AWS by IPv6 at fd00:ec2::254.
+const METADATA: [(IpAddr, u8); 4] = [
+    (IpAddr::V4(Ipv4Addr::new(169, 254, 169, 0)), 24),
+    (IpAddr::V4(Ipv4Addr::new(169, 254, 170, 0)), 24),
+    (IpAddr::V4(Ipv4Addr::new(100, 100, 100, 200)), 32),
+    (
+        IpAddr::V6(Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0)),
+        32,
+    ),
+];
+
+/// Makes the metadata services of clouds unreachable from this network namespace.
+///
+/// # Errors
+/// Where the kernel refuses a route, other than for want of IPv6.
+pub(super) fn hide_metadata() -> Result<(), Failure> {
+    for (network, length) in METADATA {
+        let made = netlink::make_unreachable(network, length);
+        // Where the kernel has no IPv6, nothing is reachable by it anyway.
+        if network.is_ipv4() {
+            made.doing(|| format!("making {network} unreachable"))?;
+        }
+    }
+    Ok(())
+}
+
+/// Which helpers are installed, the better one first.
+pub(super) fn installed_helpers() -> Vec<Helper> {
+    [HelperKind::Pasta, HelperKind::Slirp4netns]
+        .into_iter()
+        .filter_map(|kind| {
+            let program = userns::find_program(kind.name())?;
+            Some(Helper { kind, program })
+        })
+        .collect()
+}
+
+/// Attaches `helper` to the namespace that the file `netns` stands for, and returns once
+/// packets pass. It runs until the PID namespace of this process ends.
+///
+/// `netns` is a bind mount of the namespace: the helpers give up the privilege that it
+/// takes to open `/proc/PID/ns/net` before they open it.
+///
+/// # Errors
+/// Where it does not start; with its own words.
+pub(super) fn attach(helper: &Helper, netns: &Path) -> Result<(), Failure> {
+    match helper.kind {
+        HelperKind::Pasta => attach_pasta(helper, netns),
+        HelperKind::Slirp4netns => attach_slirp4netns(helper, netns),
+    }
+    .map_err(Failure::of_network)
+}
+
+fn command(helper: &Helper) -> Command {
+    let mut command = Command::new(&helper.program);
+    command
+        .env_clear()
+        .env("LC_ALL", "C")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null());
+    command
+}
+
+fn attach_pasta(helper: &Helper, netns: &Path) -> Result<(), Failure> {
+    let mut command = command(helper);
+    command
+        .args(["--quiet", "--config-net"])
+        // The namespace belongs to this user namespace; in another one it would be lost.
+        .arg("--netns-only")
+        // Nothing is forwarded in either direction, and the gateway's address is the
+        // gateway, not the host's loopback.
+        .args(["-t", "none", "-u", "none", "-T", "none", "-U", "none"])
+        .arg("--no-map-gw")
+        .args(["--dns-forward", PASTA_DNS]);
+    if userns_is_initial() {
+        // As real root it would become nobody, who may not enter the namespace. It keeps
+        // only the capabilities that entering takes, and filters its own system calls.
+        command.args(["--runas", "0:0"]);
+    }
+    command.arg("--netns").arg(netns);
+    // It goes to the background when it is ready. Its output is a file rather than a
+    // pipe, which the background process would keep open.
+    let log = rustix::fs::memfd_create("pasta-log", rustix::fs::MemfdFlags::CLOEXEC)
+        .doing(|| "making a memory file".to_owned())?;
+    let log = std::fs::File::from(log);
+    let stderr = log
+        .try_clone()
+        .doing(|| "making a memory file".to_owned())?;
+    let status = command
+        .stderr(stderr)
+        .status()
+        .doing(|| format!("starting {}", helper.program.display()))?;
+    if status.success() {
+        return Ok(());
+    }
+    Err(failed(helper, &words_of(&log), &status.to_string()))
+}
+
+fn attach_slirp4netns(helper: &Helper, netns: &Path) -> Result<(), Failure> {
+    let doing = || "making a pipe".to_owned();
+    let (ready, ready_far) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC).doing(doing)?;
+    // This process has one thread and starts nothing else meanwhile.
+    rustix::io::fcntl_setfd(&ready_far, FdFlags::empty()).doing(doing)?;
+    let log = rustix::fs::memfd_create("slirp4netns-log", rustix::fs::MemfdFlags::CLOEXEC)
+        .doing(|| "making a memory file".to_owned())?;
+    let log = std::fs::File::from(log);
+    let stderr = log
+        .try_clone()
+        .doing(|| "making a memory file".to_owned())?;
+    let mut child = command(helper)
+        .args(["--configure", "--mtu=65520", "--disable-host-loopback"])
+        .arg(format!("--ready-fd={}", ready_far.as_raw_fd()))
+        .arg("--netns-type=path")
+        .arg(netns)
+        .arg("tap0")
+        .stderr(stderr)
+        .spawn()
+        .doing(|| format!("starting {}", helper.program.display()))?;
+    drop(ready_far);
+    let mut byte = [0];
+    if std::fs::File::from(ready).read_exact(&mut byte).is_ok() {
+        return Ok(());
+    }
+    let status = child
+        .wait()
+        .doing(|| "waiting for slirp4netns".to_owned())?;
+    Err(failed(helper, &words_of(&log), &status.to_string()))
+}
+
+fn failed(helper: &Helper, words: &str, status: &str) -> Failure {
+    Failure {
+        doing: helper.kind.name().to_owned(),
+        reason: match words {
+            "" => status.to_owned(),
+            words => words.to_owned(),
+        },
+        errno: None,
+        is_network: true,
+    }
+}
+
+/// What a helper said, without what it says everywhere, on one line.
+fn words_of(mut log: &std::fs::File) -> String {
+    let mut text = Vec::new();
+    if log.rewind().is_err() || log.take(16 * 1024).read_to_end(&mut text).is_err() {
+        // Then its status is reported.
+        return String::new();
+    }
+    let text = String::from_utf8_lossy(&text);
+    let lines: Vec<&str> = text
+        .lines()
+        .map(str::trim)
+        .filter(|line| !line.is_empty() && !line.contains("bytes to syslog"))
+        .collect();
+    lines.join("; ")
+}
+
+/// Whether this is the first user namespace, in which all IDs are mapped to themselves.
+fn userns_is_initial() -> bool {
+    std::fs::read_to_string("/proc/self/uid_map")
+        .is_ok_and(|map| map.split_whitespace().eq(["0", "0", "4294967295"]))
+}
+
+/// Reads the host's name servers and returns `/etc/resolv.conf` as a step must see it.
+pub(super) fn resolv_conf(attachment: &Attachment) -> String {
+    let read = |path| std::fs::read_to_string(path).unwrap_or_default();
+    let mut host = read("/etc/resolv.conf");
+    if name_servers(&host).all(|address| address == SYSTEMD_STUB) {
+        // systemd-resolved answers on the host's loopback and writes here whom it asks.
+        let upstream = read("/run/systemd/resolve/resolv.conf");
+        if name_servers(&upstream).next().is_some() {
+            host = upstream;
+        }
+    }
+    let forwarder = match attachment {
+        Attachment::Host => return host,
+        Attachment::None => None,
+        Attachment::Private(helper) => Some(match helper.kind {
+            HelperKind::Pasta => PASTA_DNS,
+            HelperKind::Slirp4netns => SLIRP_DNS,
+        }),
+    };
+    rewrite_resolv_conf(&host, forwarder)
+}
+
+const SYSTEMD_STUB: IpAddr = IpAddr::V4(Ipv4Addr::new(127, 0, 0, 53));
+
+/// Takes out name servers that cannot be reached from another network namespace, and puts
+/// the forwarder in place of the first of them, or where there is none at all.
+fn rewrite_resolv_conf(host: &str, forwarder: Option<&str>) -> String {
+    let mut text = String::new();
+    let mut forwarder = forwarder;
+    let mut kept = 0;
+    for line in host.lines() {
+        match name_server(line) {
+            None if line.trim_start().starts_with("nameserver") => continue,
+            None => text.push_str(line),
+            Some(address) if is_reachable_from_elsewhere(address) => {
+                kept += 1;
+                text.push_str(line);
+            }
+            Some(_) => match forwarder.take() {
+                Some(forwarder) => {
+                    kept += 1;
+                    text.push_str("nameserver ");
+                    text.push_str(forwarder);
+                }
+                None => continue,
+            },
+        }
+        text.push('\n');
+    }
+    if let (0, Some(forwarder)) = (kept, forwarder) {
+        text.push_str(&format!("nameserver {forwarder}\n"));
+    }
+    text
+}
+
+fn name_servers(text: &str) -> impl Iterator<Item = IpAddr> {
+    text.lines().filter_map(name_server)
+}
+
+/// The address of a `nameserver` line; none where it has a zone, which is a number of an
+/// interface of the host.
+fn name_server(line: &str) -> Option<IpAddr> {
+    let mut words = line.split_whitespace();
+    if words.next()? != "nameserver" {
+        return None;
+    }
+    words.next()?.parse().ok()
+}
+
+fn is_reachable_from_elsewhere(address: IpAddr) -> bool {
+    match address {
+        // Link-local is where clouds have metadata and name servers at one address.
+        IpAddr::V4(address) => {
+            !address.is_loopback() && !address.is_link_local() && !address.is_unspecified()
+        }
+        IpAddr::V6(address) => {
+            !address.is_loopback() && !address.is_unspecified() && !address.is_unicast_link_local()
+        }
+    }
+}
+
+/// Returns `/etc/hosts` as a step sees it.
+pub(super) fn hosts(hostname: &str, extra: &[(String, String)]) -> String {
+    let mut text =
+        format!("127.0.0.1\tlocalhost {hostname}\n::1\tlocalhost ip6-localhost ip6-loopback\n");
+    for (name, address) in extra {
+        text.push_str(&format!("{address}\t{name}\n"));
+    }
+    text
+}
+
+/// Makes the network namespace of a process of this PID namespace a file at `path`.
+///
+/// # Errors
+/// Those of `mount(2)`.
+pub(super) fn pin_netns(pid: u32, path: &Path) -> Result<(), Failure> {
+    let doing = || "holding the network namespace".to_owned();
+    std::fs::File::create(path).doing(doing)?;
+    rustix::mount::mount_bind(format!("/proc/{pid}/ns/net"), path).doing(doing)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn name_servers_on_loopback_are_replaced_and_others_kept() {
+        let check = |host: &str, forwarder: Option<&str>, expected: &str| {
+            assert_eq!(rewrite_resolv_conf(host, forwarder), expected, "{host:?}");
+        };
+        let keep = "search example.org\nnameserver 10.0.0.1\noptions ndots:2\n";
+        check(keep, Some("169.254.1.1"), keep);
+        check(keep, None, keep);
+        check(
+            "# local\nnameserver 127.0.0.53\nnameserver ::1\nsearch x\n",
+            Some("169.254.1.1"),
+            "# local\nnameserver 169.254.1.1\nsearch x\n",
+        );
+        check(
+            "nameserver 127.0.0.1\nnameserver 10.0.0.1\n",
+            None,
+            "nameserver 10.0.0.1\n",
+        );
+        check(
+            "nameserver 169.254.169.254\n",
+            Some("10.0.2.3"),
+            "nameserver 10.0.2.3\n",
+        );
+        check(
+            "nameserver fe80::1%2\n",
+            Some("10.0.2.3"),
+            "nameserver 10.0.2.3\n",
+        );
+        check("", Some("10.0.2.3"), "nameserver 10.0.2.3\n");
+        check("", None, "");
+    }
+
+    #[test]
+    fn hosts_names_this_machine_and_the_extra_ones() {
+        assert_eq!(
+            hosts("box", &[("db".to_owned(), "10.0.0.7".to_owned())]),
+            "127.0.0.1\tlocalhost box\n::1\tlocalhost ip6-localhost ip6-loopback\n10.0.0.7\tdb\n"
+        );
+    }
+}

@@ -1,0 +1,181 @@
+//! The bundle and the command line of OCI runtimes: runc, crun.
+//!
+//! The container's process is the innermost stage, as root with the capabilities of a
+//! step; it switches to the step's user itself. No cgroup is made.
+//! <https://github.com/opencontainers/runtime-spec/blob/main/config.md>
+
+use std::ffi::OsString;
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use super::bwrap::SHM_SIZE_BYTES;
+use super::enter::View;
+use super::init::CAPABILITY_NAMES;
+use super::wire::RuntimeKind;
+
+/// Returns the arguments that run the container of `bundle`.
+///
+/// `fds` is the number of file descriptors from 3 on that the container gets.
+pub(super) fn args(kind: RuntimeKind, state: &Path, bundle: &Path, fds: usize) -> Vec<OsString> {
+    let mut args: Vec<OsString> = vec!["--root".into(), state.into()];
+    match kind {
+        // Read-only cgroups are then no error.
+        RuntimeKind::Runc => args.push("--rootless=true".into()),
+        _ => args.push("--cgroup-manager=disabled".into()),
+    }
+    args.extend(["run".into(), "--preserve-fds".into()]);
+    args.push(fds.to_string().into());
+    args.extend(["--bundle".into(), bundle.into()]);
+    // The state is in a directory of its own: the name need not be.
+    args.push("step".into());
+    args
+}
+
+/// Returns the `config.json` that runs `command` in `view`.
+pub(super) fn spec(view: &View, command: &[OsString]) -> Value {
+    let command: Vec<_> = command.iter().map(|word| word.to_string_lossy()).collect();
+    let mut mounts = vec![
+        mount("/proc", "proc", "proc", &["nosuid", "noexec", "nodev"]),
+        mount(
+            "/dev",
+            "tmpfs",
+            "tmpfs",
+            &["nosuid", "strictatime", "mode=755", "size=65536k"],
+        ),
+        mount(
+            "/dev/pts",
+            "devpts",
+            "devpts",
+            &[
+                "nosuid",
+                "noexec",
+                "newinstance",
+                "ptmxmode=0666",
+                "mode=0620",
+            ],
+        ),
+        mount(
+            "/dev/mqueue",
+            "mqueue",
+            "mqueue",
+            &["nosuid", "noexec", "nodev"],
+        ),
+        mount(
+            "/dev/shm",
+            "tmpfs",
+            "shm",
+            &[
+                "nosuid",
+                "noexec",
+                "nodev",
+                "mode=1777",
+                &format!("size={SHM_SIZE_BYTES}"),
+            ],
+        ),
+    ];
+    for (source, target) in &view.late {
+        let (source, target) = (source.to_string_lossy(), target.to_string_lossy());
+        mounts.push(mount(&target, "bind", &source, &["rbind"]));
+    }
+    let masked: Vec<&str> = [&view.masked_files[..], &view.masked_dirs[..]].concat();
+    json!({
+        "ociVersion": "1.0.2",
+        "root": { "path": view.root.to_string_lossy(), "readonly": false },
+        "hostname": view.hostname,
+        "process": {
+            "terminal": false,
+            "user": { "uid": 0, "gid": 0 },
+            "args": command,
+            "env": ["PATH=/usr/bin:/bin"],
+            "cwd": "/",
+            "noNewPrivileges": false,
+            "capabilities": {
+                "bounding": CAPABILITY_NAMES,
+                "effective": CAPABILITY_NAMES,
+                "permitted": CAPABILITY_NAMES,
+            },
+        },
+        "mounts": mounts,
+        "linux": {
+            "namespaces": [
+                { "type": "pid" },
+                { "type": "ipc" },
+                { "type": "uts" },
+                { "type": "mount" },
+                { "type": "cgroup" },
+            ],
+            "maskedPaths": masked,
+            "readonlyPaths": view.read_only,
+        },
+    })
+}
+
+fn mount(destination: &str, kind: &str, source: &str, options: &[&str]) -> Value {
+    json!({
+        "destination": destination,
+        "type": kind,
+        "source": source,
+        "options": options,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn arguments_differ_where_the_runtimes_do() {
+        let check = |kind, expected: &str| {
+            let args = args(kind, Path::new("/s"), Path::new("/b"), 5);
+            let text: Vec<&str> = args.iter().map(|arg| arg.to_str().unwrap()).collect();
+            assert_eq!(text.join(" "), expected);
+        };
+        check(
+            RuntimeKind::Runc,
+            "--root /s --rootless=true run --preserve-fds 5 --bundle /b step",
+        );
+        check(
+            RuntimeKind::Crun,
+            "--root /s --cgroup-manager=disabled run --preserve-fds 5 --bundle /b step",
+        );
+    }
+
+    #[test]
+    fn the_view_is_all_there() {
+        let view = View {
+            root: "/r".into(),
+            hostname: "box".to_owned(),
+            late: vec![("/r/late/0".into(), "/dev/shm/x".into())],
+            masked_files: vec!["/proc/kcore"],
+            masked_dirs: vec!["/proc/acpi"],
+            read_only: vec!["/proc/sys"],
+        };
+        let spec = spec(&view, &["init".into(), "3".into()]);
+        assert_eq!(spec["root"]["path"], "/r");
+        assert_eq!(spec["hostname"], "box");
+        assert_eq!(spec["process"]["args"], json!(["init", "3"]));
+        assert_eq!(spec["process"]["capabilities"]["inheritable"], Value::Null);
+        assert_eq!(
+            spec["linux"]["maskedPaths"],
+            json!(["/proc/kcore", "/proc/acpi"])
+        );
+        assert_eq!(spec["linux"]["readonlyPaths"], json!(["/proc/sys"]));
+        let mounts = spec["mounts"].as_array().unwrap();
+        let places: Vec<&str> = mounts
+            .iter()
+            .map(|mount| mount["destination"].as_str().unwrap())
+            .collect();
+        assert_eq!(
+            places,
+            [
+                "/proc",
+                "/dev",
+                "/dev/pts",
+                "/dev/mqueue",
+                "/dev/shm",
+                "/dev/shm/x"
+            ]
+        );
+    }
+}

@@ -1,0 +1,143 @@
+//! The system calls that no safe wrapper offers; the only `unsafe` code of the crate.
+//!
+//! Everything here is called from processes with one thread: `main` before it
+//! starts any, and the stages of a sandbox, which never start one.
+
+#![allow(unsafe_code)]
+
+use std::ffi::{CStr, CString};
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+
+use rustix::io::FdFlags;
+use rustix::mount::MountAttrFlags;
+use rustix::thread::UnshareFlags;
+
+/// Takes a file descriptor that this process was started with, and makes it close on exec.
+///
+/// `fd` is above 2 and named by the command line; a process takes each number once.
+///
+/// # Errors
+/// `EBADF` where the process was started without it.
+pub(super) fn adopt(fd: RawFd) -> io::Result<OwnedFd> {
+    if fd <= 2 {
+        return Err(rustix::io::Errno::BADF.into());
+    }
+    // SAFETY: the number is valid for the call only; the kernel refuses one that is not open.
+    let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
+    rustix::io::fcntl_setfd(borrowed, FdFlags::CLOEXEC)?;
+    // SAFETY: it is open (checked above), and nothing in this process owns it: it was
+    // inherited, and the caller takes each number once.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Moves this process into new namespaces.
+///
+/// # Errors
+/// Those of `unshare(2)`.
+pub(super) fn unshare(flags: UnshareFlags) -> io::Result<()> {
+    debug_assert!(!flags.intersects(UnshareFlags::FILES));
+    // SAFETY: only `CLONE_FILES` can break what Rust believes about file descriptors,
+    // and no caller passes it.
+    Ok(unsafe { rustix::thread::unshare_unsafe(flags) }?)
+}
+
+/// Adds `attributes` to a mount and to all mounts below it.
+///
+/// # Errors
+/// `ENOSYS` before Linux 5.12, otherwise those of `mount_setattr(2)`.
+pub(super) fn restrict_mount(tree: BorrowedFd<'_>, attributes: MountAttrFlags) -> io::Result<()> {
+    let attr = libc::mount_attr {
+        attr_set: attributes.bits().into(),
+        attr_clr: 0,
+        propagation: 0,
+        userns_fd: 0,
+    };
+    // SAFETY: the path is an empty C string, the structure lives through the call and
+    // its true size is passed.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            tree.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH | libc::AT_RECURSIVE,
+            &raw const attr,
+            size_of::<libc::mount_attr>(),
+        )
+    };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// Joins a new, empty session keyring, so that no key of the user is inherited.
+///
+/// # Errors
+/// Those of `keyctl(2)`; `ENOSYS` and `EPERM` are common in containers.
+pub(super) fn join_new_keyring() -> io::Result<()> {
+    const KEYCTL_JOIN_SESSION_KEYRING: libc::c_long = 1;
+    // SAFETY: a null name asks for an anonymous keyring; no memory is touched.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_keyctl,
+            KEYCTL_JOIN_SESSION_KEYRING,
+            std::ptr::null::<libc::c_char>(),
+        )
+    };
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
+
+/// Closes every file descriptor from `first` on.
+///
+/// # Errors
+/// `ENOSYS` before Linux 5.9.
+pub(super) fn close_from(first: RawFd) -> io::Result<()> {
+    let first = libc::c_uint::try_from(first).map_err(|_| rustix::io::Errno::BADF)?;
+    // SAFETY: called when this process has opened nothing itself, so no value owns any
+    // of the closed numbers.
+    let result = unsafe { libc::syscall(libc::SYS_close_range, first, libc::c_uint::MAX, 0) };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// Gives signals the state a fresh process expects: none blocked, none ignored.
+///
+/// Rust's runtime ignores `SIGPIPE`, and that would be inherited: `yes | head` would
+/// end in an error instead of quietly.
+pub(super) fn reset_signals() {
+    for signal in 1..=64 {
+        // SAFETY: restores the default action, which runs no code of this process. The
+        // kernel refuses SIGKILL, SIGSTOP and the C library its own two, harmlessly.
+        unsafe { libc::signal(signal, libc::SIG_DFL) };
+    }
+    // SAFETY: the set is initialised by `sigemptyset` before it is read.
+    unsafe {
+        let mut none = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
+        libc::sigemptyset(none.as_mut_ptr());
+        libc::sigprocmask(libc::SIG_SETMASK, none.as_ptr(), std::ptr::null_mut());
+    }
+}
+
+/// Becomes the program at `path`; returns only where that failed.
+pub(super) fn execve(path: &CStr, args: &[CString], env: &[CString]) -> io::Error {
+    let pointers = |strings: &[CString]| -> Vec<*const libc::c_char> {
+        strings
+            .iter()
+            .map(|string| string.as_ptr())
+            .chain([std::ptr::null()])
+            .collect()
+    };
+    let (args, env) = (pointers(args), pointers(env));
+    // SAFETY: all three are null-terminated and outlive the call.
+    unsafe { libc::execve(path.as_ptr(), args.as_ptr(), env.as_ptr()) };
+    io::Error::last_os_error()
+}

@@ -1,0 +1,335 @@
+//! What the processes of one sandbox tell each other.
+//!
+//! `sockless build` writes a [`Launch`] once, into a memory file that every stage inherits
+//! and reads; the stages answer with [`Report`]s, one message each on a Unix socket.
+
+use std::io::{self, IoSlice, IoSliceMut, Read};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
+
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags,
+};
+use serde::{Deserialize, Serialize};
+
+use super::Process;
+
+/// Everything the stages need to know.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Launch {
+    /// Which program makes the container.
+    pub(super) runtime: Runtime,
+    /// What is to run.
+    pub(super) process: Process,
+    /// Whether to stop just before the process would start; nothing of it is executed.
+    pub(super) probe: bool,
+    /// How the network is made.
+    pub(super) network: Attachment,
+    /// The text of `/etc/resolv.conf` inside.
+    pub(super) resolv_conf: String,
+    /// The text of `/etc/hosts` inside.
+    pub(super) hosts: String,
+    /// The mount points that were there when `sockless` started. All others are root
+    /// filesystems of other steps, which this step's mount namespace must not keep alive.
+    pub(super) old_mounts: Option<Vec<String>>,
+}
+
+/// A program that makes containers.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct Runtime {
+    /// Which one.
+    pub(super) kind: RuntimeKind,
+    /// Where it is.
+    #[serde(with = "path")]
+    pub(super) program: PathBuf,
+}
+
+/// Which program makes the container.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) enum RuntimeKind {
+    /// bubblewrap.
+    Bwrap,
+    /// runc.
+    Runc,
+    /// crun.
+    Crun,
+}
+
+impl RuntimeKind {
+    /// The name of the program.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Bwrap => "bwrap",
+            Self::Runc => "runc",
+            Self::Crun => "crun",
+        }
+    }
+}
+
+/// How a network is made.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) enum Attachment {
+    /// It is the host's.
+    Host,
+    /// A namespace with a loopback.
+    None,
+    /// A namespace with a program that carries packets out of it.
+    Private(Helper),
+}
+
+/// A program that carries packets out of a network namespace.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Helper {
+    /// Which one.
+    pub(super) kind: HelperKind,
+    /// Where it is.
+    #[serde(with = "path")]
+    pub(super) program: PathBuf,
+}
+
+/// Which program carries packets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) enum HelperKind {
+    /// pasta, of passt.
+    Pasta,
+    /// slirp4netns.
+    Slirp4netns,
+}
+
+impl HelperKind {
+    /// The name of the program.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Pasta => "pasta",
+            Self::Slirp4netns => "slirp4netns",
+        }
+    }
+}
+
+/// What a stage says.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) enum Report {
+    /// The innermost stage runs; whatever happens now is the step's own doing.
+    Started,
+    /// The runtime has ended with this status; 128 + the signal where one ended it.
+    Exited(i32),
+    /// A stage could not do its part.
+    Failed(Failure),
+}
+
+/// Why a stage could not do its part.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Failure {
+    /// What it was doing, such as `mounting /proc`.
+    pub(super) doing: String,
+    /// Why that failed.
+    pub(super) reason: String,
+    /// The error number, if there was one.
+    pub(super) errno: Option<i32>,
+    /// Whether the network was at fault.
+    pub(super) is_network: bool,
+}
+
+impl Failure {
+    /// Describes an operation that failed.
+    pub(super) fn new(doing: impl Into<String>, error: &io::Error) -> Self {
+        Self {
+            doing: doing.into(),
+            reason: error.to_string(),
+            errno: error.raw_os_error(),
+            is_network: false,
+        }
+    }
+
+    /// The same, with the network at fault.
+    pub(super) fn of_network(self) -> Self {
+        Self {
+            is_network: true,
+            ..self
+        }
+    }
+}
+
+/// Adds what was being done to an error.
+pub(super) trait Doing<T> {
+    /// Turns an error into a [`Failure`].
+    fn doing(self, what: impl FnOnce() -> String) -> Result<T, Failure>;
+}
+
+impl<T, E: Into<io::Error>> Doing<T> for Result<T, E> {
+    fn doing(self, what: impl FnOnce() -> String) -> Result<T, Failure> {
+        self.map_err(|error| Failure::new(what(), &error.into()))
+    }
+}
+
+/// The longest report: a path or two and a sentence.
+const REPORT_LIMIT_BYTES: usize = 64 * 1024;
+
+/// Sends one report. That nobody listens any more is no error of the sender.
+pub(super) fn send_report(socket: impl AsFd, report: &Report) {
+    let Ok(mut text) = serde_json::to_vec(report) else {
+        return;
+    };
+    if text.len() > REPORT_LIMIT_BYTES {
+        // Paths of that length do not exist in Linux, but a report must arrive.
+        text = br#"{"Failed":{"doing":"reporting a failure","reason":"the message is too long","errno":null,"is_network":false}}"#.to_vec();
+    }
+    let _ = rustix::io::retry_on_intr(|| rustix::net::send(&socket, &text, SendFlags::NOSIGNAL));
+}
+
+/// Receives one report; `None` when all senders are gone.
+///
+/// # Errors
+/// Those of `recv(2)`, and `InvalidData`.
+pub(super) fn receive_report(socket: impl AsFd) -> io::Result<Option<Report>> {
+    let mut text = vec![0; REPORT_LIMIT_BYTES];
+    let (length, _) = rustix::io::retry_on_intr(|| {
+        rustix::net::recv(&socket, &mut text[..], RecvFlags::empty())
+    })?;
+    if length == 0 {
+        return Ok(None);
+    }
+    Ok(Some(serde_json::from_slice(&text[..length])?))
+}
+
+/// Sends file descriptors with one byte of data.
+///
+/// # Errors
+/// Those of `sendmsg(2)`.
+pub(super) fn send_fds(socket: impl AsFd, fds: &[BorrowedFd<'_>; 3]) -> io::Result<()> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(3))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    if !control.push(SendAncillaryMessage::ScmRights(fds)) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    rustix::net::sendmsg(
+        socket,
+        &[IoSlice::new(b"L")],
+        &mut control,
+        SendFlags::NOSIGNAL,
+    )?;
+    Ok(())
+}
+
+/// Receives what [`send_fds`] sent.
+///
+/// # Errors
+/// Those of `recvmsg(2)`; `UnexpectedEof` where the sender is gone.
+pub(super) fn receive_fds(socket: impl AsFd) -> io::Result<[OwnedFd; 3]> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(3))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let mut byte = [0];
+    rustix::net::recvmsg(
+        socket,
+        &mut [IoSliceMut::new(&mut byte)],
+        &mut control,
+        RecvFlags::CMSG_CLOEXEC,
+    )?;
+    let fds: Vec<OwnedFd> = control
+        .drain()
+        .filter_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(fds) => Some(fds),
+            _ => None,
+        })
+        .flatten()
+        .collect();
+    fds.try_into()
+        .map_err(|_| io::ErrorKind::UnexpectedEof.into())
+}
+
+/// Reads the launch from its memory file, wherever its offset is.
+///
+/// # Errors
+/// Those of `read(2)`, and `InvalidData`.
+pub(super) fn read_launch(file: &OwnedFd) -> io::Result<Launch> {
+    rustix::fs::seek(file, rustix::fs::SeekFrom::Start(0))?;
+    let mut text = Vec::new();
+    std::fs::File::from(file.try_clone()?).read_to_end(&mut text)?;
+    Ok(serde_json::from_slice(&text)?)
+}
+
+/// Paths in JSON as `OsString` has them: they need not be UTF-8.
+pub(super) mod path {
+    use std::ffi::{OsStr, OsString};
+    use std::path::{Path, PathBuf};
+
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    pub(in crate::sandbox) fn serialize<S: Serializer>(
+        path: &Path,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        OsStr::serialize(path.as_os_str(), serializer)
+    }
+
+    pub(in crate::sandbox) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<PathBuf, D::Error> {
+        OsString::deserialize(deserializer).map(PathBuf::from)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::ffi::OsStrExt;
+    use std::path::Path;
+
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+
+    use super::*;
+
+    fn pair() -> (OwnedFd, OwnedFd) {
+        socketpair(
+            AddressFamily::UNIX,
+            SocketType::SEQPACKET,
+            SocketFlags::CLOEXEC,
+            None,
+        )
+        .unwrap()
+    }
+
+    #[test]
+    fn reports_arrive_one_by_one_and_then_end() {
+        let (ours, theirs) = pair();
+        let failure = Failure::new("mounting /x", &io::Error::from_raw_os_error(1)).of_network();
+        let reports = [Report::Started, Report::Failed(failure), Report::Exited(7)];
+        for report in &reports {
+            send_report(&theirs, report);
+        }
+        drop(theirs);
+        for report in reports {
+            assert_eq!(receive_report(&ours).unwrap(), Some(report));
+        }
+        assert_eq!(receive_report(&ours).unwrap(), None);
+    }
+
+    #[test]
+    fn descriptors_arrive_in_order() {
+        let (ours, theirs) = pair();
+        let files: Vec<std::fs::File> = (0..3).map(|_| tempfile::tempfile().unwrap()).collect();
+        send_fds(
+            &ours,
+            &[files[0].as_fd(), files[1].as_fd(), files[2].as_fd()],
+        )
+        .unwrap();
+        let received = receive_fds(&theirs).unwrap();
+        for (sent, received) in files.iter().zip(&received) {
+            let inode = |fd: BorrowedFd<'_>| rustix::fs::fstat(fd).unwrap().st_ino;
+            assert_eq!(inode(sent.as_fd()), inode(received.as_fd()));
+        }
+        drop(ours);
+        let error = receive_fds(&theirs).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+    }
+
+    #[test]
+    fn paths_need_not_be_text() {
+        #[derive(Serialize, Deserialize)]
+        struct Holder(#[serde(with = "path")] PathBuf);
+        let odd = Path::new(std::ffi::OsStr::from_bytes(b"/a\xff")).to_owned();
+        let text = serde_json::to_string(&Holder(odd.clone())).unwrap();
+        assert_eq!(serde_json::from_str::<Holder>(&text).unwrap().0, odd);
+    }
+}
