@@ -1,1 +1,4 @@
+//! `sockless serve`.
 
+pub mod jobs;
+pub mod log;
