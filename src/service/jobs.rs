@@ -300,6 +300,8 @@ pub struct Jobs {
     pool: AnyPool,
     /// Bumped at every change made through this value, to wake who waits for one.
     changes: watch::Sender<u64>,
+    /// Bumped when somebody wants a running job to end.
+    cancels: watch::Sender<u64>,
 }
 
 impl Jobs {
@@ -350,6 +352,7 @@ impl Jobs {
         Ok(Self {
             pool,
             changes: watch::Sender::new(0),
+            cancels: watch::Sender::new(0),
         })
     }
 
@@ -362,6 +365,11 @@ impl Jobs {
     /// seen, so waits need a time limit too.
     pub fn subscribe(&self) -> watch::Receiver<u64> {
         self.changes.subscribe()
+    }
+
+    /// The same for wishes to cancel a running job, which [`Jobs::renew`] shows.
+    pub fn subscribe_cancels(&self) -> watch::Receiver<u64> {
+        self.cancels.subscribe()
     }
 
     fn changed(&self) {
@@ -615,7 +623,11 @@ impl Jobs {
         self.changed();
         match row {
             Some(row) if read_state(&row, id)? == State::Cancelled => Ok(Cancel::Done),
-            Some(_) => Ok(Cancel::Requested),
+            Some(_) => {
+                self.cancels
+                    .send_modify(|count| *count = count.wrapping_add(1));
+                Ok(Cancel::Requested)
+            }
             None if self.get(id).await?.is_some() => Ok(Cancel::Ended),
             None => Ok(Cancel::Unknown),
         }
