@@ -244,7 +244,7 @@ pub(crate) fn describe(status: ExitStatus) -> String {
 mod tests {
     use std::path::PathBuf;
 
-    use super::super::tests::config;
+    use super::super::tests::{config, until_gone};
     use super::*;
     use crate::image::Reference;
 
@@ -347,10 +347,7 @@ mod tests {
         let pid = lines.recv().await.unwrap().bytes;
         assert!(child.exit().await.unwrap().success());
         assert_eq!(lines.recv().await, None);
-        let pid: i32 = String::from_utf8(pid).unwrap().parse().unwrap();
-        let state = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-        // Gone, or a zombie that init has yet to reap.
-        assert!(state.is_empty() || state.contains(") Z "), "{state}");
+        until_gone(std::str::from_utf8(&pid).unwrap()).await;
     }
 
     #[tokio::test]
