@@ -73,9 +73,12 @@ impl Endpoint {
         } else {
             registry
         };
-        let insecure = [registry, authority]
-            .iter()
-            .any(|name| options.insecure.iter().any(|e| e.eq_ignore_ascii_case(name)));
+        let insecure = [registry, authority].iter().any(|name| {
+            options
+                .insecure
+                .iter()
+                .any(|e| e.eq_ignore_ascii_case(name))
+        });
         Self {
             authority: authority.to_owned(),
             scheme: if insecure {

@@ -212,14 +212,10 @@ impl Authenticator {
             .await?;
         slot.places = Some((lookup.credential.is_some(), lookup.places.clone()));
         let authorization = match (&lookup.credential, challenge, realm) {
-            (Some(Credential::RegistryToken(token)), ..) => {
-                Some((bearer(token.expose()), None))
+            (Some(Credential::RegistryToken(token)), ..) => Some((bearer(token.expose()), None)),
+            (Some(Credential::Password { username, password }), Challenge::Basic, _) => {
+                Some((Some(basic(username, password)), None))
             }
-            (
-                Some(Credential::Password { username, password }),
-                Challenge::Basic,
-                _,
-            ) => Some((Some(basic(username, password)), None)),
             (_, Challenge::Bearer { service, scope, .. }, Some(realm)) => {
                 let mut wanted = scopes.0.clone();
                 wanted.extend(scope.iter().flat_map(|s| s.split(' ')).map(str::to_owned));
@@ -231,9 +227,7 @@ impl Authenticator {
                     lookup: &lookup,
                 };
                 let token = request.send(http).await?;
-                let lifetime = token
-                    .expires_in
-                    .map_or(TOKEN_LIFETIME, Duration::from_secs);
+                let lifetime = token.expires_in.map_or(TOKEN_LIFETIME, Duration::from_secs);
                 // A tenth early, for clocks and for the way.
                 let expires = Instant::now().checked_add(lifetime / 10 * 9);
                 Some((bearer(token.text.expose()), expires))
@@ -445,9 +439,7 @@ fn parse_challenges(text: &str) -> Vec<Challenge> {
         match (value.and_then(parse_value), found.last_mut()) {
             (Some((value, after)), Some((_, parameters))) => {
                 // The first of a repeated parameter counts, so that none can be overwritten.
-                parameters
-                    .entry(word.to_ascii_lowercase())
-                    .or_insert(value);
+                parameters.entry(word.to_ascii_lowercase()).or_insert(value);
                 rest = after;
             }
             _ => {

@@ -14,8 +14,8 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use base64::Engine as _;
-use base64::engine::general_purpose::{GeneralPurpose, GeneralPurposeConfig};
 use base64::engine::DecodePaddingMode;
+use base64::engine::general_purpose::{GeneralPurpose, GeneralPurposeConfig};
 use serde::Deserialize;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
@@ -281,7 +281,12 @@ fn decode_auth(auth: &str) -> Result<Credential, &'static str> {
 async fn read(file: &Path) -> io::Result<Option<Config>> {
     let file = match tokio::fs::File::open(file).await {
         Ok(file) => file,
-        Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+        Err(e)
+            if matches!(
+                e.kind(),
+                io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
+            ) =>
+        {
             return Ok(None);
         }
         Err(e) => return Err(e),
@@ -494,7 +499,10 @@ mod tests {
             ])
         );
         assert_eq!(
-            files(None, &[("DOCKER_CONFIG", "/c"), ("REGISTRY_AUTH_FILE", "/a")]),
+            files(
+                None,
+                &[("DOCKER_CONFIG", "/c"), ("REGISTRY_AUTH_FILE", "/a")]
+            ),
             paths(&["/c/config.json", "/a"])
         );
         assert_eq!(files(None, &[("HOME", "")]), paths(&[]));
@@ -510,7 +518,10 @@ mod tests {
         assert_eq!(missing.places, format!("{} (not there)", path.display()));
         std::fs::write(&path, r#"{"auths":{"h":{"auth":"hunter2}}"#).unwrap();
         let error = files.look_up("h", "a").await.unwrap_err().to_string();
-        assert!(error.starts_with("getting credentials for h from"), "{error}");
+        assert!(
+            error.starts_with("getting credentials for h from"),
+            "{error}"
+        );
         assert!(error.contains("not valid at line 1"), "{error}");
         assert!(!error.contains("hunter2"), "{error}");
     }
@@ -539,10 +550,7 @@ mod tests {
             "good",
             r#"read -r k || :; printf '{"ServerURL":"x","Username":"%s","Secret":"s"}' "$1-$k""#,
         );
-        let token = helper(
-            "token",
-            r#"printf '{"Username":"<token>","Secret":"t"}'"#,
-        );
+        let token = helper("token", r#"printf '{"Username":"<token>","Secret":"t"}'"#);
         let unknown = helper("unknown", &format!("echo '{NOT_FOUND}'; exit 1"));
         let broken = helper("broken", "echo oops >&2; exit 3");
         assert_eq!(

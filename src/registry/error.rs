@@ -438,11 +438,9 @@ fn parse_retry_after(text: &str, now: time::OffsetDateTime) -> Option<Duration> 
     if let Ok(seconds) = text.trim().parse() {
         return Some(Duration::from_secs(seconds));
     }
-    let at = time::OffsetDateTime::parse(
-        text.trim(),
-        &time::format_description::well_known::Rfc2822,
-    )
-    .ok()?;
+    let at =
+        time::OffsetDateTime::parse(text.trim(), &time::format_description::well_known::Rfc2822)
+            .ok()?;
     Some((at - now).try_into().unwrap_or_default())
 }
 
@@ -480,7 +478,8 @@ mod tests {
 
     #[test]
     fn a_status_shows_request_code_and_message_and_no_secret() {
-        let body = r#"{"errors":[{"code":"DENIED","message":"no\u001b[31m","detail":[1]},{"code":"X"}]}"#;
+        let body =
+            r#"{"errors":[{"code":"DENIED","message":"no\u001b[31m","detail":[1]},{"code":"X"}]}"#;
         let check = |code, body, expected: &str| {
             assert_eq!(status(code, body).to_string(), expected);
         };

@@ -143,7 +143,11 @@ impl Client {
             lock(&self.0.dead_mirrors).insert(mirror.authority.clone());
         }
         if error.is_not_found() {
-            tracing::debug!(mirror = mirror.authority, repository = mirror.name, "the mirror does not have it: asking the next");
+            tracing::debug!(
+                mirror = mirror.authority,
+                repository = mirror.name,
+                "the mirror does not have it: asking the next"
+            );
         } else {
             tracing::warn!(mirror = mirror.authority, repository = mirror.name, %error, "the registry mirror failed: asking the next");
         }

@@ -51,7 +51,8 @@ async fn an_image_is_resolved_with_its_config() {
         &client,
         &registry.repository("a/b"),
         &got.manifest.layers[1],
-    ).await;
+    )
+    .await;
     assert_eq!(layer.unwrap(), b"two");
 }
 
@@ -135,7 +136,8 @@ async fn a_broken_download_is_resumed_where_it_broke() {
             &client(&[&registry]),
             &registry.repository("a"),
             &descriptor,
-        ).await;
+        )
+        .await;
         assert!(got.unwrap() == content, "ranges: {ranges}");
         let asked: Vec<_> = registry
             .seen()
@@ -172,7 +174,11 @@ async fn a_download_that_always_breaks_ends() {
     .await
     .unwrap_err();
     assert!(matches!(error, RegistryError::Connection { .. }), "{error}");
-    let tries = registry.lines().iter().filter(|l| l.contains("/blobs/")).count();
+    let tries = registry
+        .lines()
+        .iter()
+        .filter(|l| l.contains("/blobs/"))
+        .count();
     assert_eq!(tries, 5, "one and four more");
 }
 
@@ -286,7 +292,14 @@ async fn a_registry_that_wants_hours_is_not_waited_for() {
         .unwrap_err();
     assert_eq!(error.status(), Some(429));
     assert!(error.hint().unwrap().contains("--registry-mirror"));
-    assert_eq!(registry.lines().iter().filter(|l| l.contains("man")).count(), 1);
+    assert_eq!(
+        registry
+            .lines()
+            .iter()
+            .filter(|l| l.contains("man"))
+            .count(),
+        1
+    );
 }
 
 /// CVE-2021-41190, S16 and S17: documents that are too large, two things at once, of a
@@ -403,7 +416,11 @@ async fn mirrors_are_asked_first_and_passed_over() {
         client.resolve(&reference, &amd64()).await.unwrap()
     };
     assert_eq!(resolve("a:1").await.raw, raw, "from the registry");
-    assert!(mirror.lines().contains(&"GET /v2/cache/a/manifests/1".to_owned()));
+    assert!(
+        mirror
+            .lines()
+            .contains(&"GET /v2/cache/a/manifests/1".to_owned())
+    );
     assert_eq!(
         client.sources(&registry.repository("a")).len(),
         2,
@@ -440,7 +457,8 @@ async fn a_mirror_that_lies_is_an_error_and_one_that_breaks_is_not() {
         &with_mirror(&breaks),
         &registry.repository("a"),
         &descriptor,
-    ).await;
+    )
+    .await;
     assert!(got.unwrap() == content);
 
     let mut wrong = content.clone();
@@ -501,7 +519,10 @@ async fn plain_http_is_spoken_only_where_it_is_allowed() {
 
     let client = client(&[&registry]);
     for _ in 0..2 {
-        client.fetch_manifest(&registry.reference("a")).await.unwrap();
+        client
+            .fetch_manifest(&registry.reference("a"))
+            .await
+            .unwrap();
     }
     assert_eq!(
         registry.lines(),

@@ -173,13 +173,12 @@ impl Client {
         let endpoint = self.registry(to.repository());
         let scopes = Scopes::push(&endpoint.name);
         let path = format!("manifests/{}", to.tag().unwrap_or(manifest.digest.as_str()));
-        let media_type =
-            HeaderValue::from_str(manifest.media_type.as_str()).map_err(|_| {
-                RegistryError::Manifest {
-                    reference: to.to_string(),
-                    source: crate::image::ManifestError::Unsupported(manifest.media_type.clone()),
-                }
-            })?;
+        let media_type = HeaderValue::from_str(manifest.media_type.as_str()).map_err(|_| {
+            RegistryError::Manifest {
+                reference: to.to_string(),
+                source: crate::image::ManifestError::Unsupported(manifest.media_type.clone()),
+            }
+        })?;
         let mut head = self
             .transport()
             .call(&endpoint, &scopes, Method::HEAD, &path)

@@ -37,6 +37,8 @@ struct Inner {
     manifests: Mutex<HashMap<(String, String), (String, Vec<u8>)>>,
     uploads: Mutex<HashMap<String, Vec<u8>>>,
     seen: Mutex<Vec<Seen>>,
+    /// What was posted to `/token`.
+    forms: Mutex<Vec<String>>,
 }
 
 /// A request that came, in the order of coming.
@@ -67,6 +69,7 @@ impl TestRegistry {
             manifests: Mutex::default(),
             uploads: Mutex::default(),
             seen: Mutex::default(),
+            forms: Mutex::default(),
         });
         let router = Router::new().fallback(serve).with_state(state.clone());
         tokio::spawn(async move { axum::serve(listener, router).await });
@@ -90,6 +93,12 @@ impl TestRegistry {
     /// The next PATCHes take this many bytes each and then fail with 500.
     pub(crate) fn cut_patches(&self, sizes: &[usize]) {
         *self.state.cuts.lock().unwrap() = sizes.to_vec();
+    }
+
+    /// Begins an upload session without a request, as a storage service is made to.
+    pub(crate) fn open_session(&self, id: &str) {
+        let mut uploads = self.state.uploads.lock().unwrap();
+        uploads.insert(id.to_owned(), Vec::new());
     }
 
     /// Stores a blob and describes it.
@@ -138,6 +147,11 @@ impl TestRegistry {
         self.state.seen.lock().unwrap().clone()
     }
 
+    /// The bodies of all requests for `/token`.
+    pub(crate) fn forms(&self) -> Vec<String> {
+        self.state.forms.lock().unwrap().clone()
+    }
+
     pub(crate) fn forget_seen(&self) {
         self.state.seen.lock().unwrap().clear();
     }
@@ -163,10 +177,7 @@ pub(crate) fn image(platform: &str, layers: &[&[u8]], store: impl Fn(&[u8])) -> 
             .collect(),
         annotations: BTreeMap::new(),
     };
-    RawManifest::new(
-        MediaType::MANIFEST,
-        serde_json::to_vec(&manifest).unwrap(),
-    )
+    RawManifest::new(MediaType::MANIFEST, serde_json::to_vec(&manifest).unwrap())
 }
 
 /// A client that allows plain HTTP to `registries`, knows no credentials and waits little.
@@ -235,6 +246,11 @@ async fn serve(State(state): State<Arc<Inner>>, request: Request) -> Response {
         headers: parts.headers.iter().map(text).collect(),
     });
     if let Some(response) = (state.hook)(&parts) {
+        if parts.uri.path() == "/token" {
+            let body = axum::body::to_bytes(body, 1 << 20).await.unwrap();
+            let body = String::from_utf8(body.to_vec()).unwrap();
+            state.forms.lock().unwrap().push(body);
+        }
         return response;
     }
     let path = parts.uri.path().to_owned();
@@ -317,13 +333,7 @@ async fn manifest(
     }
 }
 
-async fn upload(
-    state: &Inner,
-    parts: &Parts,
-    body: Body,
-    repository: &str,
-    id: &str,
-) -> Response {
+async fn upload(state: &Inner, parts: &Parts, body: Body, repository: &str, id: &str) -> Response {
     let query: HashMap<String, String> =
         url::form_urlencoded::parse(parts.uri.query().unwrap_or_default().as_bytes())
             .into_owned()
@@ -356,7 +366,13 @@ async fn upload(
                 return unknown("BLOB_UPLOAD_UNKNOWN");
             };
             if let Some(range) = parts.headers.get("content-range") {
-                let start = range.to_str().unwrap().split_once('-').unwrap().0.to_owned();
+                let start = range
+                    .to_str()
+                    .unwrap()
+                    .split_once('-')
+                    .unwrap()
+                    .0
+                    .to_owned();
                 if start != bytes.len().to_string() {
                     return answer(416, &[("range", &range_of(bytes.len()))], "");
                 }

@@ -288,7 +288,7 @@ impl Upload<'_> {
         // "0-0" is what registries say of one byte and of none. Taken as none: if it was
         // one, the range of the next PATCH does not fit, and another session is started.
         match range_end(answer.header("range")?)? {
-            1 => Some(0),
+            0 | 1 => Some(0),
             end => Some(end).filter(|end| *end <= self.descriptor.size),
         }
     }
@@ -471,10 +471,11 @@ fn is_refusal(error: &RegistryError) -> bool {
     }
 }
 
-/// One past the last byte of `FIRST-LAST`, which some write with a unit before it.
+/// One past the last byte of `FIRST-LAST`, which some write with a unit before it,
+/// and some with -1 as the last byte of nothing.
 fn range_end(text: &str) -> Option<u64> {
-    let last = text.trim().rsplit_once('-')?.1;
-    last.parse::<u64>().ok()?.checked_add(1)
+    let last = text.trim().split_once('-')?.1;
+    u64::try_from(last.parse::<i64>().ok()?.checked_add(1)?).ok()
 }
 
 impl Client {
@@ -495,12 +496,7 @@ impl Client {
             .follow(&origin, answer.method(), &answer.url, location)
     }
 
-    pub(super) async fn cancel_upload(
-        &self,
-        endpoint: &Endpoint,
-        scopes: &Scopes,
-        location: Url,
-    ) {
+    pub(super) async fn cancel_upload(&self, endpoint: &Endpoint, scopes: &Scopes, location: Url) {
         let mut call = self
             .transport()
             .call_url(endpoint, scopes, Method::DELETE, location);
@@ -521,8 +517,9 @@ mod tests {
             ("0-1023", Some(1024)),
             ("bytes=0-9", Some(10)),
             ("0-0", Some(1)),
-            ("0--1", None),
-            ("0-18446744073709551615", None),
+            ("0--1", Some(0)),
+            ("0--2", None),
+            ("0-9223372036854775807", None),
             ("7", None),
             ("", None),
         ] {
