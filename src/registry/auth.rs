@@ -71,7 +71,7 @@ enum Challenge {
 /// Knows what registries want and holds what was obtained.
 pub(super) struct Authenticator {
     files: CredentialFiles,
-    /// What each origin asked for last.
+    /// What each origin (`SCHEME://HOST[:PORT]/`) asked for last.
     challenges: Mutex<HashMap<String, Challenge>>,
     /// What each origin is shown. The inner lock is held while a token is fetched,
     /// so that requests side by side fetch it once.
@@ -126,7 +126,7 @@ impl Authenticator {
         {
             return Ok(Some(known.header.clone()));
         }
-        let challenge = lock(&self.challenges).get(&authority(origin)).cloned();
+        let challenge = lock(&self.challenges).get(origin.as_str()).cloned();
         let Some(mut challenge) = challenge else {
             return Ok(None);
         };
@@ -165,7 +165,7 @@ impl Authenticator {
         let Some(challenge) = choose(headers) else {
             return Ok(false);
         };
-        lock(&self.challenges).insert(authority(origin), challenge.clone());
+        lock(&self.challenges).insert(origin.to_string(), challenge.clone());
         let obtained = self
             .obtain(http, endpoint, origin, scopes, &challenge, &mut slot)
             .await?;
@@ -187,7 +187,7 @@ impl Authenticator {
 
     fn slot(&self, origin: &Url, scopes: &Scopes) -> Arc<tokio::sync::Mutex<Slot>> {
         lock(&self.slots)
-            .entry((authority(origin), scopes.clone()))
+            .entry((origin.to_string(), scopes.clone()))
             .or_default()
             .clone()
     }

@@ -270,6 +270,42 @@ async fn another_host_sees_no_authorization() {
     assert_eq!(shown(&other), [None, None, None]);
 }
 
+/// Nor does the registry itself, for what another host sent back to it.
+#[tokio::test]
+async fn a_request_that_was_away_comes_back_without_authorization() {
+    let name = Arc::new(std::sync::OnceLock::<String>::new());
+    let back = name.clone();
+    let other = TestRegistry::with_hook(move |_| {
+        let to = format!("http://{}/v2/secret/manifests/1", back.get().unwrap());
+        Some(answer(307, &[("location", &to)], ""))
+    })
+    .await;
+    let host = other.name();
+    let registry = TestRegistry::with_hook(move |parts| {
+        let to = format!("http://{host}/");
+        let away = parts.uri.path().contains("/a/manifests/");
+        let known = header(parts, "authorization") == "Basic dTpw";
+        match parts.uri.path() {
+            "/v2/" => None,
+            _ if away && known => Some(answer(307, &[("location", &to)], "")),
+            _ if known => Some(answer(200, &[], "the secret")),
+            _ => Some(challenge("Basic")),
+        }
+    })
+    .await;
+    name.set(registry.name()).unwrap();
+    let config = docker_config(&json!({registry.name(): {"auth": "dTpw"}}));
+    let error = with_password(&registry, &config)
+        .fetch_manifest(&registry.reference("a:1"))
+        .await
+        .unwrap_err();
+    assert_eq!(error.status(), Some(401), "{error}");
+    assert_eq!(
+        shown(&registry),
+        [None, None, Some("Basic dTpw".to_owned()), None]
+    );
+}
+
 /// A challenge of the host that a redirect led to is not answered.
 #[tokio::test]
 async fn the_challenge_of_another_host_is_not_answered() {

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use reqwest::{Method, StatusCode, header};
-use serde::Deserialize;
+use serde_json::Value;
 use thiserror::Error;
 use url::Url;
 
@@ -202,13 +202,11 @@ pub struct StatusError {
 }
 
 /// One entry of the specification's error document.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SpecError {
-    /// Such as `NAME_UNKNOWN`.
-    #[serde(default)]
+    /// Such as `NAME_UNKNOWN`; may be empty.
     pub code: String,
     /// For people; may be empty.
-    #[serde(default)]
     pub message: String,
 }
 
@@ -366,26 +364,10 @@ impl StatusError {
         headers: &header::HeaderMap,
         body: &[u8],
     ) -> Self {
-        #[derive(Deserialize)]
-        struct Document {
-            #[serde(default)]
-            errors: Vec<SpecError>,
-        }
-        let errors = serde_json::from_slice::<Document>(body)
-            .map(|document| document.errors)
-            .unwrap_or_default();
         Self {
             request: request_label(method, url),
             status: status.as_u16(),
-            errors: errors
-                .into_iter()
-                .filter(|error| !error.code.is_empty() || !error.message.is_empty())
-                .take(ERRORS_LIMIT)
-                .map(|error| SpecError {
-                    code: clean(&error.code),
-                    message: clean(&error.message),
-                })
-                .collect(),
+            errors: parse_errors(body),
             retry_after: headers
                 .get(header::RETRY_AFTER)
                 .and_then(|value| value.to_str().ok())
@@ -431,6 +413,34 @@ pub(super) fn clean(text: &str) -> String {
         out.push('…');
     }
     out.trim().to_owned()
+}
+
+/// The errors in a body: the specification's document, or the one text that token servers
+/// give under various names. Fields of other types are as good as absent.
+fn parse_errors(body: &[u8]) -> Vec<SpecError> {
+    let document: Value = serde_json::from_slice(body).unwrap_or_default();
+    let text = |value: &Value, key: &str| clean(value[key].as_str().unwrap_or_default());
+    let listed = document["errors"].as_array().map(Vec::as_slice);
+    let mut errors: Vec<SpecError> = listed
+        .unwrap_or_default()
+        .iter()
+        .map(|error| SpecError {
+            code: text(error, "code"),
+            message: text(error, "message"),
+        })
+        .collect();
+    if errors.is_empty() {
+        let names = ["error_description", "details", "message", "error"];
+        errors.extend(names.map(|name| SpecError {
+            code: String::new(),
+            message: text(&document, name),
+        }));
+        errors.retain(|error| !error.message.is_empty());
+        errors.truncate(1);
+    }
+    errors.retain(|error| !error.code.is_empty() || !error.message.is_empty());
+    errors.truncate(ERRORS_LIMIT);
+    errors
 }
 
 /// Seconds, or an HTTP date.
@@ -494,6 +504,16 @@ mod tests {
             "PUT https://host/v2/a/blobs/x?…: 502 Bad Gateway",
         );
         check(599, "", "PUT https://host/v2/a/blobs/x?…: 599");
+        check(
+            401,
+            r#"{"details":"wrong password","error":"x"}"#,
+            "PUT https://host/v2/a/blobs/x?…: 401 wrong password",
+        );
+        check(
+            404,
+            r#"{"errors":[{"code":404,"message":null},{"message":"gone"},7]}"#,
+            "PUT https://host/v2/a/blobs/x?…: 404 gone",
+        );
         let error = RegistryError::from(status(401, "")).with_hint(Some("log in".to_owned()));
         assert_eq!(
             error.to_string(),

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
-use reqwest::{Method, RequestBuilder, Response};
+use reqwest::{ClientBuilder, Method, RequestBuilder, Response};
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 use url::Url;
@@ -63,7 +63,6 @@ impl Default for Timing {
 }
 
 /// The clients for trusted and insecure hosts, through proxies and not.
-#[derive(Debug)]
 pub(super) struct Http {
     verified: Pair,
     unverified: Pair,
@@ -71,10 +70,19 @@ pub(super) struct Http {
     pub(super) timing: Timing,
 }
 
-#[derive(Debug)]
 struct Pair {
     proxied: reqwest::Client,
     direct: reqwest::Client,
+}
+
+impl std::fmt::Debug for Http {
+    /// Without the clients, whose proxies may have passwords in their URLs.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Http")
+            .field("insecure", &self.insecure)
+            .field("timing", &self.timing)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Http {
@@ -89,11 +97,15 @@ impl Http {
         let proxied = PROXY_VARIABLES
             .iter()
             .any(|name| std::env::var_os(name).is_some_and(|value| !value.is_empty()));
+        let unverified = |builder: ClientBuilder| {
+            builder
+                .tls_danger_accept_invalid_certs(true)
+                .build()
+                .map_err(tls_error)
+        };
         Ok(Self {
-            verified: Pair::new(proxied, || verified(timing, &extra))?,
-            unverified: Pair::new(proxied, || {
-                Ok(builder(timing).tls_danger_accept_invalid_certs(true))
-            })?,
+            verified: Pair::new(proxied, timing, |builder| verified(builder, &extra))?,
+            unverified: Pair::new(proxied, timing, unverified)?,
             insecure: options.insecure.clone(),
             timing,
         })
@@ -150,11 +162,12 @@ impl Http {
 impl Pair {
     fn new(
         proxied: bool,
-        builder: impl Fn() -> Result<reqwest::ClientBuilder, RegistryError>,
+        timing: Timing,
+        build: impl Fn(ClientBuilder) -> Result<reqwest::Client, RegistryError>,
     ) -> Result<Self, RegistryError> {
-        let through = builder()?.build().map_err(tls_error)?;
+        let through = build(builder(timing))?;
         let direct = if proxied {
-            builder()?.no_proxy().build().map_err(tls_error)?
+            build(builder(timing).no_proxy())?
         } else {
             through.clone()
         };
@@ -209,7 +222,7 @@ impl Patience {
     }
 }
 
-fn builder(timing: Timing) -> reqwest::ClientBuilder {
+fn builder(timing: Timing) -> ClientBuilder {
     reqwest::Client::builder()
         .user_agent(USER_AGENT)
         .redirect(reqwest::redirect::Policy::none())
@@ -220,22 +233,28 @@ fn builder(timing: Timing) -> reqwest::ClientBuilder {
     // would end long uploads. Time limits are set by the callers.
 }
 
-/// The system's roots and `extra`; Mozilla's where the system has none, as in small images.
+/// Trusts the system's roots and `extra`; Mozilla's where the system has none, as in small images.
 fn verified(
-    timing: Timing,
+    settings: ClientBuilder,
     extra: &[CertificateDer<'static>],
-) -> Result<reqwest::ClientBuilder, RegistryError> {
-    // Building is the only way to learn whether there are roots.
-    if builder(timing).build().is_ok() {
+) -> Result<reqwest::Client, RegistryError> {
+    // Building is the only way to learn whether the system has roots: without any it
+    // fails, unless there are others, and those would then be all.
+    let alone = reqwest::Client::builder().build();
+    if alone.is_ok() {
         let certificates: Vec<_> = extra
             .iter()
             .map(|der| reqwest::Certificate::from_der(der))
             .collect::<Result<_, _>>()
             .map_err(tls_error)?;
-        return Ok(builder(timing).tls_certs_merge(certificates));
+        let settings = settings.tls_certs_merge(certificates);
+        return settings.build().map_err(tls_error);
     }
     tracing::debug!("the system has no CA certificates: using the ones built in");
-    Ok(builder(timing).tls_backend_preconfigured(with_built_in_roots(extra)?))
+    settings
+        .tls_backend_preconfigured(with_built_in_roots(extra)?)
+        .build()
+        .map_err(tls_error)
 }
 
 fn with_built_in_roots(

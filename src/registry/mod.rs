@@ -67,7 +67,8 @@ pub struct Options {
     pub insecure: BTreeSet<String>,
     /// Files with PEM certificates that are trusted beside the system's.
     pub ca_files: Vec<PathBuf>,
-    /// The directory of `config.json` with credentials; absent: `$DOCKER_CONFIG`, else `~/.docker`.
+    /// The directory of `config.json` with credentials; absent: `$DOCKER_CONFIG`, else `~/.docker`,
+    /// and then the places of Podman's `auth.json`.
     pub docker_config: Option<PathBuf>,
 }
 

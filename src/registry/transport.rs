@@ -142,9 +142,11 @@ impl Transport {
         let mut url = call.url.clone();
         let mut challenged = false;
         let mut redirects = 0;
+        let mut ours = true;
         loop {
-            // Elsewhere the request goes without credentials, and nobody else's challenge is answered.
-            let ours = same_origin(&origin, &url);
+            // Elsewhere the request goes without credentials, and nobody else's challenge is
+            // answered. It stays so: who sends a request back must not choose what it does.
+            ours = ours && same_origin(&origin, &url);
             let shown = if ours {
                 self.authenticator
                     .authorization(&self.http, call.endpoint, &origin, call.scopes)
@@ -230,6 +232,13 @@ impl Transport {
                         .advice(call.endpoint, &origin, call.scopes)
                         .await
                 }
+                404 if error.has_code("NAME_UNKNOWN") && call.method == Method::POST => Some(
+                    "at some registries a repository must be created before it is pushed to"
+                        .to_owned(),
+                ),
+                413 => Some(
+                    "the registry, or a proxy before it, limits the size of uploads".to_owned(),
+                ),
                 429 => Some(
                     "the registry limits how often it is asked; \
                      logged-in users often may more, and a --registry-mirror helps"
