@@ -1,0 +1,37 @@
+//! The tests that run the program itself.
+//!
+//! They start real registries (`docker-registry`, Debian's build of registry:2) on the loopback,
+//! read what was pushed with `skopeo`, and check it with code that shares nothing with the program
+//! ([`support::oci`], [`support::tarball`]). The names say what a test needs: `sandbox_…` user
+//! namespaces, `compose_…` the services that `compose.yaml` also has. A test whose needs the
+//! machine cannot meet says `skipped: …` and passes; `SOCKLESS_TEST_REQUIRE_ALL=1` makes it fail.
+//!
+//! Variables: `SOCKLESS_TEST_BIN` (the program, instead of the one that Cargo built),
+//! `SOCKLESS_TEST_CACHE` (where base images are kept between runs, instead of `target/fixtures`),
+//! `SOCKLESS_TEST_REGISTRY` (`HOST:PORT` of a plain registry for machines without
+//! `docker-registry`), `SOCKLESS_TEST_DEBIAN_MIRROR`.
+
+// Tests are where processes are started, and where text is printed for whoever reads the run.
+#![allow(clippy::disallowed_methods, clippy::print_stderr)]
+// A test binary has no outside: `pub` says what a module offers to the others.
+#![allow(unreachable_pub)]
+
+#[macro_use]
+mod support;
+
+/// The program as a file: static, and content with an empty root.
+mod binary;
+/// What Dockerfiles do, on a base of one busybox.
+mod build;
+/// `compose.yaml` and `certs/make.sh`.
+mod compose;
+/// How much memory a build takes.
+mod memory;
+/// Which module may use which.
+mod modules;
+/// Registries: credentials, transport, what is sent and what is not.
+mod registry;
+/// A merged pull request becomes a pushed image whose Apache answers.
+mod scenario;
+/// `sockless serve` over a real socket.
+mod service;
