@@ -5,7 +5,7 @@ use std::process::Command;
 
 use crate::support::dir::TestDir;
 use crate::support::process::run;
-use crate::support::{find_program, programs, repository};
+use crate::support::{programs, repository};
 
 #[test]
 fn compose_file_is_understood_and_gives_nothing_away() {
@@ -23,13 +23,8 @@ fn compose_file_is_understood_and_gives_nothing_away() {
         !lines().any(|line| line.contains("privileged: true")),
         "all privileges"
     );
-    let Some(tool) = ["podman-compose", "docker-compose"]
-        .into_iter()
-        .find(|t| find_program(t).is_some())
-    else {
-        skip!("neither podman-compose nor docker-compose is installed");
-    };
-    let ran = run(Command::new(tool)
+    needs!(programs(&["docker-compose"]));
+    let ran = run(Command::new("docker-compose")
         .arg("-f")
         .arg(&file)
         .arg("config")

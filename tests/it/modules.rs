@@ -73,7 +73,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("dockerfile", &[]),
     ("image", &[]),
     ("sandbox", &[]),
-    ("io", &[]),
+    ("io", &["image"]),
     ("secret", &[]),
     ("progress", &["image"]),
 ];

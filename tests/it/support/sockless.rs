@@ -225,7 +225,7 @@ impl Service {
     /// The job's log so far.
     #[track_caller]
     pub fn log(&self, id: &str) -> String {
-        let response = http::get(&self.host, &format!("{JOBS}/{id}/log"));
+        let response = http::get(&self.host, &format!("{JOBS}/{id}/log?format=text"));
         assert_eq!(response.status, 200, "{}", response.text());
         response.text()
     }
@@ -269,7 +269,7 @@ impl Service {
 /// Where deliveries go.
 pub const WEBHOOK: &str = "/webhook";
 /// Where jobs are.
-pub const JOBS: &str = "/api/jobs";
+pub const JOBS: &str = "/api/v1/jobs";
 
 /// The job's ID in an answer.
 #[track_caller]

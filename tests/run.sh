@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# Everything that a change must pass. As root the tests run twice: as an ordinary user, whom it
+# makes for that, and as root.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+[ -n "${HOME:-}" ] && [ -r "$HOME/.cargo/env" ] && ! command -v cargo >/dev/null && . "$HOME/.cargo/env"
+command -v cargo >/dev/null || { echo "Rust is missing: see https://rustup.rs" >&2; exit 1; }
+
+sh tests/setup.sh docker-compose
+. tests/user.sh
+
+step() { printf '\n== %s\n' "$*"; "$@"; }
+step cargo fmt --check
+step cargo clippy --locked --all-targets -- -D warnings
+RUSTDOCFLAGS='-D warnings' step cargo doc --locked --no-deps --document-private-items
+step cargo test --locked --no-run
+
+status=0
+if [ "$(id -u)" = 0 ]; then
+  here=$PWD
+  target=$(cargo metadata --locked --no-deps --format-version 1 | jq -r .target_directory)
+  mapfile -t binaries < <(cargo test --locked --no-run --message-format=json 2>/dev/null \
+    | jq -r 'select(.reason == "compiler-artifact" and .profile.test and .executable) | .executable')
+  [ ${#binaries[@]} -gt 0 ] || { echo "no test binaries" >&2; exit 1; }
+  # Both users keep base images here, so that they are made once.
+  mkdir -p "$target/fixtures"
+  chown -R "$user" "$target/fixtures"
+  scratch=$(mktemp -d /var/tmp/sockless-test.XXXXXX)
+  trap 'rm -rf --one-file-system -- "$scratch"' EXIT
+  chown "$user" "$scratch"
+
+  # Where the repository lies below a directory that is closed to others, such as /root, it is shown
+  # at its place all the same, in a mount namespace of these tests' own: paths are compiled in.
+  as_ordinary_user() {
+    unshare --mount --propagation private bash -euo pipefail -c '
+      . tests/user.sh
+      reachable() { ( as_user test -x "$1" ); }
+      for path in "$1" "$2"; do
+        reachable "$path" && continue
+        closed=/
+        for part in ${path//\// }; do
+          closed=${closed%/}/$part
+          reachable "$closed" || break
+        done
+        held=$(mktemp -d "$3/held.XXXXXX")
+        mount --bind "$path" "$held"
+        mount -t tmpfs -o mode=755 tmpfs "$closed"
+        mkdir -p "$path"
+        mount --bind "$held" "$path"
+        cd "$1"
+        reachable "$path" || { echo "$path itself is closed to $user; chmod o+rx it" >&2; exit 1; }
+      done
+      cd "$1"
+      as_user TMPDIR="$3" SOCKLESS_TEST_CACHE="$2/fixtures" CARGO_MANIFEST_DIR="$1" RUST_BACKTRACE="$4" \
+        SOCKLESS_TEST_REQUIRE_ALL="$5" "${@:6}"
+    ' bash "$here" "$target" "$scratch" "${RUST_BACKTRACE:-1}" "${SOCKLESS_TEST_REQUIRE_ALL:-0}" "$@"
+  }
+  for binary in "${binaries[@]}"; do
+    printf '\n== as %s: %s\n' "$user" "$(basename "$binary")"
+    as_ordinary_user "$binary" || status=1
+  done
+  export SOCKLESS_TEST_CACHE=$target/fixtures
+fi
+
+printf '\n== as %s: cargo test\n' "$(id -un)"
+cargo test --locked --no-fail-fast || status=1
+exit $status
