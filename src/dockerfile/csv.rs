@@ -1,62 +1,75 @@
 //! Comma-separated options, as `--mount` and `--device` take them.
 
+use super::error::quoted;
+
+/// What is wrong with comma-separated options.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum CommaError {
+    /// A quote inside this field, which does not begin with one.
+    #[error("{} has a quote inside: quote the whole field and double the quote", quoted(.0))]
+    BareQuote(String),
+    /// A quote before this text that has no counterpart.
+    #[error("the quote before {} has no end", quoted(.0))]
+    Unterminated(String),
+    /// Text after a closing quote.
+    #[error("a comma must follow a quoted field, not {}", quoted(.0))]
+    AfterQuote(String),
+}
+
 /// Splits one line of comma-separated values: fields may be quoted with `"`, which is
 /// doubled inside. Blanks count. No fields if `line` is empty.
 ///
 /// # Errors
-/// What is wrong with the quotes.
-pub fn comma_fields(line: &str) -> Result<Vec<String>, String> {
+/// [`CommaError`] for quotes in the wrong place.
+pub fn comma_fields(line: &str) -> Result<Vec<String>, CommaError> {
     let mut fields = Vec::new();
-    let mut rest = line;
     if line.is_empty() {
         return Ok(fields);
     }
-    loop {
-        let Some(mut quoted) = rest.strip_prefix('"') else {
-            let (field, after) = match rest.split_once(',') {
-                Some((field, after)) => (field, Some(after)),
-                None => (rest, None),
-            };
-            if field.contains('"') {
-                return Err(format!(
-                    "{field:?} has a quote inside: quote the whole field and double the quote"
-                ));
-            }
-            fields.push(field.to_owned());
-            match after {
-                Some(after) => rest = after,
-                None => return Ok(fields),
-            }
-            continue;
+    let mut rest = Some(line);
+    while let Some(text) = rest {
+        let (field, after) = match text.strip_prefix('"') {
+            Some(text) => quoted_field(text)?,
+            None => plain_field(text)?,
         };
-        let mut field = String::new();
-        loop {
-            let Some((part, after)) = quoted.split_once('"') else {
-                return Err(format!("the quote before {quoted:?} has no end"));
-            };
-            field.push_str(part);
-            match after.strip_prefix('"') {
-                Some(after) => {
-                    field.push('"');
-                    quoted = after;
-                }
-                None => {
-                    quoted = after;
-                    break;
-                }
-            }
-        }
         fields.push(field);
-        if quoted.is_empty() {
-            return Ok(fields);
-        }
-        match quoted.strip_prefix(',') {
-            Some(after) => rest = after,
-            None => {
-                return Err(format!(
-                    "a comma must follow a quoted field, not {quoted:?}"
-                ));
-            }
+        rest = after;
+    }
+    Ok(fields)
+}
+
+/// A field and what follows its comma, if there is one.
+type Field<'t> = (String, Option<&'t str>);
+
+fn plain_field(text: &str) -> Result<Field<'_>, CommaError> {
+    let (field, after) = match text.split_once(',') {
+        Some((field, after)) => (field, Some(after)),
+        None => (text, None),
+    };
+    if field.contains('"') {
+        return Err(CommaError::BareQuote(field.to_owned()));
+    }
+    Ok((field.to_owned(), after))
+}
+
+/// As [`plain_field`], after the opening quote.
+fn quoted_field(text: &str) -> Result<Field<'_>, CommaError> {
+    let mut field = String::new();
+    let mut rest = text;
+    loop {
+        let (part, after) = rest
+            .split_once('"')
+            .ok_or_else(|| CommaError::Unterminated(rest.to_owned()))?;
+        field.push_str(part);
+        if let Some(after) = after.strip_prefix('"') {
+            field.push('"');
+            rest = after;
+        } else if after.is_empty() {
+            return Ok((field, None));
+        } else if let Some(after) = after.strip_prefix(',') {
+            return Ok((field, Some(after)));
+        } else {
+            return Err(CommaError::AfterQuote(after.to_owned()));
         }
     }
 }
@@ -85,7 +98,11 @@ mod tests {
     #[test]
     fn wrong_quotes_are_errors() {
         let check = |line: &str, expected: &str| {
-            assert_eq!(comma_fields(line).unwrap_err(), expected, "{line}");
+            assert_eq!(
+                comma_fields(line).unwrap_err().to_string(),
+                expected,
+                "{line}"
+            );
         };
         check(
             "a\"b",

@@ -1,5 +1,6 @@
 //! Parser directives: `# name=value` lines at the very top.
 
+use super::error::quoted;
 use super::lines::trim_line_end;
 use super::{Directives, Problem, Span, Word};
 
@@ -52,7 +53,10 @@ pub(super) fn parse(text: &str, problems: &mut Vec<Problem>) -> Directives {
                 "`" => directives.escape = '`',
                 other => problems.push(Problem::new(
                     found.value.span,
-                    format!("invalid escape character {other:?}: it must be ` or \\"),
+                    format!(
+                        "invalid escape character {}: it must be ` or \\",
+                        quoted(other)
+                    ),
                 )),
             },
             "syntax" => {

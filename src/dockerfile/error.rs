@@ -64,6 +64,16 @@ pub fn place(name: &str, text: &str, span: Span) -> String {
     format!("{name}:{line}:{column}")
 }
 
+/// `text` in quotes for a message, shortened if it is long.
+pub(super) fn quoted(text: &str) -> String {
+    const MAX_CHARS: usize = 200;
+    if text.chars().nth(MAX_CHARS).is_none() {
+        return format!("{text:?}");
+    }
+    let shortened: String = text.chars().take(MAX_CHARS).chain(['…']).collect();
+    format!("{shortened:?}")
+}
+
 /// Longer excerpts are cut on both sides of the place.
 const MAX_EXCERPT_CHARS: usize = 160;
 

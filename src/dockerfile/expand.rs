@@ -13,6 +13,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::Word;
+use super::error::quoted;
 use super::pattern::{Extent, Pattern, PatternError};
 
 /// What variables are worth.
@@ -123,19 +124,10 @@ pub fn expand(
             unset: lexer.unset,
         }),
         Err(fault) => Err(ExpandError(format!(
-            "cannot expand {:?}: {fault}",
-            shortened(text)
+            "cannot expand {}: {fault}",
+            quoted(text)
         ))),
     }
-}
-
-/// The start of `text`, for messages.
-fn shortened(text: &str) -> String {
-    const MAX: usize = 200;
-    if text.chars().nth(MAX).is_none() {
-        return text.to_owned();
-    }
-    text.chars().take(MAX).chain(['…']).collect()
 }
 
 /// What is wrong inside a text.
@@ -153,7 +145,7 @@ enum Fault {
     Modifier { name: String, modifier: String },
     #[error("{name}: {message}")]
     Required { name: String, message: String },
-    #[error("invalid pattern {pattern:?} in the substitution of \"{name}\": {source}")]
+    #[error("invalid pattern {pattern} in the substitution of \"{name}\": {source}")]
     Pattern {
         name: String,
         pattern: String,
@@ -494,7 +486,7 @@ impl Lexer<'_> {
             })
             .map_err(|source| Fault::Pattern {
                 name,
-                pattern: shortened(text),
+                pattern: quoted(text),
                 source,
             })
     }
@@ -523,7 +515,7 @@ impl Lexer<'_> {
             })
             .map_err(|source| Fault::Pattern {
                 name: name.to_owned(),
-                pattern: shortened(&text),
+                pattern: quoted(&text),
                 source,
             })?;
         replaced.ok_or(Fault::Size)

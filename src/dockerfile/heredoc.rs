@@ -1,8 +1,9 @@
 //! Here-documents: which ones a line announces, and their content.
 
+use super::error::quoted;
 use super::expand::{self, Environment, ExpandError, Options};
 use super::lines::{Line, Reader, trim_line_end};
-use super::{Heredoc, Problem, Span};
+use super::{Heredoc, MAX_HEREDOCS, Problem, Span};
 
 /// A here-document operator such as `3<<-"EOF"`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -76,7 +77,12 @@ pub(super) fn read(
     };
     let mut heredocs = Vec::new();
     let mut searched = 0;
-    for word in expansion.words.iter().filter(|word| word.contains("<<")) {
+    for word in &expansion.words {
+        let announced = match announced(word) {
+            Ok(None) => continue,
+            Ok(Some(announced)) => Ok(announced),
+            Err(error) => Err(error),
+        };
         let place = match text[searched..].find(word.as_str()) {
             Some(at) => {
                 let start = searched + at;
@@ -85,32 +91,42 @@ pub(super) fn read(
             }
             None => line.span,
         };
-        match announced(word) {
-            Ok(None) => {}
-            Ok(Some(announced)) => match content(&announced, reader) {
-                Ok(heredoc) => heredocs.push(heredoc),
-                Err(indented) => {
-                    let mut problem = Problem::new(
-                        place,
-                        format!(
-                            "unterminated here-document: no line after this consists of {:?} alone",
-                            announced.name
-                        ),
-                    );
-                    if let Some(number) = indented {
-                        problem = problem.with_hint(format!(
-                            "line {number} has it between blanks; only tabs before it are \
-                             allowed, and only with \"<<-\""
-                        ));
-                    }
-                    problems.push(problem);
-                    return heredocs;
+        let problem = match announced {
+            Err(error) => Problem::new(place, error.to_string()),
+            Ok(_) if heredocs.len() == MAX_HEREDOCS => Problem::new(
+                place,
+                format!("more than {MAX_HEREDOCS} here-documents in one instruction"),
+            ),
+            Ok(announced) => match content(&announced, reader) {
+                Ok(heredoc) => {
+                    heredocs.push(heredoc);
+                    continue;
                 }
+                Err(almost) => unterminated(place, &announced, almost),
             },
-            Err(error) => problems.push(Problem::new(place, error.to_string())),
-        }
+        };
+        problems.push(problem);
+        break;
     }
     heredocs
+}
+
+/// The problem of a missing terminator; `almost` is the number of a line that is nearly one.
+fn unterminated(place: Span, announced: &Announced, almost: Option<usize>) -> Problem {
+    let problem = Problem::new(
+        place,
+        format!(
+            "unterminated here-document: no line after this consists of {} alone",
+            quoted(&announced.name)
+        ),
+    );
+    match almost {
+        Some(number) => problem.with_hint(format!(
+            "line {number} has it between blanks; only tabs before it are allowed, and only \
+             with \"<<-\""
+        )),
+        None => problem,
+    }
 }
 
 /// Reads up to the terminator. The error is the number of a line that almost is one.

@@ -19,16 +19,18 @@ mod directive;
 mod duration;
 mod error;
 pub mod expand;
+mod healthcheck;
 mod heredoc;
 mod instruction;
 mod json;
 mod lines;
 mod pattern;
+mod run;
 mod split;
 mod statement;
 mod suggest;
 
-pub use csv::comma_fields;
+pub use csv::{CommaError, comma_fields};
 pub use error::{DockerfileError, Problem, line_column, place};
 pub use instruction::{
     ArgDeclaration, CommandLine, Copy, Directives, Dockerfile, Healthcheck, Heredoc, Instruction,
@@ -39,14 +41,17 @@ use lines::Reader;
 use statement::Statement;
 
 /// Larger Dockerfiles are refused. Real ones have kilobytes; parsed, a hostile one takes
-/// up to a hundred times its size.
+/// up to two hundred times its size.
 pub const MAX_DOCKERFILE_BYTES: usize = 1 << 20;
 
 /// Longer physical lines are refused, as BuildKit does. The line end does not count.
 pub const MAX_LINE_BYTES: usize = 65_535;
 
-/// Further problems are counted, not listed.
+/// Reading stops at the first statement after so many problems.
 pub const MAX_PROBLEMS: usize = 100;
+
+/// More here-documents in one instruction are refused: `COPY <<A <<A` has one content twice.
+pub const MAX_HEREDOCS: usize = 64;
 
 /// Parses a Dockerfile. `name` is for messages.
 ///
@@ -137,17 +142,14 @@ pub fn parse_trigger(expression: &str) -> Result<Instruction, DockerfileError> {
             None => {}
         }
     });
-    if count == 0 {
-        problems.push(Problem::new(
-            Span::default(),
-            "an ONBUILD trigger must be a single instruction, this one has none",
-        ));
-    }
+    let none = Problem::new(
+        Span::default(),
+        "an ONBUILD trigger must be a single instruction, this one has none",
+    );
     finish(name, text, problems)?;
-    instructions.pop().ok_or_else(|| {
-        let problem = Problem::new(Span::default(), "this ONBUILD trigger has no instruction");
-        failure(name, text, vec![problem])
-    })
+    instructions
+        .pop()
+        .ok_or_else(|| failure(name, text, vec![none]))
 }
 
 /// Reads `text` statement by statement. A statement is absent if it has problems.
@@ -158,7 +160,9 @@ fn each_statement(
     mut take: impl FnMut(&lines::Line, Option<Statement>, &mut Vec<Problem>),
 ) {
     let mut reader = Reader::new(text, escape);
-    while let Some(line) = reader.logical() {
+    while problems.len() <= MAX_PROBLEMS
+        && let Some(line) = reader.logical()
+    {
         let heredocs = if statement::may_have_heredocs(&line, escape) {
             heredoc::read(&line, &mut reader, problems)
         } else {
@@ -245,15 +249,117 @@ fn finish(name: &str, text: &str, problems: Vec<Problem>) -> Result<(), Dockerfi
 fn failure(name: &str, text: &str, mut problems: Vec<Problem>) -> DockerfileError {
     problems.sort_by_key(|problem| problem.span.start);
     if problems.len() > MAX_PROBLEMS {
-        let more = problems.len() - MAX_PROBLEMS;
         problems.truncate(MAX_PROBLEMS);
         if let Some(last) = problems.last_mut() {
-            last.hint = Some(format!("{more} more problems follow"));
+            last.hint = Some("there are more problems, which are not listed".to_owned());
         }
     }
     DockerfileError {
         name: name.to_owned(),
         text: text.to_owned(),
         problems,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn messages(text: &str) -> Vec<String> {
+        match parse("Dockerfile", text.as_bytes()) {
+            Ok(_) => Vec::new(),
+            Err(error) => error.problems.into_iter().map(|p| p.message).collect(),
+        }
+    }
+
+    #[test]
+    fn instructions_go_to_their_stages() {
+        let file = parse("x", b"ARG A\nARG B=1\nFROM a\nRUN x\nARG C\nFROM b AS c\n").unwrap();
+        assert_eq!((file.name.as_str(), file.global_args.len()), ("x", 2));
+        let stages: Vec<_> = (file.stages.iter())
+            .map(|stage| (stage.base.raw.as_str(), stage.instructions.len()))
+            .collect();
+        assert_eq!(stages, [("a", 2), ("b", 0)]);
+    }
+
+    #[test]
+    fn a_byte_order_mark_does_not_count() {
+        let file = parse("x", b"\xef\xbb\xbfFROM a\n").unwrap();
+        assert_eq!(file.text, "FROM a\n");
+        assert_eq!(file.stages[0].base.span, Span { start: 5, end: 6 });
+    }
+
+    #[test]
+    fn limits_hold() {
+        let line = |length: usize| format!("FROM a\nRUN {}\n", "x".repeat(length - 4));
+        assert_eq!(messages(&line(65_535)), [""; 0]);
+        assert_eq!(
+            messages(&line(65_536)),
+            ["the line has 65536 bytes, more than the 65535 allowed"]
+        );
+        let comments = "#\n".repeat(MAX_DOCKERFILE_BYTES / 2 - 4) + "FROM a\n#";
+        assert_eq!(messages(&comments), [""; 0]);
+        assert_eq!(
+            messages(&(comments + "#")),
+            ["the file has 1048577 bytes, more than the 1048576 allowed"]
+        );
+        let heredocs = |count: usize| {
+            let sources = "<<A ".repeat(count);
+            format!("FROM a\nCOPY {sources}/x\n{}", "A\n".repeat(count))
+        };
+        assert_eq!(messages(&heredocs(64)), [""; 0]);
+        assert_eq!(
+            messages(&heredocs(65))[0],
+            "more than 64 here-documents in one instruction"
+        );
+        let many = parse("x", &b"X\n".repeat(10_000)).unwrap_err().problems;
+        assert_eq!(many.len(), MAX_PROBLEMS);
+        assert_eq!(
+            many.last().and_then(|p| p.hint.as_deref()),
+            Some("there are more problems, which are not listed")
+        );
+    }
+
+    #[test]
+    fn only_the_first_line_before_from_is_told() {
+        assert_eq!(
+            messages("RUN a\nENV b=1\nCMDX\n"),
+            [
+                "RUN before the first FROM: there is no stage yet",
+                "unknown instruction \"CMDX\""
+            ]
+        );
+        // A FROM that is wrong is a FROM.
+        assert_eq!(messages("FROM a AS 1\nRUN x\n").len(), 1);
+    }
+
+    #[test]
+    fn triggers_are_read() {
+        let trigger = parse_trigger("COPY <<-E /x\n\ta\n\tE").unwrap();
+        assert_eq!(trigger.original, "COPY <<-E /x");
+        assert_eq!(trigger.span, Span { start: 0, end: 18 });
+        let InstructionKind::Copy(copy) = trigger.kind else {
+            panic!("{trigger:?}");
+        };
+        assert_eq!(copy.heredocs[0].content, "\ta\n");
+    }
+
+    #[test]
+    fn wrong_triggers_are_errors() {
+        let check = |text: &str, message: &str| {
+            let problems = parse_trigger(text).unwrap_err().problems;
+            let found: Vec<_> = problems.into_iter().map(|p| p.message).collect();
+            assert_eq!(found, [message], "{text}");
+        };
+        check(
+            "",
+            "an ONBUILD trigger must be a single instruction, this one has none",
+        );
+        check(
+            "RUN a\nRUN b\nRUN c",
+            "an ONBUILD trigger must be a single instruction",
+        );
+        check("FROM a", "FROM is not allowed as an ONBUILD trigger");
+        check("RUNN a", "unknown instruction \"RUNN\"");
     }
 }

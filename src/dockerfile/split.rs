@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use super::error::quoted;
 use super::lines::Slice;
 use super::{Problem, Span, Word, suggest};
 
@@ -150,6 +151,7 @@ pub(super) fn check_flags(
     problems: &mut Vec<Problem>,
 ) -> Flags {
     let mut flags = Flags::default();
+    let mut seen = vec![false; known.len()];
     for flag in raw {
         let span = flag.slice.span();
         let (written, value) = match flag.text.split_once('=') {
@@ -157,11 +159,12 @@ pub(super) fn check_flags(
             None => (flag.text.as_str(), None),
         };
         let name = written.strip_prefix("--").unwrap_or(written);
-        let Some(&(name, kind)) = known.iter().find(|(known, _)| *known == name) else {
+        let Some(index) = known.iter().position(|(known, _)| *known == name) else {
             problems.push(unknown_flag(flag, written, name, instruction, known));
             continue;
         };
-        if kind != FlagKind::Many && flags.list.iter().any(|(seen, _)| *seen == name) {
+        let (name, kind) = known[index];
+        if std::mem::replace(&mut seen[index], true) && kind != FlagKind::Many {
             problems.push(Problem::new(
                 span,
                 format!("duplicate flag --{name}: {instruction} takes it once"),
@@ -179,7 +182,10 @@ pub(super) fn check_flags(
             {
                 Some(Problem::new(
                     value_span,
-                    format!("flag --{name} of {instruction} is true or false, not {value:?}"),
+                    format!(
+                        "flag --{name} of {instruction} is true or false, not {}",
+                        quoted(value)
+                    ),
                 ))
             }
             _ => None,
@@ -212,7 +218,10 @@ fn unknown_flag(
         names => format!("{instruction} takes --{}", names.join(", --")),
     };
     let span = flag.span_of(0..written.len());
-    let problem = Problem::new(span, format!("unknown flag {written:?}: {accepted}"));
+    let problem = Problem::new(
+        span,
+        format!("unknown flag {}: {accepted}", quoted(written)),
+    );
     match suggest::nearest(name, &names) {
         Some(near) => problem.with_hint(format!("did you mean \"--{near}\"?")),
         None => problem,

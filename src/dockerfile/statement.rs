@@ -1,12 +1,13 @@
 //! One logical line with its here-documents → one typed instruction.
 
+use super::error::quoted;
 use super::heredoc;
 use super::json::{self, Json};
 use super::lines::{Line, Slice};
 use super::split::{self, FlagKind, Flags, RawFlag};
 use super::{
-    ArgDeclaration, CommandLine, Copy, Healthcheck, Heredoc, Instruction, InstructionKind,
-    KeyValue, Problem, Run, Span, Stage, Word, csv, duration, suggest,
+    ArgDeclaration, CommandLine, Copy, Heredoc, Instruction, InstructionKind, KeyValue, Problem,
+    Span, Stage, Word, suggest,
 };
 
 /// Every instruction, in capitals.
@@ -50,25 +51,7 @@ const COPY_FLAGS: &[(&str, FlagKind)] = &[
     ("parents", FlagKind::Switch),
 ];
 
-const RUN_FLAGS: &[(&str, FlagKind)] = &[
-    ("device", FlagKind::Many),
-    ("mount", FlagKind::Many),
-    ("network", FlagKind::One),
-    ("security", FlagKind::One),
-];
-
-const HEALTHCHECK_FLAGS: &[(&str, FlagKind)] = &[
-    ("interval", FlagKind::One),
-    ("retries", FlagKind::One),
-    ("start-interval", FlagKind::One),
-    ("start-period", FlagKind::One),
-    ("timeout", FlagKind::One),
-];
-
 const FROM_FLAGS: &[(&str, FlagKind)] = &[("platform", FlagKind::One)];
-
-/// Shorter health check durations are refused; 0 means the default.
-const MIN_HEALTHCHECK_DURATION_NS: i64 = 1_000_000;
 
 /// What a line turned out to be.
 #[derive(Debug)]
@@ -118,12 +101,13 @@ pub(super) fn parse(
     .statement(line.slice())
 }
 
-struct Parser<'p> {
+/// Types one statement; `run` and `healthcheck` add to it.
+pub(super) struct Parser<'p> {
     escape: char,
-    heredocs: Vec<Heredoc>,
+    pub(super) heredocs: Vec<Heredoc>,
     /// The whole statement; where it starts is not where a trigger in it does.
     span: Span,
-    problems: &'p mut Vec<Problem>,
+    pub(super) problems: &'p mut Vec<Problem>,
 }
 
 impl Parser<'_> {
@@ -159,7 +143,8 @@ impl Parser<'_> {
         }
     }
 
-    fn flags(
+    /// The flags of `raw`, checked; wrong ones become problems.
+    pub(super) fn flags(
         &mut self,
         raw: &[RawFlag<'_>],
         name: &str,
@@ -183,8 +168,8 @@ impl Parser<'_> {
                 return Err(Problem::new(
                     r#as.span(),
                     format!(
-                        "FROM takes an image and optionally \"AS name\", not {:?}",
-                        r#as.text()
+                        "FROM takes an image and optionally \"AS name\", not {}",
+                        quoted(r#as.text())
                     ),
                 ));
             }
@@ -208,9 +193,9 @@ impl Parser<'_> {
                     return Err(Problem::new(
                         word.span,
                         format!(
-                            "invalid stage name {:?}: it must begin with a letter and consist \
+                            "invalid stage name {}: it must begin with a letter and consist \
                              of letters, digits, \"-\", \"_\" and \".\"",
-                            name.text()
+                            quoted(name.text())
                         ),
                     ));
                 }
@@ -289,7 +274,7 @@ impl Parser<'_> {
         Ok(split.args)
     }
 
-    fn at_least_one(&self, name: &str, split: &split::Split<'_>) -> Problem {
+    pub(super) fn at_least_one(&self, name: &str, split: &split::Split<'_>) -> Problem {
         Problem::new(
             split.name.span(),
             format!("{name} requires at least one argument"),
@@ -350,156 +335,6 @@ impl Parser<'_> {
             unpack: flags.switch("unpack"),
             flags: flags.places,
         })
-    }
-
-    fn run(&mut self, split: &split::Split<'_>) -> Result<Run, Problem> {
-        let flags = self.flags(&split.flags, "RUN", RUN_FLAGS);
-        let command = command(split.args)?;
-        if command == CommandLine::Exec(Vec::new()) {
-            return Err(Problem::new(
-                split.args.span(),
-                "RUN requires a command: the array is empty",
-            ));
-        }
-        let run = Run {
-            command,
-            heredocs: std::mem::take(&mut self.heredocs),
-            mounts: flags.many("mount"),
-            network: flags.one("network"),
-            security: flags.one("security"),
-            devices: flags.many("device"),
-        };
-        for mount in &run.mounts {
-            self.problems.extend(mount_problem(mount));
-        }
-        for device in &run.devices {
-            self.problems.extend(device_problem(device));
-        }
-        self.one_of("network mode", &run.network, &["default", "none", "host"]);
-        self.one_of("security mode", &run.security, &["sandbox", "insecure"]);
-        Ok(run)
-    }
-
-    fn one_of(&mut self, what: &str, word: &Option<Word>, allowed: &[&str]) {
-        let Some(word) = word else { return };
-        if allowed.contains(&word.raw.as_str()) {
-            return;
-        }
-        let message = format!(
-            "invalid {what} {:?}: it must be {}",
-            word.raw,
-            allowed.join(" or ")
-        );
-        let problem = Problem::new(word.span, message);
-        self.problems
-            .push(match suggest::nearest(&word.raw, allowed) {
-                Some(near) => problem.with_hint(format!("did you mean {near:?}?")),
-                None => problem,
-            });
-    }
-
-    fn healthcheck(&mut self, split: &split::Split<'_>) -> Result<Healthcheck, Problem> {
-        let (kind, rest) = match split.args.split_once_space() {
-            Some((kind, rest)) => (kind, rest),
-            None => (split.args, split.args.end()),
-        };
-        let is = |name: &str| kind.text().eq_ignore_ascii_case(name);
-        if kind.is_empty() {
-            return Err(self.at_least_one("HEALTHCHECK", split));
-        }
-        if is("NONE") {
-            return match command(rest)? {
-                CommandLine::Exec(arguments) if !arguments.is_empty() => Err(Problem::new(
-                    rest.span(),
-                    "HEALTHCHECK NONE takes no arguments",
-                )),
-                CommandLine::Shell(text) if !text.is_empty() => Err(Problem::new(
-                    rest.span(),
-                    "HEALTHCHECK NONE takes no arguments",
-                )),
-                _ => Ok(Healthcheck::None),
-            };
-        }
-        let flags = self.flags(&split.flags, "HEALTHCHECK", HEALTHCHECK_FLAGS);
-        let interval = self.duration("interval", &flags);
-        let timeout = self.duration("timeout", &flags);
-        let start_period = self.duration("start-period", &flags);
-        let start_interval = self.duration("start-interval", &flags);
-        let retries = self.retries(&flags);
-        if !is("CMD") {
-            return Err(Problem::new(
-                kind.span(),
-                format!(
-                    "unknown type {:?} in HEALTHCHECK: it must be CMD or NONE",
-                    kind.text()
-                ),
-            ));
-        }
-        let command = command(rest)?;
-        if matches!(&command, CommandLine::Exec(list) if list.is_empty())
-            || matches!(&command, CommandLine::Shell(text) if text.is_empty())
-        {
-            return Err(Problem::new(
-                kind.span(),
-                "missing command after HEALTHCHECK CMD",
-            ));
-        }
-        Ok(Healthcheck::Cmd {
-            command,
-            interval,
-            timeout,
-            start_period,
-            start_interval,
-            retries,
-        })
-    }
-
-    fn duration(&mut self, name: &str, flags: &Flags) -> i64 {
-        let Some(word) = flags.non_empty(name) else {
-            return 0;
-        };
-        match duration::parse(&word.raw) {
-            Some(0) => 0,
-            Some(nanoseconds) if nanoseconds >= MIN_HEALTHCHECK_DURATION_NS => nanoseconds,
-            Some(_) => {
-                self.problems.push(Problem::new(
-                    word.span,
-                    format!("--{name} cannot be less than 1ms, got {:?}", word.raw),
-                ));
-                0
-            }
-            None => {
-                self.problems.push(Problem::new(
-                    word.span,
-                    format!(
-                        "invalid duration {:?} for --{name}: numbers with units (h, m, s, ms, \
-                         us, ns) are expected, such as 1m30s",
-                        word.raw
-                    ),
-                ));
-                0
-            }
-        }
-    }
-
-    fn retries(&mut self, flags: &Flags) -> i64 {
-        let Some(word) = flags.non_empty("retries") else {
-            return 0;
-        };
-        match word.raw.parse::<i32>() {
-            Ok(retries) if retries >= 0 => i64::from(retries),
-            _ => {
-                self.problems.push(Problem::new(
-                    word.span,
-                    format!(
-                        "invalid number {:?} for --retries: it must be from 0 to {}",
-                        word.raw,
-                        i32::MAX
-                    ),
-                ));
-                0
-            }
-        }
     }
 
     fn onbuild(
@@ -597,8 +432,8 @@ impl Parser<'_> {
                 None => Err(Problem::new(
                     word.span(),
                     format!(
-                        "can't find \"=\" in {:?}: {name} takes name=value",
-                        word.text()
+                        "can't find \"=\" in {}: {name} takes name=value",
+                        quoted(word.text())
                     ),
                 )),
                 Some((key, _)) if key.raw.is_empty() => Err(Problem::new(
@@ -661,7 +496,10 @@ fn unknown_instruction(name: Slice<'_>) -> Problem {
         return Problem::new(name.span(), "a continued line without an instruction");
     }
     let written = name.text();
-    let problem = Problem::new(name.span(), format!("unknown instruction {written:?}"));
+    let problem = Problem::new(
+        name.span(),
+        format!("unknown instruction {}", quoted(written)),
+    );
     match suggest::nearest(&written.to_uppercase(), NAMES) {
         Some(near) => problem.with_hint(format!("did you mean {near:?}?")),
         None => problem,
@@ -677,7 +515,7 @@ fn is_stage_name(name: &str) -> bool {
 }
 
 /// Exec form if `args` is a JSON array, shell form otherwise.
-fn command(args: Slice<'_>) -> Result<CommandLine, Problem> {
+pub(super) fn command(args: Slice<'_>) -> Result<CommandLine, Problem> {
     match json::parse_array(args.text()) {
         Json::Strings(words) => Ok(CommandLine::Exec(
             words.into_iter().map(|(word, _)| word).collect(),
@@ -710,69 +548,122 @@ fn not_strings(args: Slice<'_>, at: usize) -> Problem {
     )
 }
 
-/// What is wrong with a `--mount` before variables are known.
-fn mount_problem(mount: &Word) -> Option<Problem> {
-    let fields = match csv::comma_fields(&mount.raw) {
-        Ok(fields) => fields,
-        Err(fault) => {
-            return Some(Problem::new(
-                mount.span,
-                format!("invalid --mount: {fault}"),
-            ));
-        }
-    };
-    fields.iter().find_map(|field| {
-        let (key, value) = field.split_once('=')?;
-        let variable = value.find('$').is_some_and(|at| at + 1 < value.len());
-        (key.eq_ignore_ascii_case("from") && variable).then(|| {
-            Problem::new(
-                mount.span,
-                format!("\"from\" of --mount does not support variables, got {value:?}"),
-            )
-            .with_hint("define a stage with FROM and name that")
-        })
-    })
-}
+#[cfg(test)]
+mod tests {
+    use super::super::lines::Reader;
+    use super::*;
 
-/// What is wrong with a `--device`; variables are not expanded in it.
-fn device_problem(device: &Word) -> Option<Problem> {
-    let problem = |fault: String| {
-        Some(Problem::new(
-            device.span,
-            format!("invalid --device: {fault}"),
-        ))
-    };
-    let fields = match csv::comma_fields(&device.raw) {
-        Ok(fields) => fields,
-        Err(fault) => return problem(fault),
-    };
-    let mut named = false;
-    for field in &fields {
-        match field.split_once('=') {
-            None if field.eq_ignore_ascii_case("required") => {}
-            Some((key, _)) if key.eq_ignore_ascii_case("name") && named => {
-                return problem(format!("a second name in {field:?}"));
-            }
-            Some((key, value)) if key.eq_ignore_ascii_case("required") => {
-                if !is_go_bool(value) {
-                    return problem(format!("invalid value {value:?} for required"));
-                }
-            }
-            _ if !named => named = true,
-            _ => {
-                return problem(format!(
-                    "unexpected field {field:?}: name and required exist"
-                ));
-            }
+    fn parsed(text: &str) -> Result<Statement, Vec<String>> {
+        let line = Reader::new(text, '\\').logical().unwrap();
+        let mut problems = Vec::new();
+        parse(&line, Vec::new(), line.span, '\\', &mut problems).ok_or_else(|| {
+            let place = |span: Span| &text[span.start..span.end];
+            let problems = problems.iter();
+            problems
+                .map(|p| format!("{}| {}", place(p.span), p.message))
+                .collect()
+        })
+    }
+
+    fn kind(text: &str) -> InstructionKind {
+        match parsed(text) {
+            Ok(Statement::Other(instruction)) => instruction.kind,
+            other => panic!("{text}: {other:?}"),
         }
     }
-    None
-}
 
-/// What Go's `strconv.ParseBool` takes.
-fn is_go_bool(text: &str) -> bool {
-    matches!(
-        text,
-        "1" | "t" | "T" | "true" | "TRUE" | "True" | "0" | "f" | "F" | "false" | "FALSE" | "False"
-    )
+    #[test]
+    fn json_or_shell() {
+        let exec = |words: &[&str]| {
+            CommandLine::Exec(words.iter().map(|word| (*word).to_owned()).collect())
+        };
+        let shell = |text: &str| CommandLine::Shell(text.to_owned());
+        let check = |args: &str, expected: CommandLine| {
+            let cmd = kind(&format!("CMD {args}"));
+            assert_eq!(cmd, InstructionKind::Cmd(expected.clone()), "{args}");
+            let entrypoint = kind(&format!("ENTRYPOINT {args}"));
+            assert_eq!(entrypoint, InstructionKind::Entrypoint(expected), "{args}");
+        };
+        check("[\"a\", \"b c\"]", exec(&["a", "b c"]));
+        check("[]", exec(&[]));
+        check("['a']", shell("['a']"));
+        check("[\"a\"] b", shell("[\"a\"] b"));
+        check("[ -f x ] && y", shell("[ -f x ] && y"));
+        check("", shell(""));
+        check("  a   b  ", shell("a   b"));
+        assert_eq!(
+            parsed("CMD [\"a\", 1]").unwrap_err(),
+            ["1]| when using JSON array syntax, arrays must be comprised of strings only"]
+        );
+    }
+
+    #[test]
+    fn stages_are_named() {
+        let check = |text: &str, expected: Option<&str>| {
+            let Ok(Statement::From(stage)) = parsed(text) else {
+                panic!("{text}");
+            };
+            assert_eq!(
+                stage.name.map(|name| name.raw).as_deref(),
+                expected,
+                "{text}"
+            );
+        };
+        check("FROM a", None);
+        check("from a As B.c-1_", Some("b.c-1_"));
+        for name in ["1a", "a$b", "_a", "ä", "-", "a/b"] {
+            let text = format!("FROM a AS {name}");
+            assert_eq!(
+                parsed(&text).unwrap_err(),
+                [format!(
+                    "{name}| invalid stage name {name:?}: it must begin with a letter and \
+                     consist of letters, digits, \"-\", \"_\" and \".\""
+                )]
+            );
+        }
+    }
+
+    #[test]
+    fn names_of_stages_and_pairs_keep_their_raw_text() {
+        let pairs = |text: &str| -> Vec<(String, String, bool)> {
+            let InstructionKind::Env(pairs) = kind(text) else {
+                panic!("{text}");
+            };
+            let pairs = pairs.into_iter();
+            pairs
+                .map(|pair| (pair.key.raw, pair.value.raw, pair.legacy))
+                .collect()
+        };
+        let new = |key: &str, value: &str| (key.to_owned(), value.to_owned(), false);
+        let old = |key: &str, value: &str| (key.to_owned(), value.to_owned(), true);
+        assert_eq!(
+            pairs("ENV a=1 $b=\"x y\" c= d='=' e=\\ f"),
+            [
+                new("a", "1"),
+                new("$b", "\"x y\""),
+                new("c", ""),
+                new("d", "'='"),
+                new("e", "\\ f")
+            ]
+        );
+        assert_eq!(pairs("ENV a  b=c \"d\"  e"), [old("a", "b=c \"d\"  e")]);
+        assert_eq!(pairs("ENV \"a b\" c=d"), [old("\"a", "b\" c=d")]);
+    }
+
+    #[test]
+    fn heredocs_may_follow_only_where_they_mean_something() {
+        let check = |text: &str, expected: bool| {
+            let line = Reader::new(text, '\\').logical().unwrap();
+            assert_eq!(may_have_heredocs(&line, '\\'), expected, "{text}");
+        };
+        check("RUN x <<E", true);
+        check("copy --from=x <<E y", true);
+        check("ADD <<E y", true);
+        check("ONBUILD RUN <<E", true);
+        check("ONBUILD ONBUILD RUN <<E", false);
+        check("RUN [\"<<E\"]", false);
+        check("ONBUILD RUN [\"<<E\"]", false);
+        check("CMD <<E", false);
+        check("ENV a=<<E", false);
+    }
 }

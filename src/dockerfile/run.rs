@@ -1,0 +1,208 @@
+//! `RUN`, and what its flags may say before variables are known.
+
+use super::error::quoted;
+use super::split::{FlagKind, Split};
+use super::statement::{Parser, command};
+use super::{CommandLine, Problem, Run, Word, csv, suggest};
+
+const RUN_FLAGS: &[(&str, FlagKind)] = &[
+    ("device", FlagKind::Many),
+    ("mount", FlagKind::Many),
+    ("network", FlagKind::One),
+    ("security", FlagKind::One),
+];
+
+impl Parser<'_> {
+    /// `RUN`.
+    pub(super) fn run(&mut self, split: &Split<'_>) -> Result<Run, Problem> {
+        let flags = self.flags(&split.flags, "RUN", RUN_FLAGS);
+        let command = command(split.args)?;
+        if command == CommandLine::Exec(Vec::new()) {
+            return Err(Problem::new(
+                split.args.span(),
+                "RUN requires a command: the array is empty",
+            ));
+        }
+        let run = Run {
+            command,
+            heredocs: std::mem::take(&mut self.heredocs),
+            mounts: flags.many("mount"),
+            network: flags.one("network"),
+            security: flags.one("security"),
+            devices: flags.many("device"),
+        };
+        for mount in &run.mounts {
+            self.problems.extend(mount_problem(mount));
+        }
+        for device in &run.devices {
+            self.problems.extend(device_problem(device));
+        }
+        self.one_of("network mode", &run.network, &["default", "none", "host"]);
+        self.one_of("security mode", &run.security, &["sandbox", "insecure"]);
+        Ok(run)
+    }
+
+    fn one_of(&mut self, what: &str, word: &Option<Word>, allowed: &[&str]) {
+        let Some(word) = word else { return };
+        if allowed.contains(&word.raw.as_str()) {
+            return;
+        }
+        let message = format!(
+            "invalid {what} {}: it must be {}",
+            quoted(&word.raw),
+            allowed.join(" or ")
+        );
+        let problem = Problem::new(word.span, message);
+        self.problems
+            .push(match suggest::nearest(&word.raw, allowed) {
+                Some(near) => problem.with_hint(format!("did you mean {near:?}?")),
+                None => problem,
+            });
+    }
+}
+
+/// What is wrong with a `--mount` before variables are known.
+fn mount_problem(mount: &Word) -> Option<Problem> {
+    let fields = match csv::comma_fields(&mount.raw) {
+        Ok(fields) => fields,
+        Err(fault) => {
+            return Some(Problem::new(
+                mount.span,
+                format!("invalid --mount: {fault}"),
+            ));
+        }
+    };
+    fields.iter().find_map(|field| {
+        let (key, value) = field.split_once('=')?;
+        let variable = value.find('$').is_some_and(|at| at + 1 < value.len());
+        (key.eq_ignore_ascii_case("from") && variable).then(|| {
+            Problem::new(
+                mount.span,
+                format!(
+                    "\"from\" of --mount does not support variables, got {}",
+                    quoted(value)
+                ),
+            )
+            .with_hint("define a stage with FROM and name that")
+        })
+    })
+}
+
+/// What is wrong with a `--device`; variables are not expanded in it.
+fn device_problem(device: &Word) -> Option<Problem> {
+    let problem = |fault: String| {
+        Some(Problem::new(
+            device.span,
+            format!("invalid --device: {fault}"),
+        ))
+    };
+    let fields = match csv::comma_fields(&device.raw) {
+        Ok(fields) => fields,
+        Err(fault) => return problem(fault.to_string()),
+    };
+    let mut named = false;
+    for field in &fields {
+        match field.split_once('=') {
+            None if field.eq_ignore_ascii_case("required") => {}
+            Some((key, _)) if key.eq_ignore_ascii_case("name") && named => {
+                return problem(format!("a second name in {}", quoted(field)));
+            }
+            Some((key, value)) if key.eq_ignore_ascii_case("required") => {
+                if !is_go_bool(value) {
+                    return problem(format!("invalid value {} for required", quoted(value)));
+                }
+            }
+            _ if !named => named = true,
+            _ => {
+                return problem(format!(
+                    "unexpected field {}: name and required exist",
+                    quoted(field)
+                ));
+            }
+        }
+    }
+    None
+}
+
+/// What Go's `strconv.ParseBool` takes.
+fn is_go_bool(text: &str) -> bool {
+    matches!(
+        text,
+        "1" | "t" | "T" | "true" | "TRUE" | "True" | "0" | "f" | "F" | "false" | "FALSE" | "False"
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{InstructionKind, parse_trigger};
+    use super::*;
+
+    fn parsed(text: &str) -> Result<Run, String> {
+        match parse_trigger(&format!("RUN {text}")) {
+            Ok(instruction) => match instruction.kind {
+                InstructionKind::Run(run) => Ok(run),
+                other => panic!("{other:?}"),
+            },
+            Err(error) => Err(error.problems[0].message.clone()),
+        }
+    }
+
+    #[test]
+    fn flags_are_taken() {
+        let run = parsed(
+            "--mount=type=tmpfs,target=/a --network=host --mount=from=a$,target=$B \
+             --security=insecure --device=a/b=c,required=T --device=name=x,REQUIRED true",
+        )
+        .unwrap();
+        let raw = |words: &[Word]| -> Vec<String> { words.iter().map(|w| w.raw.clone()).collect() };
+        assert_eq!(
+            raw(&run.mounts),
+            ["type=tmpfs,target=/a", "from=a$,target=$B"]
+        );
+        assert_eq!(raw(&run.devices), ["a/b=c,required=T", "name=x,REQUIRED"]);
+        assert_eq!(run.network.map(|w| w.raw).as_deref(), Some("host"));
+        assert_eq!(run.security.map(|w| w.raw).as_deref(), Some("insecure"));
+        assert_eq!(run.command, CommandLine::Shell("true".to_owned()));
+        assert_eq!(
+            parsed("").unwrap().command,
+            CommandLine::Shell(String::new())
+        );
+    }
+
+    #[test]
+    fn wrong_ones_are_refused() {
+        let check = |text: &str, expected: &str| {
+            assert_eq!(parsed(text), Err(expected.to_owned()), "{text}");
+        };
+        check("[]", "RUN requires a command: the array is empty");
+        check(
+            "--network= x",
+            "invalid network mode \"\": it must be default or none or host",
+        );
+        check(
+            "--security=Sandbox x",
+            "invalid security mode \"Sandbox\": it must be sandbox or insecure",
+        );
+        check(
+            "--mount=FROM=$A,target=/x x",
+            "\"from\" of --mount does not support variables, got \"$A\"",
+        );
+        check(
+            "--mount='a\"b' x",
+            "invalid --mount: \"a\\\"b\" has a quote inside: quote the whole field and double \
+             the quote",
+        );
+        check(
+            "--device=a,name=b x",
+            "invalid --device: a second name in \"name=b\"",
+        );
+        check(
+            "--device=a,required=maybe x",
+            "invalid --device: invalid value \"maybe\" for required",
+        );
+        check(
+            "--device=a,b x",
+            "invalid --device: unexpected field \"b\": name and required exist",
+        );
+    }
+}
