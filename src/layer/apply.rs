@@ -1,16 +1,17 @@
 //! [`apply`]: one layer → a tree in overlay form. Input is hostile.
 
-use std::cell::Cell;
 use std::fs::File;
-use std::io::{self, BufRead, BufReader, Read, Write};
+use std::io::{self, BufRead, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags};
 use rustix::io::Errno;
 
+use super::ahead::read_ahead;
 pub use super::metadata::SkippedXattr;
 use super::metadata::{check_xattrs, set_by_name, set_on_fd, set_on_link};
 use super::tree::{Place, Tree, normalise};
@@ -18,9 +19,6 @@ use super::whiteout::{self, Meaning};
 use super::{EntryKind, LayerError, Limits, Segment, TarEntry, TarReader, decompress};
 use crate::image::{DiffId, MediaType};
 use crate::io::HashingReader;
-
-/// Buffer between decompression and the files; most files are written with one call.
-const TAR_BUFFER_BYTES: usize = 256 << 10;
 
 /// What came of applying a layer, beside the tree.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -60,7 +58,8 @@ pub struct SkippedDevice {
 /// last counts. Metadata of the root itself is not applied; it becomes 0755.
 ///
 /// `want` is verified over all uncompressed bytes, also those after the archive's end; the
-/// stream is read to its end, so that a reader that verifies a digest there does.
+/// stream is read to its end, so that a reader that verifies a digest there does. It is
+/// read on a thread of its own, which ends before this returns.
 ///
 /// On an error the tree is incomplete and the caller removes it. Blocking.
 ///
@@ -73,16 +72,16 @@ pub struct SkippedDevice {
 ///
 /// <https://github.com/opencontainers/image-spec/blob/main/layer.md#applying-changesets>
 pub fn apply(
-    compressed: impl Read,
+    compressed: impl Read + Send,
     media_type: &MediaType,
     want: &DiffId,
     tree: &Path,
     limits: &Limits,
 ) -> Result<AppliedLayer, LayerError> {
-    let compressed_bytes = Rc::new(Cell::new(0));
+    let compressed_bytes = Arc::new(AtomicU64::new(0));
     let counted = CountingReader {
         inner: compressed,
-        count: Rc::clone(&compressed_bytes),
+        count: Arc::clone(&compressed_bytes),
     };
     let guard = Guard {
         inner: HashingReader::new(decompress(media_type, counted)?),
@@ -90,16 +89,21 @@ pub fn apply(
         uncompressed_bytes: 0,
         limits: limits.clone(),
     };
-    let input = BufReader::with_capacity(TAR_BUFFER_BYTES, guard);
-    let mut tar = TarReader::new(input, limits.clone());
     let mut applier = Applier {
         tree: Tree::open(tree, limits.clone())?,
         applied: AppliedLayer::default(),
     };
-    while let Some(entry) = tar.next()? {
-        applier.entry(&entry, &mut tar)?;
-    }
-    let (_, digest, uncompressed_bytes) = tar.finish()?.into_inner().inner.finish();
+    let guard = std::thread::scope(|scope| {
+        let (input, thread) = read_ahead(scope, guard).map_err(LayerError::Read)?;
+        let mut tar = TarReader::new(input, limits.clone());
+        while let Some(entry) = tar.next()? {
+            applier.entry(&entry, &mut tar)?;
+        }
+        tar.finish()?;
+        let died = |_| LayerError::Read(io::Error::other("the decompression thread has died"));
+        thread.join().map_err(died)
+    })?;
+    let (_, digest, uncompressed_bytes) = guard.inner.finish();
     let got = DiffId::from_uncompressed(digest);
     if got != *want {
         return Err(LayerError::DiffId {
@@ -363,13 +367,13 @@ fn scatter<R: BufRead>(
 /// Counts what passes, for somebody else to look at.
 struct CountingReader<R> {
     inner: R,
-    count: Rc<Cell<u64>>,
+    count: Arc<AtomicU64>,
 }
 
 impl<R: Read> Read for CountingReader<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let read = self.inner.read(buffer)?;
-        self.count.set(self.count.get() + read as u64);
+        self.count.fetch_add(read as u64, Ordering::Relaxed);
         Ok(read)
     }
 }
@@ -377,7 +381,7 @@ impl<R: Read> Read for CountingReader<R> {
 /// Ends a layer that grows too large while it is decompressed.
 struct Guard<R> {
     inner: HashingReader<R>,
-    compressed_bytes: Rc<Cell<u64>>,
+    compressed_bytes: Arc<AtomicU64>,
     uncompressed_bytes: u64,
     limits: Limits,
 }
@@ -394,7 +398,8 @@ impl<R: Read> Read for Guard<R> {
         if self.uncompressed_bytes > limits.uncompressed_bytes {
             return too_much("too many uncompressed bytes", limits.uncompressed_bytes);
         }
-        let allowed = self.compressed_bytes.get().saturating_mul(limits.ratio);
+        let compressed_bytes = self.compressed_bytes.load(Ordering::Relaxed);
+        let allowed = compressed_bytes.saturating_mul(limits.ratio);
         if self.uncompressed_bytes > limits.ratio_free_bytes.max(allowed) {
             return too_much(
                 "too many uncompressed bytes for each compressed one",

@@ -17,6 +17,7 @@
 //!
 //! <https://github.com/opencontainers/image-spec/blob/main/layer.md>
 
+mod ahead;
 mod apply;
 mod compress;
 mod decompress;
