@@ -242,12 +242,10 @@ mod tests {
     }
 
     /// What layers can say: no sockets, and no time of a directory whose time alone has
-    /// changed. Which of several names of one file are links may differ, where one of
-    /// them is as it was below.
+    /// changed.
     fn of_layers(mut view: View) -> View {
         view.retain(|_, seen| seen.kind != "Socket");
         for seen in view.values_mut() {
-            seen.same_as = None;
             if seen.kind == "Directory" {
                 seen.metadata.mtime = Time::default();
             }
@@ -265,7 +263,7 @@ mod tests {
     fn sandbox_stack_and_changes_agree_with_the_kernel() {
         in_worlds(module_path!(), "sandbox_stack_and_changes_agree_with_the_kernel", || {
             let mut entries = 0;
-            for seed in 1..=40 {
+            for seed in 1..=12 {
                 let dir = tempfile::tempdir().unwrap();
                 let mut dice = Dice(seed * 0x9E37_79B9);
                 let mut lower = Stack::default();
@@ -315,7 +313,7 @@ mod tests {
                 }
             }
             // The operations did build something.
-            assert!(entries > 40 * 5 * 5, "{entries}");
+            assert!(entries > 12 * 5 * 5, "{entries}");
         });
     }
 
