@@ -97,7 +97,7 @@ pub(crate) enum SourceError {
     Archive {
         url: Url,
         #[source]
-        source: ArchiveError,
+        source: Box<ArchiveError>,
     },
     /// A file of the archive is unusable.
     #[error("reading {path} of {url}")]
@@ -269,9 +269,14 @@ impl SourceClient {
             file,
             context: context.to_owned(),
         };
-        tokio::task::spawn_blocking(move || work.run())
-            .await
-            .unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))
+        match tokio::task::spawn_blocking(move || work.run()).await {
+            Ok(result) => result,
+            Err(error) => match error.try_into_panic() {
+                Ok(panic) => std::panic::resume_unwind(panic),
+                // The runtime ends, and with it whoever would have seen this.
+                Err(error) => Err(SourceError::io("unpacking into", context)(error.into())),
+            },
+        }
     }
 
     fn raw_url(&self, job: &Job, path: &str) -> Url {
@@ -486,7 +491,7 @@ impl Unpacking {
         };
         archive::unpack(archive, &context, limits).map_err(|source| SourceError::Archive {
             url: url.clone(),
-            source,
+            source: Box::new(source),
         })?;
         std::fs::remove_file(&file).map_err(SourceError::io("removing", &file))?;
 

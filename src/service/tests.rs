@@ -690,7 +690,88 @@ async fn a_service_starts_and_ends() {
     assert!(tokio::net::TcpStream::connect(address).await.is_err());
 }
 
-/// A client that never finishes its header is cut off; one that is slow is not alone.
+/// From the delivery to the image, with the service dying in the middle: the second
+/// one runs the job again at once, without waiting for the lease to run out.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_survives_the_death_of_its_service() {
+    use std::os::unix::fs::PermissionsExt;
+
+    let dir = tempfile::tempdir().unwrap();
+    let source = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let base = format!("http://{}", source.local_addr().unwrap());
+    let files = Router::new().fallback(|uri: axum::http::Uri| async move {
+        match uri.path().rsplit('/').next() {
+            Some("spec.json") => r#"{"service": {"name": "shop", "version": "1"}}"#,
+            _ => "FROM scratch\n",
+        }
+    });
+    tokio::spawn(async move { axum::serve(source, files).await });
+    let script = format!(
+        "#!/bin/sh\ncd {}\n[ -f pid ] || {{ echo $$ > pid; exec sleep 1000; }}\n\
+         echo '{{\"event\":\"published\",\"reference\":\"r/shop:1\",\"digest\":\"{}\",\"uploaded_bytes\":0}}' >&2\n\
+         echo '{{\"event\":\"finished\",\"success\":true,\"message\":\"\",\"timings_ms\":{{}}}}' >&2\n",
+        dir.path().display(),
+        Digest::of(b"m"),
+    );
+    let executable = dir.path().join("sockless");
+    std::fs::write(&executable, script).unwrap();
+    std::fs::set_permissions(&executable, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let config = || {
+        let mut config = config(dir.path());
+        config.source.raw_url = base.parse().unwrap();
+        config.executable.clone_from(&executable);
+        config
+    };
+
+    // A runtime of its own, which takes everything of the service down with it.
+    let (_signals, receiver) = mpsc::channel(1);
+    let (sender, address) = tokio::sync::oneshot::channel();
+    let doomed = tokio::runtime::Runtime::new().unwrap();
+    doomed.spawn(run(config(), receiver, |address| {
+        sender.send(address).unwrap();
+    }));
+    let address = address.await.unwrap();
+    let client = reqwest::Client::new();
+    let mut request = client.post(format!("http://{address}/webhook"));
+    for (name, value) in signed("pull_request", "d", MERGED) {
+        request = request.header(name, value);
+    }
+    let answer = request.body(MERGED).send().await.unwrap();
+    assert_eq!(answer.status().as_u16(), 202);
+    let url = answer.json::<Value>().await.unwrap()["url"].clone();
+    let pid = loop {
+        match std::fs::read_to_string(dir.path().join("pid")) {
+            Ok(pid) if pid.ends_with('\n') => break pid,
+            _ => tokio::time::sleep(Duration::from_millis(10)).await,
+        }
+    };
+    tokio::task::spawn_blocking(move || doomed.shutdown_timeout(Duration::from_secs(60)))
+        .await
+        .unwrap();
+    until_gone(&pid).await;
+
+    let (signals, receiver) = mpsc::channel(1);
+    let (sender, address) = tokio::sync::oneshot::channel();
+    let service = tokio::spawn(run(config(), receiver, |address| {
+        sender.send(address).unwrap();
+    }));
+    let base = format!("http://{}", address.await.unwrap());
+    let log = format!("{base}{}/log", url.as_str().unwrap());
+    let text = reqwest::get(log).await.unwrap().text().await.unwrap();
+    let end = text.split("event: end\ndata: ").nth(1).unwrap();
+    let job: Value = serde_json::from_str(end.trim()).unwrap();
+    assert_eq!(job["state"], "succeeded", "{text}");
+    assert_eq!(job["attempts"], 2);
+    assert_eq!(job["image"], "r/shop:1");
+    assert!(
+        text.contains("attempt 2 of 3: the service died during an earlier one"),
+        "{text}"
+    );
+    signals.send("SIGTERM").await.unwrap();
+    service.await.unwrap().unwrap();
+}
+
+/// No more connections are served at a time than allowed; the next waits its turn.
 #[tokio::test(flavor = "multi_thread")]
 async fn connections_are_bounded() {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};

@@ -137,7 +137,12 @@ impl Worker {
             changes.mark_unchanged();
             match self.claim().await {
                 Ok(Some(lease)) => {
-                    self.run(&lease).await;
+                    let worker = self.clone();
+                    // A task of its own: a panic there costs one attempt, not the worker.
+                    let job = tokio::spawn(async move { worker.run(&lease).await });
+                    if let Err(error) = job.await {
+                        tracing::error!(%error, "running a job failed; it runs again when its lease ends");
+                    }
                     continue;
                 }
                 Ok(None) => {}
@@ -178,7 +183,7 @@ impl Worker {
         };
         if lease.job.attempts > 1 {
             let message = format!(
-                "attempt {} of {}: the service died during the last one",
+                "attempt {} of {}: the service died during an earlier one",
                 lease.job.attempts, self.config.jobs.attempts
             );
             log.add(LogEvent::service(message)).await;
