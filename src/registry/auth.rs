@@ -75,8 +75,10 @@ pub(super) struct Authenticator {
     challenges: Mutex<HashMap<String, Challenge>>,
     /// What each origin is shown. The inner lock is held while a token is fetched,
     /// so that requests side by side fetch it once.
-    slots: Mutex<HashMap<(String, Scopes), Arc<tokio::sync::Mutex<Slot>>>>,
+    slots: Mutex<HashMap<(String, Scopes), SharedSlot>>,
 }
+
+type SharedSlot = Arc<tokio::sync::Mutex<Slot>>;
 
 #[derive(Default)]
 struct Slot {
@@ -185,7 +187,7 @@ impl Authenticator {
         Some(refusal_hint(&endpoint.registry, *found, places))
     }
 
-    fn slot(&self, origin: &Url, scopes: &Scopes) -> Arc<tokio::sync::Mutex<Slot>> {
+    fn slot(&self, origin: &Url, scopes: &Scopes) -> SharedSlot {
         lock(&self.slots)
             .entry((origin.to_string(), scopes.clone()))
             .or_default()

@@ -130,7 +130,7 @@ pub enum RegistryError {
         reference: String,
         /// What is wrong.
         #[source]
-        source: ManifestError,
+        source: Box<ManifestError>,
     },
     /// The image config contradicts itself or the manifest.
     #[error("reading the config of {reference}: {reason}")]

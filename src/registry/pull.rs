@@ -19,7 +19,7 @@ use super::transport::{Answer, Call};
 use super::{Client, ConnectionFailure, RegistryError};
 use crate::image::{
     CONFIG_LIMIT_BYTES, Descriptor, Digest, Hasher, ImageConfig, MANIFEST_LIMIT_BYTES, Manifest,
-    ManifestOrIndex, MediaType, Platform, RawManifest, Reference, Repository,
+    ManifestError, ManifestOrIndex, MediaType, Platform, RawManifest, Reference, Repository,
 };
 
 /// Every type that [`RawManifest::parse`] reads.
@@ -86,9 +86,9 @@ impl Client {
         reference: &Reference,
         platform: &Platform,
     ) -> Result<Resolved, RegistryError> {
-        let bad = |source| RegistryError::Manifest {
+        let bad = |error| RegistryError::Manifest {
             reference: reference.to_string(),
-            source,
+            source: Box::new(error),
         };
         let first = self.fetch_manifest(reference).await?;
         let (index, raw, manifest) = match first.parse().map_err(bad)? {
@@ -171,9 +171,9 @@ impl Client {
             let got = raw.digest;
             return Err(RegistryError::Digest { what, got, want });
         }
-        raw.parse().map_err(|source| RegistryError::Manifest {
+        raw.parse().map_err(|error| RegistryError::Manifest {
             reference: reference.to_string(),
-            source,
+            source: Box::new(error),
         })?;
         Ok(raw)
     }
@@ -196,10 +196,10 @@ impl Client {
         if raw.media_type != descriptor.media_type {
             return Err(RegistryError::Manifest {
                 reference: pinned.to_string(),
-                source: crate::image::ManifestError::TypeMismatch {
+                source: Box::new(ManifestError::TypeMismatch {
                     inside: raw.media_type,
                     outside: descriptor.media_type.clone(),
-                },
+                }),
             });
         }
         Ok(raw)

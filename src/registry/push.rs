@@ -10,7 +10,7 @@ use super::pull::content_digest;
 use super::transport::Payload;
 use super::upload::{BlobContent, Upload};
 use super::{Client, RegistryError};
-use crate::image::{Descriptor, Digest, RawManifest, Reference, Repository};
+use crate::image::{Descriptor, Digest, ManifestError, RawManifest, Reference, Repository};
 
 /// How a blob came to be where it was wanted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -176,7 +176,7 @@ impl Client {
         let media_type = HeaderValue::from_str(manifest.media_type.as_str()).map_err(|_| {
             RegistryError::Manifest {
                 reference: to.to_string(),
-                source: crate::image::ManifestError::Unsupported(manifest.media_type.clone()),
+                source: Box::new(ManifestError::Unsupported(manifest.media_type.clone())),
             }
         })?;
         let mut head = self

@@ -203,6 +203,29 @@ async fn an_upload_that_broke_after_one_byte_begins_anew() {
     assert_eq!(posts, 2);
 }
 
+/// The reference registry may still be busy with the request that broke: it then refuses
+/// the next one, or has stored the bytes of both.
+#[tokio::test]
+async fn a_session_that_was_spoilt_by_resuming_is_replaced() {
+    for (method, status) in [("PATCH", 404), ("PUT", 400)] {
+        let spoilt = AtomicU64::new(0);
+        let registry = TestRegistry::with_hook(move |parts| {
+            let first = parts.uri.path().ends_with("/u0");
+            let resumed = method == "PUT" || parts.headers.contains_key("content-range");
+            let hit = first && resumed && parts.method == method;
+            (hit && spoilt.fetch_add(1, Ordering::SeqCst) == 0).then(|| answer(status, &[], "{}"))
+        })
+        .await;
+        registry.cut_patches(&[100_000]);
+        let content = bytes(300_000);
+        let to = registry.repository("a");
+        push(&client(&[&registry]), &to, &content).await.unwrap();
+        assert!(registry.blob("a", &Digest::of(&content)).unwrap() == content);
+        let posts = methods(&registry).iter().filter(|m| *m == "POST").count();
+        assert_eq!(posts, 2, "{method}");
+    }
+}
+
 #[tokio::test]
 async fn an_upload_that_always_breaks_ends_and_cleans_up() {
     let registry =

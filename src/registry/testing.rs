@@ -33,13 +33,17 @@ struct Inner {
     hook: Box<Hook>,
     /// Whether PATCH takes only this many bytes and then fails, once each.
     cuts: Mutex<Vec<usize>>,
-    blobs: Mutex<HashMap<(String, String), Vec<u8>>>,
-    manifests: Mutex<HashMap<(String, String), (String, Vec<u8>)>>,
+    blobs: Mutex<HashMap<Key, Vec<u8>>>,
+    /// Type and bytes.
+    manifests: Mutex<HashMap<Key, (String, Vec<u8>)>>,
     uploads: Mutex<HashMap<String, Vec<u8>>>,
     seen: Mutex<Vec<Seen>>,
     /// What was posted to `/token`.
     forms: Mutex<Vec<String>>,
 }
+
+/// A repository, and a digest or tag in it.
+type Key = (String, String);
 
 /// A request that came, in the order of coming.
 #[derive(Clone, Debug)]

@@ -93,6 +93,20 @@ enum Failure {
     Session(RegistryError),
 }
 
+impl Failure {
+    /// Of a session that was resumed or is lost. The reference registry, for one, may still
+    /// be busy with the request whose connection broke, and then refuses the next one with
+    /// 404 or has the bytes of both; another session knows nothing of that.
+    fn of_session(error: RegistryError) -> Self {
+        match &error {
+            RegistryError::Status(e) if matches!(e.status, 400 | 404 | 409 | 416) => {
+                Self::Session(error)
+            }
+            _ => Self::Fatal(error),
+        }
+    }
+}
+
 impl Upload<'_> {
     /// Uploads, beginning in the session at `location` where there is one already.
     pub(super) async fn run(&self, mut location: Option<Url>) -> Result<(), RegistryError> {
@@ -193,7 +207,11 @@ impl Upload<'_> {
             }
             let confused = error.status() == Some(416);
             if !error.is_temporary() && !confused {
-                return Err(Failure::Fatal(error));
+                return Err(if resumed || error.is_not_found() {
+                    Failure::of_session(error)
+                } else {
+                    Failure::Fatal(error)
+                });
             }
             if !patience.wait_anyway(&error).await {
                 return Err(Failure::Fatal(error));
@@ -212,7 +230,10 @@ impl Upload<'_> {
             offset = arrived;
             resumed = true;
         }
-        self.commit(location, false).await
+        match self.commit(location, false).await {
+            Err(Failure::Fatal(error)) if resumed => Err(Failure::of_session(error)),
+            result => result,
+        }
     }
 
     async fn patch(
