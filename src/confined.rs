@@ -107,6 +107,27 @@ impl ConfinedDir {
         Ok((fd, name))
     }
 
+    /// Makes the directory `path` and its parents where they are missing, following links.
+    ///
+    /// # Errors
+    /// `ENOTDIR` where something else is in the way; those of `mkdirat(2)`.
+    pub fn create_dir_all(&self, path: &Path, mode: Mode) -> io::Result<()> {
+        let mut made = PathBuf::new();
+        for component in path.components() {
+            made.push(component);
+            match self.open_at(&made, OFlags::PATH | OFlags::DIRECTORY, Mode::empty()) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                    let (parent, name) = self.open_parent(&made)?;
+                    rustix::fs::mkdirat(&parent, name, mode)?;
+                    // Not as the process's umask would have it.
+                    rustix::fs::chmodat(&parent, name, mode, AtFlags::empty())?;
+                }
+                other => drop(other?),
+            }
+        }
+        Ok(())
+    }
+
     /// The metadata of `path`; its last component is not followed.
     ///
     /// # Errors
@@ -127,12 +148,7 @@ impl AsFd for ConfinedDir {
     }
 }
 
-fn open_exact(
-    dir: BorrowedFd<'_>,
-    path: &Path,
-    flags: OFlags,
-    mode: Mode,
-) -> io::Result<OwnedFd> {
+fn open_exact(dir: BorrowedFd<'_>, path: &Path, flags: OFlags, mode: Mode) -> io::Result<OwnedFd> {
     let one = |dir: BorrowedFd<'_>, path: &Path, flags: OFlags, mode: Mode| loop {
         match rustix::fs::openat2(dir, path, flags | OFlags::CLOEXEC, mode, EXACT) {
             Err(Errno::AGAIN) => {}
@@ -198,7 +214,9 @@ pub fn remove_tree(path: &Path) -> io::Result<()> {
             place.push(name);
             place
         };
-        let level = levels.last_mut().expect("the loop ends with the first level");
+        let level = levels
+            .last_mut()
+            .expect("the loop ends with the first level");
         if let Some(name) = level.left.pop() {
             let entered = enter(here.as_fd(), &name, || place(&levels, &name));
             match entered {
@@ -223,8 +241,7 @@ pub fn remove_tree(path: &Path) -> io::Result<()> {
             // Somebody moved it: what is above now is none of ours.
             return Err(failed(Errno::STALE));
         }
-        ignore_gone(rustix::fs::unlinkat(&here, &done.name, AtFlags::REMOVEDIR))
-            .map_err(failed)?;
+        ignore_gone(rustix::fs::unlinkat(&here, &done.name, AtFlags::REMOVEDIR)).map_err(failed)?;
     }
 }
 

@@ -6,7 +6,11 @@
 
 use std::fmt;
 
+use crate::build::{NoRootfs, SandboxUnavailable, StepFailed};
+use crate::context::ContextError;
 use crate::dockerfile::DockerfileError;
+use crate::registry::RegistryError;
+use crate::sandbox::SandboxError;
 
 /// What kind of failure ended a build.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -74,24 +78,50 @@ impl Failure {
         if let Some(failure) = error.downcast_ref::<Self>() {
             return failure.kind;
         }
-        if error.chain().any(|cause| cause.is::<DockerfileError>()) {
-            return Kind::Dockerfile;
-        }
-        if error
+        error
             .chain()
-            .any(|cause| cause.is::<crate::context::ContextError>())
-        {
-            return Kind::Configuration;
-        }
-        Kind::Internal
+            .find_map(kind_of_cause)
+            .unwrap_or(Kind::Internal)
     }
 
-    /// The advice that the outermost `Failure` in `error` gives.
-    pub fn hints_of(error: &anyhow::Error) -> &[String] {
-        error
+    /// The advice that `error` and its causes give, outermost first.
+    pub fn hints_of(error: &anyhow::Error) -> Vec<String> {
+        let mut hints = error
             .downcast_ref::<Self>()
-            .map_or(&[], |failure| &failure.hints)
+            .map_or_else(Vec::new, |failure| failure.hints.clone());
+        hints.extend(error.chain().filter_map(hint_of_cause));
+        hints
     }
+}
+
+/// What the type of one cause tells.
+fn kind_of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<Kind> {
+    if cause.is::<DockerfileError>() {
+        Some(Kind::Dockerfile)
+    } else if cause.is::<ContextError>() {
+        Some(Kind::Configuration)
+    } else if cause.is::<StepFailed>() {
+        Some(Kind::StepFailed)
+    } else if cause.is::<SandboxUnavailable>()
+        || cause.is::<NoRootfs>()
+        || cause.is::<SandboxError>()
+    {
+        Some(Kind::SandboxUnavailable)
+    } else if cause.is::<RegistryError>() {
+        Some(Kind::Registry)
+    } else {
+        None
+    }
+}
+
+fn hint_of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<String> {
+    if let Some(NoRootfs { hint, .. }) = cause.downcast_ref() {
+        return hint.clone();
+    }
+    if let Some(SandboxUnavailable(error)) = cause.downcast_ref() {
+        return error.hint();
+    }
+    cause.downcast_ref::<SandboxError>()?.hint()
 }
 
 impl fmt::Display for Failure {

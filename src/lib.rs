@@ -1,11 +1,91 @@
 //! sockless builds OCI images from Dockerfiles with no docker.sock, no daemon and no root.
+//!
+//! # The flow
+//!
+//! ```text
+//! Dockerfile text ─ dockerfile::parse ─▶ Dockerfile           typed instructions, with spans; no I/O
+//! Dockerfile ─ plan::graph ─▶ StageGraph                      which images the target needs; no I/O
+//! image references ─ registry::Client::resolve ─▶ Resolved    manifests and configs; no layer yet
+//! StageGraph + configs + build args ─ plan::lower ─▶ Plan     a graph of steps with their inputs; no I/O
+//! Plan ─ build::build ─▶ Built                                cache look-up, or rootfs + sandbox, or copy
+//! Built + config ─ image::assemble ─▶ Image                   manifest and config: values and raw bytes
+//! Image ─ registry, export ─▶ a registry, an OCI archive
+//! webhook ─ service ─▶ job ─▶ source ─▶ the same flow, in a child process
+//! ```
+//!
+//! Each arrow is a function, each name a type. A later stage never reaches back into an
+//! earlier one.
+//!
+//! # The modules
+//!
+//! | module | what it is | what it does not know |
+//! | --- | --- | --- |
+//! | [`dockerfile`] | text → instructions, word expansion | files, images |
+//! | [`plan`] | instructions + base configs → steps | files, network |
+//! | [`image`] | values of the image specification | files, network |
+//! | [`context`] | what COPY and ADD may see | images |
+//! | [`store`] | blobs, trees and records on disk | registries |
+//! | [`registry`] | the distribution protocol | layers' content |
+//! | [`layer`] | the layer archive, both directions | Dockerfiles, registries |
+//! | [`rootfs`] | unpacked layers ⇄ a mounted filesystem | archives |
+//! | [`sandbox`] | one process in one root filesystem | images, Dockerfiles |
+//! | [`build`] | performs a plan; the only module that knows the five above | the service, the terminal |
+//! | [`export`] | an image → a file | how it was built |
+//! | [`pipeline`] | a whole build, read top to bottom | |
+//! | [`service`] | the webhook, the queue, the page | how an image is built |
+//! | [`cli`] | arguments and terminal | everything but requests and events |
+//!
+//! Shared by all: [`io`], [`secret`], [`confined`], [`progress`].
+//!
+//! # Invariants
+//!
+//! - `dockerfile`, `plan` and `image` do no I/O, start no process, read no clock and no
+//!   environment variable. Time and platform arrive as values.
+//! - Only `sandbox` and `service::worker` start processes, and `registry` credential helpers.
+//!   Only `registry` and `service` open sockets.
+//! - Nothing depends on `service` or `cli`. `registry` and `layer` reach blobs only
+//!   through `store`.
+//! - Only `cli` and `main` print. Everything else emits a [`progress::BuildEvent`] or a
+//!   `tracing` event.
+//! - Same inputs, same bytes: sorted listings, sorted maps in anything serialised, times
+//!   clamped to one given epoch, no host names or paths in output.
+//! - Whatever has a name in the store is complete; whatever is unfinished is in its `tmp/`.
+//! - Names that somebody else chose are resolved through [`confined`] or the root
+//!   filesystem's own view, never by joining texts.
+//!
+//! `tests/it/modules.rs` compares who uses whom with a table.
+//!
+//! # A build
+//!
+//! `main` asks [`sandbox::userns`] to enter the user and mount namespaces before any
+//! thread exists, then calls [`pipeline::build`]. That parses, asks [`plan::graph()`] which
+//! images are needed, resolves them, and lowers. [`build::build`] gives each step a task.
+//! A RUN step that is not in the cache unpacks the layers below it (each straight from
+//! the network into its own tree), mounts them as an overlay, runs the process in a
+//! [`sandbox::Sandbox`], and keeps the overlay's upper directory: that is the new layer's
+//! tree. Sealing (tar, diff ID, gzip, digest: one pass in [`layer::seal`]) and uploading
+//! go on beside the next step. COPY works out its changes without any root filesystem.
+//!
+//! # A webhook
+//!
+//! `service::webhook` verifies the signature over the raw body, and answers when the job is
+//! in the database. `service::worker` claims it, fetches Dockerfile and `spec.json` at the
+//! merged commit, and runs `sockless build --progress rawjson` as a child; its events are
+//! the job's log.
 
+pub mod build;
+pub mod cli;
 pub mod config;
 pub mod confined;
+pub mod context;
 pub mod dockerfile;
+pub mod export;
+pub mod failure;
 pub mod image;
 pub mod io;
+pub mod layer;
 pub mod pipeline;
+pub mod plan;
 pub mod progress;
 pub mod registry;
 pub mod rootfs;

@@ -1,3 +1,37 @@
-fn main() {
-    sockless::sandbox::hidden_command();
+//! Arguments, the world to run in, exit code; nothing else.
+
+use std::process::ExitCode;
+
+use sockless::cli::{self, Invocation};
+use sockless::sandbox::{self, World};
+
+fn main() -> ExitCode {
+    // This program is its own helper; then it is nothing else.
+    sandbox::hidden_command();
+    let invocation = match cli::parse(std::env::args_os(), |name| std::env::var_os(name)) {
+        Ok(invocation) => invocation,
+        Err(error) => return error.report().into(),
+    };
+    let code = match invocation {
+        Invocation::Build(build) => match prepare(build.dies_with_parent()) {
+            Ok(world) => cli::build(*build, world),
+            Err(error) => cli::report(&error),
+        },
+        Invocation::Serve(config) => cli::serve(config.as_deref()),
+        Invocation::Version => cli::print_version(),
+    };
+    code.into()
+}
+
+/// What has to happen before this process has a second thread.
+fn prepare(die_with_parent: bool) -> anyhow::Result<World> {
+    if die_with_parent {
+        cli::die_with_parent()?;
+    }
+    let world = sandbox::enter()?;
+    if die_with_parent {
+        // The kernel forgets it where credentials change.
+        cli::die_with_parent()?;
+    }
+    Ok(world)
 }

@@ -3,10 +3,20 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Instant;
 
-use crate::image::{Digest, Platform, Reference};
-use crate::progress::Progress;
-use crate::{registry, sandbox};
+use anyhow::Context as _;
+use futures_util::future::try_join_all;
+
+use crate::build::{self, Built, Timings};
+use crate::context::{self, BuildContext, IgnoreRules};
+use crate::image::{self, Digest, History, Image, Platform, Reference};
+use crate::plan::{self, ImageNeed, Plan};
+use crate::progress::{BuildEvent, Progress};
+use crate::registry::{self, BlobContent, Client, Resolved};
+use crate::sandbox::{self, Cancel, World};
+use crate::store::Store;
+use crate::{dockerfile, export};
 
 /// Everything a build needs to know, validated.
 #[derive(Clone, Debug)]
@@ -62,14 +72,288 @@ pub struct BuildResult {
     pub image_id: Digest,
 }
 
-/// Builds an image.
+/// The build argument that dates an image.
+///
+/// <https://reproducible-builds.org/specs/source-date-epoch/>
+const EPOCH_ARG: &str = "SOURCE_DATE_EPOCH";
+
+/// Builds an image. The last event is `Finished`, whatever becomes of it.
+///
+/// `world` is what [`sandbox::enter`] gave; `cancel` stops the build.
 ///
 /// # Errors
 /// Any; the chain names what failed, where, and what was expected.
 pub async fn build(
     request: BuildRequest,
+    world: World,
     progress: Arc<dyn Progress>,
+    cancel: Cancel,
 ) -> anyhow::Result<BuildResult> {
-    let _ = (request, progress);
-    unimplemented!()
+    let started = Instant::now();
+    let timings = Arc::new(Timings::default());
+    let result = run(&request, world, &progress, &cancel, &timings).await;
+    timings.add("total", started.elapsed());
+    progress.event(BuildEvent::Finished {
+        success: result.is_ok(),
+        message: result
+            .as_ref()
+            .err()
+            .map(|error| format!("{error:#}"))
+            .unwrap_or_default(),
+        timings_ms: timings.to_millis(),
+    });
+    result
+}
+
+async fn run(
+    request: &BuildRequest,
+    world: World,
+    progress: &Arc<dyn Progress>,
+    cancel: &Cancel,
+    timings: &Arc<Timings>,
+) -> anyhow::Result<BuildResult> {
+    let source = context::read_dockerfile(
+        &request.context,
+        request.dockerfile.as_deref(),
+        std::io::stdin(),
+    )?;
+    let dockerfile = dockerfile::parse(&source.name, &source.text)?;
+    let settings = plan::Settings {
+        build_args: request.build_args.clone(),
+        target: request.target.clone(),
+        platform: request.platform.clone(),
+        build_platform: Platform::host(),
+    };
+    let graph = plan::graph(&dockerfile, &settings)?;
+    let epoch = epoch(request)?;
+    let rules = IgnoreRules::parse(&source.ignore)?;
+    let context = Arc::new(BuildContext::directory(&request.context, rules)?);
+    let store = Arc::new(Store::open(&request.root)?);
+    let client = Client::new(request.registry.clone())?;
+
+    let resolving = Instant::now();
+    let images = try_join_all(graph.images.iter().map(|need| resolve(&client, need))).await?;
+    timings.add("resolve", resolving.elapsed());
+
+    let configs: Vec<_> = images.iter().map(|image| image.config.clone()).collect();
+    let plan = plan::lower(&dockerfile, &graph, &settings, &configs)?;
+    for warning in &plan.warnings {
+        progress.event(BuildEvent::Warning {
+            message: warning.clone(),
+        });
+    }
+
+    let push = if request.push {
+        request.tags.clone()
+    } else {
+        Vec::new()
+    };
+    let settings = build::Settings {
+        keep_blobs: !request.outputs.is_empty() || needs_base_blobs(&push, &images),
+        store: Arc::clone(&store),
+        client: client.clone(),
+        progress: Arc::clone(progress),
+        cancel: cancel.clone(),
+        context,
+        images,
+        sandbox: request.sandbox,
+        world,
+        platform: request.platform.clone(),
+        epoch,
+        use_cache: !request.no_cache,
+        push: push.clone(),
+    };
+    let built = build::build(&plan, settings, Arc::clone(timings)).await?;
+    let (origins, layer_bytes) = (built.origins.clone(), built.uploaded_bytes);
+    let image = assemble(plan, built, epoch)?;
+
+    let publishing = Instant::now();
+    for output in &request.outputs {
+        let Output::OciArchive { dest } = output;
+        fetch_missing(&client, &store, &image, &origins).await?;
+        let (image, tags, store, dest) = (
+            image.clone(),
+            request.tags.clone(),
+            Arc::clone(&store),
+            dest.clone(),
+        );
+        let digest = image.raw_manifest.digest.clone();
+        let reference = dest.display().to_string();
+        tokio::task::spawn_blocking(move || export::oci_archive(&image, &tags, &store, &dest))
+            .await
+            .context("a task ended abnormally")??;
+        progress.event(BuildEvent::Published {
+            reference,
+            digest,
+            uploaded_bytes: 0,
+        });
+    }
+    for tag in &push {
+        publish(&client, tag, &image, progress, layer_bytes)
+            .await
+            .with_context(|| format!("pushing {tag}"))?;
+    }
+    timings.add("publish", publishing.elapsed());
+    write_result_files(request, &image)?;
+    Ok(BuildResult {
+        digest: image.raw_manifest.digest.clone(),
+        image_id: image.manifest.config.digest.clone(),
+    })
+}
+
+async fn resolve(client: &Client, need: &ImageNeed) -> anyhow::Result<Resolved> {
+    client
+        .resolve(&need.reference, &need.platform)
+        .await
+        .with_context(|| {
+            format!(
+                "{}: resolving {} for {}",
+                need.place, need.reference, need.platform
+            )
+        })
+}
+
+/// `SOURCE_DATE_EPOCH`: the build argument, else the environment's.
+fn epoch(request: &BuildRequest) -> anyhow::Result<Option<i64>> {
+    match request
+        .build_args
+        .get(EPOCH_ARG)
+        .filter(|text| !text.is_empty())
+    {
+        None => Ok(request.epoch),
+        Some(text) => {
+            let seconds = text.parse::<i64>().ok().filter(|seconds| *seconds >= 0);
+            let seconds = seconds.with_context(|| {
+                format!("--build-arg {EPOCH_ARG}={text:?}: expected seconds since 1970 as a whole number")
+            })?;
+            Ok(Some(seconds))
+        }
+    }
+}
+
+/// Whether a base image lies at another registry than where the image goes: then its
+/// blobs are sent, and downloading them for a step should keep them.
+fn needs_base_blobs(push: &[Reference], images: &[Resolved]) -> bool {
+    push.iter().any(|tag| {
+        images
+            .iter()
+            .any(|image| image.reference.repository().registry() != tag.repository().registry())
+    })
+}
+
+/// Joins layers, config and history.
+fn assemble(plan: Plan, built: Built, epoch: Option<i64>) -> anyhow::Result<Image> {
+    let Plan {
+        mut config,
+        history,
+        ..
+    } = plan;
+    let base_created = config
+        .history
+        .iter()
+        .rev()
+        .find_map(|entry| entry.created.clone())
+        .or(config.created.take());
+    let epoch_text = epoch.map(|_| build::rfc3339(epoch));
+    let mut created = built.created.into_iter();
+    let mut last = epoch_text.clone().or(base_created);
+    for entry in history {
+        if !entry.empty_layer {
+            let when = created
+                .next()
+                .context("there are more history entries than layers")?;
+            last = epoch_text.clone().or(Some(when));
+        }
+        config.history.push(History {
+            created: last.clone(),
+            ..entry
+        });
+    }
+    anyhow::ensure!(
+        created.next().is_none(),
+        "there are more layers than history entries"
+    );
+    // Without a step that made a layer there is no time of this build that would not
+    // change from one build to the next; the base's says when the files were made.
+    config.created = last.or_else(|| Some(build::rfc3339(Some(0))));
+    Ok(image::assemble(config, built.layers))
+}
+
+/// Downloads blobs that an output needs and no step needed.
+async fn fetch_missing(
+    client: &Client,
+    store: &Arc<Store>,
+    image: &Image,
+    origins: &[Option<image::Repository>],
+) -> anyhow::Result<()> {
+    for (layer, origin) in image.layers.iter().zip(origins) {
+        let digest = &layer.descriptor.digest;
+        if store.has_blob(digest) {
+            continue;
+        }
+        let origin = origin
+            .as_ref()
+            .with_context(|| format!("the blob {digest} is no longer in the store"))?;
+        let stream = client.open_blob(origin, &layer.descriptor).await?;
+        let mut reader = tokio_util::io::SyncIoBridge::new(stream);
+        let (store, digest) = (Arc::clone(store), digest.clone());
+        let fetch = tokio::task::spawn_blocking(move || -> anyhow::Result<()> {
+            let mut blob = store.write_blob()?;
+            std::io::copy(&mut reader, &mut blob)?;
+            blob.commit(Some(&digest))?;
+            Ok(())
+        });
+        fetch
+            .await
+            .context("a task ended abnormally")?
+            .with_context(|| format!("pulling {origin}"))?;
+    }
+    Ok(())
+}
+
+/// Sends config and manifest; the layers are there.
+async fn publish(
+    client: &Client,
+    tag: &Reference,
+    image: &Image,
+    progress: &Arc<dyn Progress>,
+    layer_bytes: u64,
+) -> anyhow::Result<()> {
+    let config = &image.manifest.config;
+    let content = BlobContent::Bytes(image.config_bytes.clone());
+    let pushed = client
+        .push_blob(tag.repository(), config, None, content, |_| {})
+        .await?;
+    client.push_manifest(tag, &image.raw_manifest).await?;
+    let config_bytes = if pushed == registry::PushedBlob::Uploaded {
+        config.size
+    } else {
+        0
+    };
+    progress.event(BuildEvent::Published {
+        reference: tag.to_string(),
+        digest: image.raw_manifest.digest.clone(),
+        uploaded_bytes: layer_bytes + config_bytes,
+    });
+    Ok(())
+}
+
+/// `--iidfile` and `--metadata-file`, with BuildKit's keys.
+fn write_result_files(request: &BuildRequest, image: &Image) -> anyhow::Result<()> {
+    if let Some(path) = &request.iid_file {
+        let id = image.manifest.config.digest.as_str();
+        std::fs::write(path, id).with_context(|| format!("writing {}", path.display()))?;
+    }
+    if let Some(path) = &request.metadata_file {
+        let names: Vec<String> = request.tags.iter().map(Reference::to_string).collect();
+        let metadata = serde_json::json!({
+            "containerimage.digest": image.raw_manifest.digest,
+            "containerimage.config.digest": image.manifest.config.digest,
+            "containerimage.descriptor": image.raw_manifest.descriptor(),
+            "image.name": names.join(","),
+        });
+        let text = serde_json::to_string_pretty(&metadata).expect("the keys are texts");
+        std::fs::write(path, text).with_context(|| format!("writing {}", path.display()))?;
+    }
+    Ok(())
 }

@@ -13,6 +13,9 @@ use crate::failure::{Failure, Kind};
 /// What is logged where `SOCKLESS_LOG` does not say.
 const DEFAULT: &str = "warn";
 
+/// The same for the service, whose log is all that it says.
+const SERVICE_DEFAULT: &str = "info";
+
 /// Sends the log through `display` from now on; `filter` is the value of `SOCKLESS_LOG`.
 ///
 /// # Errors
@@ -28,10 +31,28 @@ pub(super) fn init(display: Arc<dyn Display>, filter: Option<&OsStr>) -> anyhow:
     Ok(())
 }
 
+/// Sends the log of the service to standard error; `filter` is the value of `SOCKLESS_LOG`.
+///
+/// # Errors
+/// As [`init`].
+pub(super) fn init_service(filter: Option<&OsStr>) -> anyhow::Result<()> {
+    let subscriber = tracing_subscriber::fmt()
+        .with_env_filter(parse_or(filter, SERVICE_DEFAULT)?)
+        .with_ansi(false)
+        .with_writer(io::stderr)
+        .finish();
+    let _ = tracing::subscriber::set_global_default(subscriber);
+    Ok(())
+}
+
 fn parse(filter: Option<&OsStr>) -> anyhow::Result<EnvFilter> {
+    parse_or(filter, DEFAULT)
+}
+
+fn parse_or(filter: Option<&OsStr>, default: &str) -> anyhow::Result<EnvFilter> {
     let filter = filter
         .filter(|f| !f.is_empty())
-        .unwrap_or(OsStr::new(DEFAULT));
+        .unwrap_or(OsStr::new(default));
     // What is not UTF-8 becomes a character that no filter has.
     EnvFilter::try_new(filter.to_string_lossy()).map_err(|error| {
         let failure = Failure::new(Kind::Configuration, format!("SOCKLESS_LOG is {filter:?}"))

@@ -17,9 +17,11 @@ use super::progress::{self, Display};
 use super::report::{message, render};
 use super::signal::{Ended, Signals};
 use super::{Build, VERSION, log};
+use crate::config::ServiceConfig;
 use crate::failure::{Failure, Kind};
 use crate::pipeline::{self, BuildRequest, BuildResult};
 use crate::progress::{BuildEvent, Progress};
+use crate::sandbox::{Cancel, World};
 
 /// How long work that is in the middle of a system call may take to end after a signal.
 /// What it leaves in the store's `tmp/` is removed by the next build.
@@ -65,7 +67,7 @@ impl From<anyhow::Error> for Stopped {
 
 /// Runs a build and returns the exit code.
 #[allow(clippy::print_stderr, reason = "this is where errors are printed")]
-pub fn build(build: Build) -> u8 {
+pub fn build(build: Build, world: World) -> u8 {
     let settings = build.settings;
     let display = progress::choose(settings.progress, |name| std::env::var_os(name));
     let watched = Arc::new(Watched {
@@ -73,7 +75,7 @@ pub fn build(build: Build) -> u8 {
         finished: AtomicBool::new(false),
     });
     let outcome =
-        try_build(settings.request, settings.without_output, &watched).and_then(|result| {
+        try_build(settings.request, world, settings.without_output, &watched).and_then(|result| {
             if settings.print_image_id {
                 print_line(result.image_id.as_str()).context("printing the image ID")?;
             }
@@ -95,6 +97,7 @@ pub fn build(build: Build) -> u8 {
 
 fn try_build(
     request: BuildRequest,
+    world: World,
     without_output: bool,
     watched: &Arc<Watched>,
 ) -> Result<BuildResult, Stopped> {
@@ -117,19 +120,27 @@ fn try_build(
     let outcome = runtime.block_on(async {
         let mut signals = Signals::catch().context("catching signals")?;
         let progress = Arc::clone(watched) as Arc<dyn Progress>;
-        let work = AssertUnwindSafe(pipeline::build(request, progress)).catch_unwind();
-        match signals.run(work).await {
-            Ok(Ok(result)) => Ok(result?),
-            // Whoever reads events waits for the last one, also then.
-            Ok(Err(panic)) => Err(Stopped::Failed(anyhow!(panic_message(&*panic)))),
+        let cancel = Cancel::new();
+        let work = pipeline::build(request, world, progress, cancel.clone());
+        let mut work = std::pin::pin!(AssertUnwindSafe(work).catch_unwind());
+        let outcome = match signals.run(&mut work).await {
+            Ok(outcome) => outcome,
             Err(signal) => {
-                // Who asks twice does not want to wait for the clean-up.
-                tokio::spawn(async move {
-                    let again = signals.next().await;
-                    std::process::exit(again.exit_code().into());
-                });
-                Err(Stopped::Signalled(signal))
+                cancel.cancel();
+                // Steps are killed and what is unfinished is removed. Who asks twice does
+                // not want to wait for that.
+                tokio::select! {
+                    _ = &mut work => {}
+                    () = tokio::time::sleep(CLEAN_UP_LIMIT) => {}
+                    again = signals.next() => std::process::exit(again.exit_code().into()),
+                }
+                return Err(Stopped::Signalled(signal));
             }
+        };
+        match outcome {
+            Ok(result) => Ok(result?),
+            // Whoever reads events waits for the last one, also then.
+            Err(panic) => Err(Stopped::Failed(anyhow!(panic_message(&*panic)))),
         }
     });
     runtime.shutdown_timeout(CLEAN_UP_LIMIT);
@@ -147,18 +158,24 @@ fn panic_message(panic: &(dyn Any + Send)) -> String {
 }
 
 /// Runs the service with the configuration file `config`, until it is told to stop.
+#[allow(clippy::print_stderr, reason = "this is where errors are printed")]
 pub fn serve(config: Option<&Path>) -> u8 {
-    let error = Failure::new(
-        Kind::Configuration,
-        match config {
-            Some(config) => format!(
-                "serving with {}: this binary has no service",
-                config.display()
-            ),
-            None => "serving: this binary has no service".to_owned(),
-        },
-    );
-    super::report(&error.into())
+    match try_serve(config) {
+        Ok(()) => 0,
+        Err(error) => super::report(&error),
+    }
+}
+
+fn try_serve(config: Option<&Path>) -> anyhow::Result<()> {
+    let config = ServiceConfig::load(config, |name| std::env::var(name).ok()).context(
+        Failure::new(Kind::Configuration, "reading the configuration"),
+    )?;
+    log::init_service(std::env::var_os("SOCKLESS_LOG").as_deref())?;
+    tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .context("starting the async runtime")?
+        .block_on(crate::service::serve(config))
 }
 
 /// Prints the version on standard output.

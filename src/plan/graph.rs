@@ -191,7 +191,7 @@ impl<'a> Builder<'a> {
         Ok(graph)
     }
 
-    /// The stage that `--target` names, by name or number; the last one without it.
+    /// The stage that `--target` names, in any case; the last one without it.
     fn target(&self) -> Result<usize, DockerfileError> {
         let stages = &self.dockerfile.stages;
         let Some(target) = &self.settings.target else {
@@ -202,8 +202,7 @@ impl<'a> Builder<'a> {
                 .as_ref()
                 .is_some_and(|n| n.raw.eq_ignore_ascii_case(target))
         });
-        let by_number = || target.parse::<usize>().ok().filter(|n| *n < stages.len());
-        by_name.or_else(by_number).ok_or_else(|| {
+        by_name.ok_or_else(|| {
             let names: Vec<&str> = stages
                 .iter()
                 .filter_map(|s| s.name.as_ref())
@@ -281,13 +280,10 @@ impl<'a> Builder<'a> {
         self.image(&name, stage.base.span, platform)
     }
 
-    /// The last stage before `before` that has the name.
+    /// The last stage before `before` that has the name, which is lower case.
     fn stage_named(&self, name: &str, before: usize) -> Option<usize> {
-        self.dockerfile.stages[..before].iter().rposition(|s| {
-            s.name
-                .as_ref()
-                .is_some_and(|n| n.raw.eq_ignore_ascii_case(name))
-        })
+        let named = |s: &Stage| s.name.as_ref().is_some_and(|n| n.raw == name);
+        self.dockerfile.stages[..before].iter().rposition(named)
     }
 
     fn copy_from(&mut self, index: usize, from: &Word, platform: &Platform) -> Option<Base> {
@@ -299,23 +295,25 @@ impl<'a> Builder<'a> {
             );
             return None;
         }
-        if let Some(stage) = self.stage_named(name, index) {
-            return Some(Base::Stage(stage));
-        }
-        let later = self.dockerfile.stages[index..].iter().any(|s| {
-            s.name
-                .as_ref()
-                .is_some_and(|n| n.raw.eq_ignore_ascii_case(name))
-        });
-        if later {
-            self.problems.push(
-                Problem::new(
-                    from.span,
-                    format!("stage {name:?} is this one or comes later: a circular dependency"),
-                )
-                .with_hint("a stage can copy only from stages before it"),
-            );
-            return None;
+        // The last of several stages with one name is meant, even where it comes too late.
+        match self.stage_named(&name.to_ascii_lowercase(), self.dockerfile.stages.len()) {
+            Some(stage) if stage < index => return Some(Base::Stage(stage)),
+            Some(stage) => {
+                let what = if stage == index {
+                    "this stage itself"
+                } else {
+                    "a later stage"
+                };
+                self.problems.push(
+                    Problem::new(
+                        from.span,
+                        format!("cannot copy from stage {name:?}: it is {what}"),
+                    )
+                    .with_hint("a stage can copy only from stages before it"),
+                );
+                return None;
+            }
+            None => {}
         }
         if let Ok(number) = name.parse::<usize>() {
             if number < index {

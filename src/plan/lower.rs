@@ -72,10 +72,13 @@ pub fn lower(
         .states
         .remove(&graph.target)
         .expect("the target is one of the needed stages");
+    let mut config = state.image;
+    // The image is for what was asked for, whatever its base says of itself.
+    config.platform = settings.platform.clone();
     Ok(Plan {
         steps: lowering.steps,
         result: state.step,
-        config: state.image,
+        config,
         history: state.history,
         warnings: lowering.warnings,
     })
@@ -291,14 +294,9 @@ impl<'a> Lowering<'a> {
                 Ok(())
             }
             InstructionKind::Onbuild { expression, .. } => {
-                current.state.record(format!("ONBUILD {expression}"), true);
-                current
-                    .state
-                    .image
-                    .config
-                    .on_build
-                    .get_or_insert_default()
-                    .push(expression.clone());
+                // BuildKit keeps no history entry for it.
+                let triggers = &mut current.state.image.config.on_build;
+                triggers.get_or_insert_default().push(expression.clone());
                 Ok(())
             }
             InstructionKind::Shell(shell) => {
@@ -522,7 +520,7 @@ impl<'a> Lowering<'a> {
     }
 
     fn expose(&mut self, current: &mut Current<'_>, words: &[Word]) -> Lowered {
-        let mut ports = std::collections::BTreeSet::new();
+        let mut ports: Vec<String> = Vec::new();
         let environment = current.state.environment();
         for word in words {
             let texts = expand_words(word, self.dockerfile.directives.escape, &environment)
@@ -539,16 +537,11 @@ impl<'a> Lowering<'a> {
                 ports.extend(parsed);
             }
         }
-        let list: Vec<&str> = ports.iter().map(String::as_str).collect();
         current
             .state
-            .record(format!("EXPOSE [{}]", list.join(" ")), true);
-        current
-            .state
-            .image
-            .config
-            .exposed_ports
-            .extend(ports.into_iter().map(|p| (p, Empty {})));
+            .record(format!("EXPOSE [{}]", ports.join(" ")), true);
+        let exposed = &mut current.state.image.config.exposed_ports;
+        exposed.extend(ports.into_iter().map(|port| (port, Empty {})));
         Ok(())
     }
 
@@ -655,12 +648,8 @@ impl<'a> Lowering<'a> {
         if !heredoc.expand {
             return Ok(content);
         }
-        expand_text(
-            &content,
-            self.dockerfile.directives.escape,
-            &current.state.environment(),
-        )
-        .map_err(|error| Problem::new(heredoc.span, error.to_string()))
+        expand_text(&content, &current.state.environment())
+            .map_err(|error| Problem::new(heredoc.span, error.to_string()))
     }
 }
 

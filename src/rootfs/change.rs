@@ -8,6 +8,8 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use rustix::fs::FileType;
+
 /// One path that a layer adds, modifies or removes.
 ///
 /// In a list of changes, paths are in the order of [`order`]: parents before
@@ -92,6 +94,20 @@ pub enum Data {
     },
     /// A named pipe.
     Fifo,
+}
+
+impl Data {
+    /// The type of the file; a hard link is a regular file.
+    pub fn file_type(&self) -> FileType {
+        match self {
+            Self::File(_) | Self::Hardlink(_) => FileType::RegularFile,
+            Self::Directory { .. } => FileType::Directory,
+            Self::Symlink(_) => FileType::Symlink,
+            Self::CharDevice { .. } => FileType::CharacterDevice,
+            Self::BlockDevice { .. } => FileType::BlockDevice,
+            Self::Fifo => FileType::Fifo,
+        }
+    }
 }
 
 /// Where a regular file's bytes are.

@@ -1,0 +1,89 @@
+//! The build context as a tree that COPY reads.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::fs::File;
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+
+use rustix::fs::FileType;
+
+use super::copy::{SourceNode, SourceTree};
+use crate::context::{BuildContext, ContextError, ContextNode, NodeKind};
+use crate::rootfs::Metadata;
+
+/// A context, read through its ignore rules.
+pub(super) struct ContextTree(pub(super) Arc<BuildContext>);
+
+impl From<ContextNode> for SourceNode {
+    fn from(node: ContextNode) -> Self {
+        let device = match node.kind {
+            NodeKind::CharDevice(device) | NodeKind::BlockDevice(device) => device,
+            _ => 0,
+        };
+        Self {
+            file_type: match node.kind {
+                NodeKind::File => FileType::RegularFile,
+                NodeKind::Directory => FileType::Directory,
+                NodeKind::Symlink => FileType::Symlink,
+                NodeKind::Fifo => FileType::Fifo,
+                NodeKind::Socket => FileType::Socket,
+                NodeKind::CharDevice(_) => FileType::CharacterDevice,
+                NodeKind::BlockDevice(_) => FileType::BlockDevice,
+            },
+            // Who owns a file on the user's machine means nothing in the image.
+            metadata: Metadata {
+                mode: node.mode,
+                mtime: node.mtime,
+                ..Metadata::default()
+            },
+            size_bytes: node.size_bytes,
+            identity: node.inode,
+            links: node.links,
+            device: (rustix::fs::major(device), rustix::fs::minor(device)),
+            path: node.path,
+        }
+    }
+}
+
+impl SourceTree for ContextTree {
+    fn lookup(&self, path: &Path, follow_last: bool) -> io::Result<Option<SourceNode>> {
+        let node = self.0.lookup(path, follow_last).map_err(into_io)?;
+        Ok(node.map(SourceNode::from))
+    }
+
+    fn read_dir(&self, path: &Path) -> io::Result<Vec<(OsString, SourceNode)>> {
+        let nodes = self.0.read_dir(path).map_err(into_io)?;
+        Ok(nodes
+            .into_iter()
+            .map(|node| {
+                (
+                    node.path.file_name().unwrap_or_default().to_owned(),
+                    SourceNode::from(node),
+                )
+            })
+            .collect())
+    }
+
+    fn open(&self, path: &Path) -> io::Result<File> {
+        self.0.open(path).map_err(into_io)
+    }
+
+    fn read_link(&self, path: &Path) -> io::Result<OsString> {
+        self.0.read_link(path).map_err(into_io)
+    }
+
+    /// Attributes of the user's files stay on the user's machine.
+    fn xattrs(&self, _: &Path) -> io::Result<BTreeMap<OsString, Vec<u8>>> {
+        Ok(BTreeMap::new())
+    }
+}
+
+/// Keeps the kind, which decides what is said, and the context's own words.
+fn into_io(error: ContextError) -> io::Error {
+    match error {
+        ContextError::Io { source, .. } => source,
+        other => io::Error::other(other),
+    }
+}

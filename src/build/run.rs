@@ -1,0 +1,143 @@
+//! RUN → one process in a sandbox; what it changed is a layer.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::Context as _;
+use rustix::fs::Mode;
+
+use super::user::Accounts;
+use super::{Engine, StepFailed};
+use crate::confined::ConfinedDir;
+use crate::image::DEFAULT_PATH;
+use crate::plan::{Network, Run};
+use crate::progress::BuildEvent;
+use crate::rootfs::{MountPoint, Rootfs, Stack, Tree};
+use crate::sandbox::{self, Outcome, Process};
+
+/// The host name that steps see, as in BuildKit.
+const HOSTNAME: &str = "buildkitsandbox";
+
+/// Runs `run` on top of `below` and returns the tree of what it changed. Blocking.
+pub(super) fn run(
+    engine: &Arc<Engine>,
+    run: &Run,
+    step: usize,
+    below: &Stack,
+) -> anyhow::Result<Arc<Tree>> {
+    let sandbox = engine.sandbox()?;
+    let accounts = Accounts::read(below).context("reading the image's accounts")?;
+    let account = accounts
+        .user(&run.user)
+        .map_err(|reason| anyhow::anyhow!("USER {}: {reason}", run.user))?;
+
+    let mounting = Instant::now();
+    let scratch = engine.store.tmp_dir("step-")?;
+    let mut rootfs = Rootfs::mount(below, &scratch)?;
+    let process = Process {
+        rootfs: rootfs.path().to_owned(),
+        args: run.args.iter().map(Into::into).collect(),
+        env: environment(run, &account.home)
+            .into_iter()
+            .map(Into::into)
+            .collect(),
+        cwd: run.cwd.clone().into(),
+        user: account.user,
+        mounts: Vec::new(),
+        network: match run.network {
+            Network::Default => sandbox::Network::Private,
+            Network::None => sandbox::Network::None,
+        },
+        hostname: HOSTNAME.to_owned(),
+        extra_hosts: Vec::new(),
+    };
+    make_cwd(rootfs.path(), &process.cwd)?;
+    let points = sandbox::mount_points(&process).into_iter();
+    let points: Vec<_> = points
+        .map(|point| MountPoint {
+            path: point.path,
+            is_dir: point.is_dir,
+        })
+        .collect();
+    rootfs.prepare_mount_points(&points)?;
+    engine.timings.add("mount", mounting.elapsed());
+
+    let running = Instant::now();
+    let mut tail = Tail::default();
+    let outcome = {
+        let mut sink = |stream, bytes: &[u8]| {
+            tail.add(bytes);
+            let text = String::from_utf8_lossy(bytes).into_owned();
+            engine
+                .progress
+                .event(BuildEvent::StepOutput { step, stream, text });
+        };
+        sandbox.run(&process, &mut sink, &engine.cancel)
+    };
+    engine.timings.add("run", running.elapsed());
+    match outcome {
+        Ok(Outcome::Exited(0)) => {}
+        Ok(Outcome::Exited(status)) => {
+            rootfs.discard();
+            engine.check_cancelled()?;
+            return Err(StepFailed {
+                command: run.args.join(" "),
+                status,
+                tail: tail.text(),
+            }
+            .into());
+        }
+        Err(error) => {
+            rootfs.discard();
+            return Err(error.into());
+        }
+    }
+    let changed = rootfs.finish()?;
+    Tree::open(&changed.upper).with_context(|| format!("opening {}", changed.upper.display()))
+}
+
+/// The step's environment: the stage's, and what every process needs.
+fn environment(run: &Run, home: &str) -> Vec<String> {
+    let mut env = run.env.clone();
+    env.extend(run.proxy_env.iter().cloned());
+    let has =
+        |env: &[String], name: &str| env.iter().any(|pair| pair.split('=').next() == Some(name));
+    if !has(&env, "PATH") {
+        env.push(format!("PATH={DEFAULT_PATH}"));
+    }
+    if !has(&env, "HOME") {
+        env.push(format!("HOME={home}"));
+    }
+    env
+}
+
+/// A base image may name a working directory that it does not have; runc makes it too.
+fn make_cwd(root: &Path, cwd: &Path) -> anyhow::Result<()> {
+    let root = ConfinedDir::open(root).context("opening the root filesystem")?;
+    root.create_dir_all(cwd, Mode::from_raw_mode(0o755))
+        .with_context(|| format!("making the working directory {}", cwd.display()))
+}
+
+/// How many bytes of a step's output its error repeats.
+const TAIL_BYTES: usize = 2048;
+
+/// The end of what a step printed.
+#[derive(Default)]
+struct Tail(Vec<u8>);
+
+impl Tail {
+    fn add(&mut self, bytes: &[u8]) {
+        self.0.extend_from_slice(bytes);
+        if self.0.len() > 2 * TAIL_BYTES {
+            self.0.drain(..self.0.len() - TAIL_BYTES);
+        }
+    }
+
+    /// The last lines.
+    fn text(&self) -> String {
+        let text = String::from_utf8_lossy(&self.0);
+        let lines: Vec<&str> = text.lines().collect();
+        lines[lines.len().saturating_sub(10)..].join("\n")
+    }
+}

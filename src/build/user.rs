@@ -1,0 +1,224 @@
+//! `USER` and `--chown`: names and numbers → numbers, looked up inside the image.
+
+use std::io::Read;
+use std::path::Path;
+
+use crate::io::LimitedReader;
+use crate::rootfs::Stack;
+use crate::sandbox::User;
+
+/// The largest `/etc/passwd` or `/etc/group` that is read, in bytes. The files come from
+/// an image, so their size is its author's choice.
+const FILE_LIMIT_BYTES: u64 = 4 << 20;
+
+/// A user as `/etc/passwd` describes it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Account {
+    /// Who.
+    pub(super) user: User,
+    /// The home directory; `/` where none is known.
+    pub(super) home: String,
+}
+
+/// The image's accounts.
+#[derive(Debug, Default)]
+pub(super) struct Accounts {
+    passwd: Vec<Passwd>,
+    group: Vec<Group>,
+}
+
+#[derive(Debug)]
+struct Passwd {
+    name: String,
+    uid: u32,
+    gid: u32,
+    home: String,
+}
+
+#[derive(Debug)]
+struct Group {
+    name: String,
+    gid: u32,
+    members: Vec<String>,
+}
+
+impl Accounts {
+    /// Reads `/etc/passwd` and `/etc/group` of `stack`; absent files are empty.
+    ///
+    /// # Errors
+    /// Those of reading; a file over the limit.
+    pub(super) fn read(stack: &Stack) -> std::io::Result<Self> {
+        let passwd = read_file(stack, "etc/passwd")?;
+        let group = read_file(stack, "etc/group")?;
+        Ok(Self::parse(&passwd, &group))
+    }
+
+    /// Whether the image has no accounts at all, as one made from `scratch`.
+    pub(super) fn is_empty(&self) -> bool {
+        self.passwd.is_empty() && self.group.is_empty()
+    }
+
+    /// Lines that are no entries are passed over, as the C library does.
+    fn parse(passwd: &str, group: &str) -> Self {
+        let passwd = passwd.lines().filter_map(|line| {
+            let fields: Vec<&str> = line.split(':').collect();
+            Some(Passwd {
+                name: (*fields.first()?).to_owned(),
+                uid: fields.get(2)?.parse().ok()?,
+                gid: fields.get(3)?.parse().ok()?,
+                home: fields.get(5).copied().unwrap_or_default().to_owned(),
+            })
+        });
+        let group = group.lines().filter_map(|line| {
+            let fields: Vec<&str> = line.split(':').collect();
+            let members = fields.get(3).copied().unwrap_or_default();
+            Some(Group {
+                name: (*fields.first()?).to_owned(),
+                gid: fields.get(2)?.parse().ok()?,
+                members: members
+                    .split(',')
+                    .filter(|m| !m.is_empty())
+                    .map(str::to_owned)
+                    .collect(),
+            })
+        });
+        Self {
+            passwd: passwd.collect(),
+            group: group.collect(),
+        }
+    }
+
+    /// `USER`: `user[:group]`, each a name or a number; empty is root.
+    ///
+    /// A number without an account has group 0. The supplementary groups are the primary
+    /// one and, unless that was given, those that list the account, as in Docker.
+    pub(super) fn user(&self, text: &str) -> Result<Account, String> {
+        let (user, group) = match text.split_once(':') {
+            Some((user, group)) => (user, Some(group).filter(|g| !g.is_empty())),
+            None => (text, None),
+        };
+        let user = if user.is_empty() { "0" } else { user };
+        let number = parse_id(user);
+        let account = match number {
+            Some(uid) => self.passwd.iter().find(|p| p.name == user || p.uid == uid),
+            None => Some(
+                self.passwd
+                    .iter()
+                    .find(|p| p.name == user)
+                    .ok_or_else(|| format!("no user {user:?} in the image's /etc/passwd"))?,
+            ),
+        };
+        let uid = account.map(|a| a.uid).or(number).unwrap_or_default();
+        let explicit = group.map(|group| self.gid(group)).transpose()?;
+        let gid = explicit.or(account.map(|a| a.gid)).unwrap_or_default();
+        let mut groups = vec![gid];
+        if let (Some(account), None) = (account, explicit) {
+            groups.extend(
+                self.group
+                    .iter()
+                    .filter(|g| g.members.iter().any(|m| *m == account.name))
+                    .map(|g| g.gid)
+                    .filter(|group| *group != gid),
+            );
+        }
+        let home = account
+            .map(|a| a.home.as_str())
+            .filter(|h| !h.is_empty())
+            .unwrap_or("/");
+        Ok(Account {
+            user: User { uid, gid, groups },
+            home: home.to_owned(),
+        })
+    }
+
+    /// `--chown`: `user[:group]`. A name alone has its own group; a number alone is both.
+    pub(super) fn owner(&self, text: &str) -> Result<(u32, u32), String> {
+        if let Some(id) = parse_id(text) {
+            return Ok((id, id));
+        }
+        let account = self.user(text)?;
+        Ok((account.user.uid, account.user.gid))
+    }
+
+    fn gid(&self, text: &str) -> Result<u32, String> {
+        if let Some(group) = self.group.iter().find(|g| g.name == text) {
+            return Ok(group.gid);
+        }
+        parse_id(text).ok_or_else(|| format!("no group {text:?} in the image's /etc/group"))
+    }
+}
+
+fn parse_id(text: &str) -> Option<u32> {
+    let is_number = text.bytes().all(|b| b.is_ascii_digit());
+    if is_number { text.parse().ok() } else { None }
+}
+
+fn read_file(stack: &Stack, path: &str) -> std::io::Result<String> {
+    let Some(node) = stack.lookup(Path::new(path), true)? else {
+        return Ok(String::new());
+    };
+    if !node.file_type().is_file() {
+        return Ok(String::new());
+    }
+    let mut bytes = Vec::new();
+    LimitedReader::new(
+        stack.open(&node)?,
+        FILE_LIMIT_BYTES,
+        "the image's account file",
+    )
+    .read_to_end(&mut bytes)?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn accounts() -> Accounts {
+        Accounts::parse(
+            "root:x:0:0:root:/root:/bin/sh\nbroken\napp:x:1000:1000::/home/app:/bin/sh\nnohome:x:7:8\n",
+            "root:x:0:\nstaff:x:50:deploy\naudio:x:29:app\nvideo:x:44:app,deploy\napp:x:1000:\n",
+        )
+    }
+
+    #[track_caller]
+    fn check(text: &str, uid: u32, gid: u32, groups: &[u32], home: &str) {
+        let user = User {
+            uid,
+            gid,
+            groups: groups.to_vec(),
+        };
+        assert_eq!(
+            accounts().user(text),
+            Ok(Account {
+                user,
+                home: home.to_owned()
+            }),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn users_are_names_or_numbers() {
+        check("", 0, 0, &[0], "/root");
+        check("app", 1000, 1000, &[1000, 29, 44], "/home/app");
+        check("1000", 1000, 1000, &[1000, 29, 44], "/home/app");
+        check("app:staff", 1000, 50, &[50], "/home/app");
+        check("1000:5", 1000, 5, &[5], "/home/app");
+        check("4242", 4242, 0, &[0], "/");
+        check("4242:4343", 4242, 4343, &[4343], "/");
+        check("0:staff", 0, 50, &[50], "/root");
+        check("nohome", 7, 8, &[8], "/");
+        assert_eq!(accounts().owner("7"), Ok((7, 7)));
+        assert_eq!(accounts().owner("app"), Ok((1000, 1000)));
+        assert_eq!(accounts().owner("88:staff"), Ok((88, 50)));
+        assert_eq!(
+            accounts().user("x"),
+            Err("no user \"x\" in the image's /etc/passwd".into())
+        );
+        assert_eq!(
+            accounts().user("app:x"),
+            Err("no group \"x\" in the image's /etc/group".into())
+        );
+    }
+}
