@@ -770,20 +770,3 @@ mod tests {
         );
     }
 }
-/// Words.
-pub fn expand_words(
-    word: &Word,
-    escape: char,
-    environment: &Environment,
-) -> Result<Vec<String>, ExpandError> {
-    expand_word(word, escape, environment).map(|w| vec![w])
-}
-/// Text.
-pub fn expand_text(
-    text: &str,
-    escape: char,
-    environment: &Environment,
-) -> Result<String, ExpandError> {
-    let _ = (text, escape, environment);
-    unimplemented!()
-}

@@ -126,9 +126,7 @@ impl Changes {
             None => None,
         };
         let found = tree::look_at(&self.upper, &path).map_err(failed())?;
-        let hides = |found: &Attributes| {
-            found.is_whiteout() || found.file_type == FileType::Socket
-        };
+        let hides = |found: &Attributes| found.is_whiteout() || found.file_type == FileType::Socket;
         let Some((fd, found)) = found.filter(|(_, found)| !hides(found)) else {
             if lower.is_some() {
                 self.emit(Change {
@@ -227,9 +225,9 @@ impl Changes {
                     })),
                 })
             }
-            FileType::Symlink => Data::Symlink(
-                read_link(fd).map_err(RootfsError::io("reading the link", path))?,
-            ),
+            FileType::Symlink => {
+                Data::Symlink(read_link(fd).map_err(RootfsError::io("reading the link", path))?)
+            }
             FileType::CharacterDevice => Data::CharDevice { major, minor },
             FileType::BlockDevice => Data::BlockDevice { major, minor },
             FileType::Fifo => Data::Fifo,
@@ -305,10 +303,14 @@ impl Changes {
 
     /// Queues `change`, after those directories above it that were no change until now.
     fn emit(&mut self, change: Change) {
-        let above = self.levels.iter().rposition(|level| level.unchanged.is_none());
+        let above = self
+            .levels
+            .iter()
+            .rposition(|level| level.unchanged.is_none());
         let from = above.map_or(0, |index| index + 1);
         let parents = self.levels[from..].iter_mut();
-        self.ready.extend(parents.filter_map(|level| level.unchanged.take()));
+        self.ready
+            .extend(parents.filter_map(|level| level.unchanged.take()));
         self.ready.push_back(change);
     }
 }

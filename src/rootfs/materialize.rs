@@ -1,9 +1,9 @@
 //! [`materialize`]: a list of changes becomes a tree.
 
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::fd::{AsFd, OwnedFd};
-use std::ffi::OsStr;
 use std::path::{Component, Path, PathBuf};
 
 use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Timespec, Timestamps, Uid, makedev};
@@ -242,8 +242,7 @@ fn write_file(
     path: &Path,
     content: FileContent,
 ) -> Result<(), RootfsError> {
-    let flags =
-        OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let fd = rustix::fs::openat(parent, name, flags, Mode::RUSR | Mode::WUSR)
         .map_err(RootfsError::io("creating", path))?;
     let mut file = File::from(fd);

@@ -93,7 +93,9 @@ pub enum RootfsError {
         want: &'static str,
     },
     /// A directory or file in the upper directory refers to content elsewhere, which a layer cannot express.
-    #[error("{path:?} carries the overlay attribute {attribute:?}, which sockless never asks the kernel for")]
+    #[error(
+        "{path:?} carries the overlay attribute {attribute:?}, which sockless never asks the kernel for"
+    )]
     Redirect {
         /// Inside the image.
         path: PathBuf,
@@ -220,10 +222,26 @@ mod tests {
             11 if has_many_ids() => drop(lchown(&path, Some(mode % 7), Some(mode % 5))),
             12 if !is_link => {
                 // Opened for reading, a file is not copied up by that.
-                drop(options.read(true).open(&path).and_then(|file| file.set_modified(time)));
+                drop(
+                    options
+                        .read(true)
+                        .open(&path)
+                        .and_then(|file| file.set_modified(time)),
+                );
             }
-            13 => drop(rustix::fs::mknodat(CWD, &path, FileType::Fifo, Mode::RUSR, 0)),
-            14 if !is_link => drop(rustix::fs::lsetxattr(&path, attribute, &value, XattrFlags::empty())),
+            13 => drop(rustix::fs::mknodat(
+                CWD,
+                &path,
+                FileType::Fifo,
+                Mode::RUSR,
+                0,
+            )),
+            14 if !is_link => drop(rustix::fs::lsetxattr(
+                &path,
+                attribute,
+                &value,
+                XattrFlags::empty(),
+            )),
             15 => {
                 // Copies it up and changes nothing.
                 drop(options.append(true).open(&path));
@@ -261,82 +279,94 @@ mod tests {
 
     #[test]
     fn sandbox_stack_and_changes_agree_with_the_kernel() {
-        in_worlds(module_path!(), "sandbox_stack_and_changes_agree_with_the_kernel", || {
-            let mut entries = 0;
-            for seed in 1..=12 {
-                let dir = tempfile::tempdir().unwrap();
-                let mut dice = Dice(seed * 0x9E37_79B9);
-                let mut lower = Stack::default();
-                // The same image from trees that were made from the changes alone.
-                let mut again = Stack::default();
-                for layer in 0..5 {
-                    let what = format!("seed {seed} layer {layer}");
-                    let scratch = dir.path().join(format!("scratch{layer}"));
-                    fs::create_dir(&scratch).unwrap();
-                    let rootfs = Rootfs::mount(&lower, &scratch).unwrap();
-                    for _ in 0..40 {
-                        act(&mut dice, rootfs.path());
+        in_worlds(
+            module_path!(),
+            "sandbox_stack_and_changes_agree_with_the_kernel",
+            || {
+                let mut entries = 0;
+                for seed in 1..=12 {
+                    let dir = tempfile::tempdir().unwrap();
+                    let mut dice = Dice(seed * 0x9E37_79B9);
+                    let mut lower = Stack::default();
+                    // The same image from trees that were made from the changes alone.
+                    let mut again = Stack::default();
+                    for layer in 0..5 {
+                        let what = format!("seed {seed} layer {layer}");
+                        let scratch = dir.path().join(format!("scratch{layer}"));
+                        fs::create_dir(&scratch).unwrap();
+                        let rootfs = Rootfs::mount(&lower, &scratch).unwrap();
+                        for _ in 0..40 {
+                            act(&mut dice, rootfs.path());
+                        }
+                        let kernel = view_of_dir(rootfs.path());
+                        entries += kernel.len();
+                        let upper = rootfs.finish().unwrap().upper;
+                        let tree = Tree::open(&upper).unwrap();
+                        // A tree is renamed into place while it is in use.
+                        fs::rename(&upper, dir.path().join(format!("tree{layer}"))).unwrap();
+
+                        let list = || changes(&tree, &lower).map(Result::unwrap);
+                        let paths: Vec<PathBuf> = list().map(|change| change.path).collect();
+                        let is_ordered = |pair: &[PathBuf]| order(&pair[0], &pair[1]).is_lt();
+                        assert!(paths.windows(2).all(is_ordered), "{what}: {paths:?}");
+
+                        let remade = dir.path().join(format!("remade{layer}"));
+                        fs::create_dir(&remade).unwrap();
+                        materialize(list(), &remade).unwrap();
+                        let remade = Tree::open(&remade).unwrap();
+
+                        // The list taken from the new tree is the list.
+                        let lines = |list: Changes| -> Vec<String> {
+                            list.map(|change| testing::line(change.unwrap())).collect()
+                        };
+                        assert_eq!(
+                            lines(changes(&remade, &lower)),
+                            lines(changes(&tree, &lower)),
+                            "{what}"
+                        );
+
+                        lower.push(tree);
+                        again.push(remade);
+                        let stack = view_of_stack(&lower);
+                        compare(&format!("{what}: stack, kernel"), &stack, &kernel);
+                        let again = view_of_stack(&again);
+                        compare(
+                            &format!("{what}: again, kernel"),
+                            &of_layers(again),
+                            &of_layers(kernel),
+                        );
                     }
-                    let kernel = view_of_dir(rootfs.path());
-                    entries += kernel.len();
-                    let upper = rootfs.finish().unwrap().upper;
-                    let tree = Tree::open(&upper).unwrap();
-                    // A tree is renamed into place while it is in use.
-                    fs::rename(&upper, dir.path().join(format!("tree{layer}"))).unwrap();
-
-                    let list = || changes(&tree, &lower).map(Result::unwrap);
-                    let paths: Vec<PathBuf> = list().map(|change| change.path).collect();
-                    let is_ordered = |pair: &[PathBuf]| order(&pair[0], &pair[1]).is_lt();
-                    assert!(paths.windows(2).all(is_ordered), "{what}: {paths:?}");
-
-                    let remade = dir.path().join(format!("remade{layer}"));
-                    fs::create_dir(&remade).unwrap();
-                    materialize(list(), &remade).unwrap();
-                    let remade = Tree::open(&remade).unwrap();
-
-                    // The list taken from the new tree is the list.
-                    let lines = |list: Changes| -> Vec<String> {
-                        list.map(|change| testing::line(change.unwrap())).collect()
-                    };
-                    assert_eq!(lines(changes(&remade, &lower)), lines(changes(&tree, &lower)), "{what}");
-
-                    lower.push(tree);
-                    again.push(remade);
-                    let stack = view_of_stack(&lower);
-                    compare(&format!("{what}: stack, kernel"), &stack, &kernel);
-                    let again = view_of_stack(&again);
-                    compare(
-                        &format!("{what}: again, kernel"),
-                        &of_layers(again),
-                        &of_layers(kernel),
-                    );
                 }
-            }
-            // The operations did build something.
-            assert!(entries > 12 * 5 * 5, "{entries}");
-        });
+                // The operations did build something.
+                assert!(entries > 12 * 5 * 5, "{entries}");
+            },
+        );
     }
 
     #[test]
     fn sandbox_an_image_from_its_trees_is_mounted_as_it_was() {
-        in_worlds(module_path!(), "sandbox_an_image_from_its_trees_is_mounted_as_it_was", || {
-            let dir = tempfile::tempdir().unwrap();
-            let (_base, base) = testing::tree_of(&["755 d/", "644 d/a = 1", "644 d/b = 2"]);
-            let (_top, top) = testing::tree_of(&["755 d!/", "644 d/c = 3"]);
-            // The same layer twice, which the kernel would refuse.
-            let stack = Stack::new(vec![top.clone(), base, top.clone()]);
-            let rootfs = Rootfs::mount(&stack, dir.path()).unwrap();
-            compare("view", &view_of_stack(&stack), &view_of_dir(rootfs.path()));
-            let names = |path: &Path| -> Vec<String> {
-                let names = fs::read_dir(path).unwrap().map(|e| e.unwrap().file_name());
-                names.map(|n| n.into_string().unwrap()).collect()
-            };
-            assert_eq!(names(&rootfs.path().join("d")), ["c"]);
-            let root = fs::metadata(rootfs.path()).unwrap();
-            assert_eq!((root.mode(), root.uid(), root.gid()), (0o40755, 0, 0));
-            assert_eq!(root.mtime(), fs::metadata(top.path()).unwrap().mtime());
-            rootfs.discard();
-            assert_eq!(names(dir.path()), Vec::<String>::new());
-        });
+        in_worlds(
+            module_path!(),
+            "sandbox_an_image_from_its_trees_is_mounted_as_it_was",
+            || {
+                let dir = tempfile::tempdir().unwrap();
+                let (_base, base) = testing::tree_of(&["755 d/", "644 d/a = 1", "644 d/b = 2"]);
+                let (_top, top) = testing::tree_of(&["755 d!/", "644 d/c = 3"]);
+                // The same layer twice, which the kernel would refuse.
+                let stack = Stack::new(vec![top.clone(), base, top.clone()]);
+                let rootfs = Rootfs::mount(&stack, dir.path()).unwrap();
+                compare("view", &view_of_stack(&stack), &view_of_dir(rootfs.path()));
+                let names = |path: &Path| -> Vec<String> {
+                    let names = fs::read_dir(path).unwrap().map(|e| e.unwrap().file_name());
+                    names.map(|n| n.into_string().unwrap()).collect()
+                };
+                assert_eq!(names(&rootfs.path().join("d")), ["c"]);
+                let root = fs::metadata(rootfs.path()).unwrap();
+                assert_eq!((root.mode(), root.uid(), root.gid()), (0o40755, 0, 0));
+                assert_eq!(root.mtime(), fs::metadata(top.path()).unwrap().mtime());
+                rootfs.discard();
+                assert_eq!(names(dir.path()), Vec::<String>::new());
+            },
+        );
     }
 }

@@ -158,7 +158,10 @@ impl Rootfs {
     /// # Errors
     /// [`RootfsError::MountPoint`] where something else is there; [`RootfsError::Io`].
     pub fn prepare_mount_points(&mut self, points: &[MountPoint]) -> Result<(), RootfsError> {
-        let root = self.root.as_ref().expect("it is mounted until it is consumed");
+        let root = self
+            .root
+            .as_ref()
+            .expect("it is mounted until it is consumed");
         for point in points {
             self.stubs.prepare(root, point)?;
         }
@@ -171,7 +174,10 @@ impl Rootfs {
     /// # Errors
     /// [`RootfsError::Io`], also for a loop of links.
     pub fn resolve(&self, path: &Path) -> Result<PathBuf, RootfsError> {
-        let root = self.root.as_ref().expect("it is mounted until it is consumed");
+        let root = self
+            .root
+            .as_ref()
+            .expect("it is mounted until it is consumed");
         stubs::resolve(root, path).map_err(RootfsError::io("resolving", path))
     }
 
@@ -295,8 +301,8 @@ impl Parts<'_> {
         use rustix::mount::{
             fsconfig_create, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, move_mount,
         };
-        let context =
-            fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC).map_err(|error| (error, String::new()))?;
+        let context = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)
+            .map_err(|error| (error, String::new()))?;
         let configure = || -> Result<OwnedFd, Errno> {
             let context = context.as_fd();
             fsconfig_set_string(context, "source", "sockless")?;
@@ -309,7 +315,11 @@ impl Parts<'_> {
             fsconfig_set_string(context, "upperdir", name_of(self.upper))?;
             fsconfig_set_string(context, "workdir", name_of(self.work))?;
             fsconfig_create(context)?;
-            fsmount(context, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())
+            fsmount(
+                context,
+                FsMountFlags::FSMOUNT_CLOEXEC,
+                MountAttrFlags::empty(),
+            )
         };
         let mounted = configure().map_err(|error| (error, messages(context.as_fd())))?;
         let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;

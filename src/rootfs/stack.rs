@@ -180,8 +180,7 @@ impl Stack {
         let Some(&index) = node.trees.first() else {
             return Ok(BTreeMap::new());
         };
-        let (fd, _) =
-            tree::look_at(self.trees[index].root(), &node.path)?.ok_or(Errno::STALE)?;
+        let (fd, _) = tree::look_at(self.trees[index].root(), &node.path)?.ok_or(Errno::STALE)?;
         xattr::of_layer(fd.as_fd())
     }
 

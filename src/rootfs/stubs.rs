@@ -80,7 +80,13 @@ impl Stubs {
             let want_dir = names.peek().is_some() || point.is_dir;
             match look_at(root, &path).map_err(failed(&path))? {
                 Some((_, found)) if want_dir != found.is_dir() => {
-                    let name_of = |dir| if dir { "a directory" } else { "not a directory" };
+                    let name_of = |dir| {
+                        if dir {
+                            "a directory"
+                        } else {
+                            "not a directory"
+                        }
+                    };
                     return Err(RootfsError::MountPoint {
                         path,
                         found: name_of(found.is_dir()),
@@ -127,7 +133,11 @@ impl Stubs {
             rustix::fs::openat(&dir.fd, name, flags, STUB_FILE_MODE)?
         };
         // Without regard to the umask of whoever runs the build.
-        let mode = if is_dir { STUB_DIR_MODE } else { STUB_FILE_MODE };
+        let mode = if is_dir {
+            STUB_DIR_MODE
+        } else {
+            STUB_FILE_MODE
+        };
         rustix::fs::fchmod(&stub, mode)?;
         dir.after = mtime(&rustix::fs::fstat(&dir.fd)?);
         self.made.push(Stub {
@@ -247,7 +257,10 @@ fn identity(stat: &Stat) -> (u64, u64) {
     (stat.st_dev, stat.st_ino)
 }
 
-#[allow(clippy::unnecessary_cast, reason = "the fields' types differ between architectures")]
+#[allow(
+    clippy::unnecessary_cast,
+    reason = "the fields' types differ between architectures"
+)]
 fn mtime(stat: &Stat) -> Timespec {
     Timespec {
         tv_sec: stat.st_mtime as _,

@@ -52,7 +52,10 @@ pub(crate) fn in_worlds(module: &str, name: &str, body: impl FnOnce()) {
         }
         let (passed, output) = world.run(&["--exact", &test, "--nocapture"]);
         assert!(passed, "{test} as {world:?}:\n{output}");
-        assert!(output.contains("1 passed"), "{test} was not found:\n{output}");
+        assert!(
+            output.contains("1 passed"),
+            "{test} was not found:\n{output}"
+        );
         ran += 1;
     }
     if ran == 0 {
@@ -160,12 +163,19 @@ pub(crate) fn view_of_dir(dir: &Path) -> View {
             file.read_to_end(&mut bytes).unwrap();
             bytes
         };
-        let link = || rustix::fs::readlinkat(&fd, "", Vec::new()).unwrap().into_bytes();
+        let link = || {
+            rustix::fs::readlinkat(&fd, "", Vec::new())
+                .unwrap()
+                .into_bytes()
+        };
         let xattrs = xattr::of_layer(fd.as_fd()).unwrap();
         see(&mut view, &path, &found, xattrs, content, link);
         if found.is_dir() {
             left.extend(sorted(
-                tree::list(&root, &path).unwrap().into_iter().map(|(name, _)| path.join(name)),
+                tree::list(&root, &path)
+                    .unwrap()
+                    .into_iter()
+                    .map(|(name, _)| path.join(name)),
             ));
         }
     }
@@ -190,7 +200,10 @@ pub(crate) fn view_of_stack(stack: &Stack) -> View {
             let entries = stack.read_dir(&node).unwrap();
             for (name, entry) in &entries {
                 // Both ways to an entry lead to the same.
-                let by_path = stack.lookup(&node.path().join(name), false).unwrap().unwrap();
+                let by_path = stack
+                    .lookup(&node.path().join(name), false)
+                    .unwrap()
+                    .unwrap();
                 assert_eq!(format!("{entry:?}"), format!("{by_path:?}"));
             }
             left.extend(entries.into_iter().rev().map(|(_, entry)| entry));
@@ -229,10 +242,7 @@ fn see(
         xattrs,
         ..found.metadata()
     };
-    let seen = Seen {
-        kind,
-        metadata,
-    };
+    let seen = Seen { kind, metadata };
     view.insert(path.to_owned(), seen);
 }
 

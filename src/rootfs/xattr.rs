@@ -104,7 +104,8 @@ mod tests {
 
     #[test]
     fn what_belongs_into_layers() {
-        let check = |name: &str, want: bool| assert_eq!(belongs_in_layer(name.as_ref()), want, "{name}");
+        let check =
+            |name: &str, want: bool| assert_eq!(belongs_in_layer(name.as_ref()), want, "{name}");
         check("security.capability", true);
         check("user.mime_type", true);
         check("user.overlayfs", true);
@@ -124,13 +125,18 @@ mod tests {
         let fd = rustix::fs::open(&path, flags, rustix::fs::Mode::empty()).unwrap();
         match set(fd.as_fd(), "user.a".as_ref(), b"1") {
             Err(Errno::NOTSUP) => {
-                return super::super::testing::skip("no user attributes in the temporary directory");
+                return super::super::testing::skip(
+                    "no user attributes in the temporary directory",
+                );
             }
             other => other.unwrap(),
         }
         set(fd.as_fd(), "user.empty".as_ref(), b"").unwrap();
         set(fd.as_fd(), OPAQUE.as_ref(), b"y").unwrap();
-        let want = [("user.a".into(), b"1".to_vec()), ("user.empty".into(), vec![])];
+        let want = [
+            ("user.a".into(), b"1".to_vec()),
+            ("user.empty".into(), vec![]),
+        ];
         assert_eq!(of_layer(fd.as_fd()).unwrap(), BTreeMap::from(want));
         assert!(is_opaque(fd.as_fd()).unwrap());
         set(fd.as_fd(), OPAQUE.as_ref(), b"x").unwrap();
