@@ -116,7 +116,7 @@ pub enum LayerError {
     },
     /// A hard link leads to a file that this layer does not have.
     #[error(
-        "hard link {path:?} of the layer leads to {target:?}, which is not in the same layer; rebuild the image with a builder that writes whole layers"
+        "hard link {path:?} of the layer leads to {target:?}, which this layer does not have before it; sockless applies layers on their own and cannot use such an image"
     )]
     HardlinkOutsideLayer {
         /// The link.

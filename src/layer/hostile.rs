@@ -169,11 +169,11 @@ fn the_last_component_is_replaced_and_never_followed() {
             .raw(kind, "f", b"", |header| {
                 header.set_text(super::header::LINK, b"elsewhere");
                 header.set_number(super::header::MODE, 0o777);
-                header.set_number(super::header::UID, 77);
+                header.set_number(super::header::MTIME, 77);
             });
         arena.apply(archive).unwrap();
         let is = arena.tree().join("f").symlink_metadata().unwrap();
-        assert_eq!(std::os::unix::fs::MetadataExt::uid(&is), 77);
+        assert_eq!(std::os::unix::fs::MetadataExt::mtime(&is), 77);
         assert_eq!(is.is_symlink(), kind == b'2');
     }
 }
@@ -361,6 +361,16 @@ fn of_several_entries_the_last_counts() {
             .file("e", b"x"),
         &[&format!("d {X} 644"), &format!("e {X} 644")],
     );
+    // Deeper than there are file descriptors.
+    let deep = "d/".repeat(1900) + "f";
+    check_tree(
+        new()
+            .pax(&[("path", deep.as_bytes())])
+            .file("f", b"x")
+            .file("d.", b"x")
+            .file("d", b"x"),
+        &[&format!("d {X} 644"), &format!("d. {X} 644")],
+    );
     // The metadata of a directory that is gone goes nowhere.
     check_tree(
         new()
@@ -456,6 +466,34 @@ fn extended_attributes_of_the_overlay_are_refused() {
         (skipped[0].path.to_str(), skipped[0].name.to_str()),
         (Some("s"), Some("user.x"))
     );
+}
+
+#[test]
+fn a_capability_is_kept_and_seen_inside() {
+    if !is_root() {
+        return;
+    }
+    // cap_net_raw+ep. In a user namespace the kernel adds the namespace's root and takes
+    // it off again for who reads it inside.
+    let capability = [
+        1, 0, 0, 2, 0, 0x20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    ];
+    let records: [(&str, &[u8]); 1] = [("SCHILY.xattr.security.capability", &capability)];
+    let arena = Arena::new();
+    arena
+        .apply(
+            new()
+                .pax(&records)
+                .file("ping", b"x")
+                .hardlink("ping6", "ping"),
+        )
+        .unwrap();
+    let mut value = [0; 64];
+    for name in ["ping", "ping6"] {
+        let file = arena.tree().join(name);
+        let length = rustix::fs::getxattr(file, "security.capability", &mut value[..]).unwrap();
+        assert_eq!(value[..length], capability, "{name}");
+    }
 }
 
 #[test]

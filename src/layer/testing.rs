@@ -101,15 +101,32 @@ pub(super) fn apply_bytes(
     apply(bytes, &MediaType::LAYER_TAR, &want, tree, limits)
 }
 
-/// Whether this is root, which trees with owners need; says so where not.
+/// Whether this is root, also in a user namespace, which owners and whiteouts need; says so where not.
 pub(super) fn is_root() -> bool {
+    probe(
+        rustix::process::geteuid().is_root(),
+        "this test needs root, at least in a user namespace",
+    )
+}
+
+/// Whether this is the real root: all owners and devices can be made.
+pub(super) fn is_real_root() -> bool {
+    let map = std::fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
+    let all_ids = map.split_whitespace().eq(["0", "0", "4294967295"]);
     let root = rustix::process::geteuid().is_root();
-    if !root {
+    probe(
+        root && all_ids,
+        "this test needs root outside of user namespaces",
+    )
+}
+
+fn probe(found: bool, reason: &str) -> bool {
+    if !found {
         let required = std::env::var_os("SOCKLESS_TEST_REQUIRE_ALL").is_some_and(|v| v == "1");
-        assert!(!required, "this test needs root");
-        skip("this test needs root");
+        assert!(!required, "{reason}");
+        skip(reason);
     }
-    root
+    found
 }
 
 #[expect(clippy::print_stderr, reason = "a skipped test says so")]

@@ -12,7 +12,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::{OsStr, OsString};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::ffi::OsStringExt;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Component, Path, PathBuf};
 use std::rc::Rc;
 
@@ -331,17 +331,7 @@ impl Tree {
             FileType::Directory => {
                 // Whatever was found through it is found no more.
                 self.parents.clear();
-                let below: Vec<PathBuf> = self
-                    .directories
-                    .range(path.clone()..)
-                    .map(|(below, _)| below)
-                    .take_while(|below| below.starts_with(&path))
-                    .cloned()
-                    .collect();
-                for below in below {
-                    self.directories.remove(&below);
-                }
-                remove_directory(place.parent(), place.name()).map_err(fail)
+                self.remove_directory(&path).map_err(fail)
             }
             kind => {
                 if kind == FileType::Symlink {
@@ -350,6 +340,39 @@ impl Tree {
                 rustix::fs::unlinkat(place.parent(), place.name(), AtFlags::empty()).map_err(fail)
             }
         }
+    }
+
+    /// Removes a directory with everything in it. All directories are known, so this goes
+    /// from the leaves up without recursion, however deep a hostile layer nests them.
+    fn remove_directory(&mut self, path: &Path) -> rustix::io::Result<()> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let below: Vec<PathBuf> = self
+            .directories
+            .range(path.to_owned()..)
+            .map(|(below, _)| below)
+            .take_while(|below| below.starts_with(path))
+            .cloned()
+            .collect();
+        for directory in below.iter().rev() {
+            let fd = open_beneath(self.root.fd.as_fd(), directory.as_os_str(), flags)?;
+            for entry in rustix::fs::Dir::read_from(&fd)? {
+                let entry = entry?;
+                let name = OsStr::from_bytes(entry.file_name().to_bytes());
+                if name != "." && name != ".." {
+                    rustix::fs::unlinkat(&fd, name, AtFlags::empty())?;
+                }
+            }
+            let parent = directory.parent().unwrap_or(Path::new(""));
+            let parent = match parent.as_os_str() {
+                root if root.is_empty() => OsStr::new("."),
+                parent => parent,
+            };
+            let parent = open_beneath(self.root.fd.as_fd(), parent, flags)?;
+            let name = directory.file_name().unwrap_or_default();
+            rustix::fs::unlinkat(&parent, name, AtFlags::REMOVEDIR)?;
+            self.directories.remove(directory);
+        }
+        Ok(())
     }
 
     /// The directory at the normalised `path`, made where it is missing.
@@ -520,23 +543,4 @@ fn open_beneath(
 /// Whether this is the overlay file system's form of a removed file.
 fn is_whiteout(stat: &rustix::fs::Stat) -> bool {
     FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice && stat.st_rdev == 0
-}
-
-/// Removes a directory of the tree with everything in it. Nobody else changes the tree, and
-/// links are removed, not followed.
-fn remove_directory(parent: BorrowedFd<'_>, name: &OsStr) -> rustix::io::Result<()> {
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let fd = open_beneath(parent, name, flags)?;
-    for entry in rustix::fs::Dir::read_from(&fd)? {
-        let entry = entry?;
-        let name = OsString::from_vec(entry.file_name().to_bytes().to_vec());
-        if name == "." || name == ".." {
-            continue;
-        }
-        match rustix::fs::unlinkat(&fd, &name, AtFlags::empty()) {
-            Err(Errno::ISDIR) => remove_directory(fd.as_fd(), &name)?,
-            other => other?,
-        }
-    }
-    rustix::fs::unlinkat(parent, name, AtFlags::REMOVEDIR)
 }
