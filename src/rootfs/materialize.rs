@@ -323,3 +323,159 @@ impl From<Time> for Timespec {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::{MetadataExt, symlink};
+
+    use super::super::testing::{change, tree_of};
+    use super::*;
+
+    #[test]
+    fn a_tree_is_what_the_list_says() {
+        let (dir, _tree) = tree_of(&[
+            "500 d/",
+            "4640 d/file = text",
+            "640 d/link == d/file",
+            "755 d/made!/",
+            "777 d/soft -> ../../x",
+            "-gone",
+            "600 pipe |",
+        ]);
+        let stat = |path: &str| fs::symlink_metadata(dir.path().join(path)).unwrap();
+        assert_eq!(stat("").mode(), 0o40755);
+        assert_eq!(stat("d").mode(), 0o40500);
+        assert_eq!(stat("d").mtime(), 1_400_000_000);
+        assert_eq!(stat("d/file").mode(), 0o104640);
+        assert_eq!(stat("d/file").mtime(), 1_400_000_000);
+        assert_eq!(stat("d/link").ino(), stat("d/file").ino());
+        assert_eq!(stat("d/soft").mtime(), 1_400_000_000);
+        assert_eq!(fs::read_link(dir.path().join("d/soft")).unwrap().to_str(), Some("../../x"));
+        assert_eq!((stat("gone").mode() & 0o170_000, stat("gone").rdev()), (0o020_000, 0));
+        assert_eq!(stat("pipe").mode(), 0o010_600);
+        let opaque = OFlags::PATH;
+        let made = rustix::fs::open(dir.path().join("d/made"), opaque, Mode::empty()).unwrap();
+        assert!(xattr::is_opaque(made.as_fd()).unwrap());
+        crate::confined::remove_tree(&dir.keep()).unwrap();
+    }
+
+    fn check(lines: &[&str], want: &str) {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().join("root");
+        fs::create_dir(&root).unwrap();
+        fs::write(dir.path().join("canary"), "alive").unwrap();
+        let error = materialize(lines.iter().map(|line| change(line)), &root).unwrap_err();
+        let mut message = error.to_string();
+        if let Some(source) = std::error::Error::source(&error) {
+            message += &format!(": {source}");
+        }
+        assert_eq!(message, want, "{lines:?}");
+        let mut outside: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+        outside.sort();
+        assert_eq!(outside, ["canary", "root"]);
+        let canary = dir.path().join("canary");
+        assert_eq!(fs::read_to_string(&canary).unwrap(), "alive");
+        assert_eq!(fs::metadata(&canary).unwrap().nlink(), 1);
+    }
+
+    #[test]
+    fn hostile_lists_change_nothing_outside() {
+        let plain = |path: &str| format!("cannot put {path:?} into a layer: its path is not a plain relative one");
+        for path in ["../x", "/x", "d/../x", "./x", "d//x", "d/.", ".."] {
+            check(&["755 d/", &format!("644 {path} = x")], &plain(path));
+        }
+        check(
+            &["777 d -> ..", "644 d/canary = dead"],
+            r#"cannot put "d/canary" into a layer: its directory is not in the list before it"#,
+        );
+        check(
+            &["777 d -> ..", "755 d/"],
+            r#"cannot put "d" into a layer: it is there twice or not in order"#,
+        );
+        check(
+            &["644 b = x", "644 a = x"],
+            r#"cannot put "a" into a layer: it is there twice or not in order"#,
+        );
+        let link = |path: &str| format!("cannot put {path:?} into a layer: what it is a hard link to is no file before it in the list");
+        check(&["777 d -> ..", "644 x == d/canary"], &link("x"));
+        check(&["644 x == ../canary"], &link("x"));
+        check(&["644 x == /canary"], &link("x"));
+        check(&["644 x == y"], &link("x"));
+        check(&["755 d/", "644 x == d"], &link("x"));
+        check(&["-gone", "644 x == gone"], &link("x"));
+        check(&["644 f = x", "644 x == f/y"], &link("x"));
+    }
+
+    #[test]
+    fn what_cannot_be_in_a_tree_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let with = |alter: fn(&mut Entry)| {
+            let mut change = change("644 f = 12345");
+            if let ChangeKind::Entry(entry) = &mut change.kind {
+                alter(entry);
+            }
+            let root = tempfile::tempdir_in(dir.path()).unwrap();
+            materialize([change], root.path()).unwrap_err().to_string()
+        };
+        let text = with(|entry| entry.data = Data::CharDevice { major: 0, minor: 0 });
+        assert_eq!(text, r#"cannot put "f" into a layer: a character device 0/0 would be taken for a removed file"#);
+        let text = with(|entry| {
+            entry.metadata.xattrs.insert("user.overlay.opaque".into(), b"y".to_vec());
+        });
+        assert_eq!(text, r#""f" has the extended attribute "user.overlay.opaque", which does not belong into layers"#);
+        let text = with(|entry| {
+            if let Data::File(content) = &mut entry.data {
+                content.size_bytes = 7;
+            }
+        });
+        assert_eq!(text, r#""f" has changed while it was read: got 5 bytes, want 7"#);
+    }
+
+    #[test]
+    fn contents_come_from_files_with_holes_and_of_the_right_length() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("source");
+        let mut source = File::create_new(&path).unwrap();
+        let mut bytes = vec![0; 3 << 20];
+        for (at, byte) in [(5, b'a'), (1 << 20, b'b'), ((2 << 20) + 7, b'c')] {
+            bytes[at] = byte;
+            source.seek(SeekFrom::Start(at as u64)).unwrap();
+            source.write_all(&[byte]).unwrap();
+        }
+        source.set_len(bytes.len() as u64).unwrap();
+        let make = |name: &str, size_bytes: u64| {
+            let root = dir.path().join(name);
+            fs::create_dir(&root).unwrap();
+            let path = path.clone();
+            let mut change = change("644 f = ");
+            if let ChangeKind::Entry(entry) = &mut change.kind {
+                let source = FileSource::Open(Box::new(move || File::open(path)));
+                entry.data = Data::File(FileContent { size_bytes, source });
+            }
+            materialize([change], &root).map(|()| root.join("f"))
+        };
+        let right = bytes.len() as u64;
+        let made = make("right", right).unwrap();
+        assert!(fs::read(&made).unwrap() == bytes);
+        let check = |name: &str, want: u64, message: &str| {
+            assert_eq!(make(name, want).unwrap_err().to_string(), message);
+        };
+        check("short", right + 1, r#""f" has changed while it was read: got 3145728 bytes, want 3145729"#);
+        check("long", right - 1, r#""f" has changed while it was read: got 3145728 bytes, want 3145727"#);
+        check("empty", 0, r#""f" has changed while it was read: got 1 bytes, want 0"#);
+    }
+
+    #[test]
+    fn a_directory_in_the_way_is_not_followed() {
+        // The directory is not empty after all: a link lies where the list has a directory.
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().join("root");
+        fs::create_dir(&root).unwrap();
+        symlink("..", root.join("d")).unwrap();
+        let list = [change("755 d/"), change("644 d/x = x")];
+        let error = materialize(list, &root).unwrap_err();
+        assert_eq!(error.to_string(), r#"creating "d""#);
+        assert!(!dir.path().join("x").exists());
+    }
+}

@@ -314,3 +314,111 @@ fn names(path: &Path) -> Vec<OsString> {
         })
         .collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::tree_of;
+    use super::*;
+
+    #[test]
+    fn paths_lead_through_links_and_never_out() {
+        let (_base, base) = tree_of(&[
+            "755 a/",
+            "755 a/b/",
+            "644 a/b/file = below",
+            "644 a/hidden = x",
+            "644 a/over = below",
+            "777 abs -> /a/b",
+            "777 dangling -> nowhere",
+            "777 dot -> .",
+            "777 loop -> loop",
+            "777 loop1 -> loop2",
+            "777 loop2 -> loop1",
+            "755 made-file/",
+            "644 made-file/x = x",
+            "755 opaque/",
+            "644 opaque/old = x",
+            "777 out -> ../../../a/b/../../a/b",
+            "777 rel -> a/b/",
+            "777 to-link -> rel/file",
+        ]);
+        let (_top, top) = tree_of(&[
+            "755 a/",
+            "-a/hidden",
+            "644 a/over = above",
+            "777 into -> abs",
+            "644 made-file = f",
+            "755 opaque!/",
+            "644 opaque/new = y",
+        ]);
+        let stack = Stack::new(vec![base, top]);
+        let look = |path: &str, follow: bool| stack.lookup(Path::new(path), follow).unwrap();
+        let check = |path: &str, want: Option<&str>| {
+            let node = look(path, true);
+            assert_eq!(node.as_ref().map(|n| n.path().to_str().unwrap()), want, "{path}");
+        };
+        check("/", Some(""));
+        check("", Some(""));
+        check("..", Some(""));
+        check("/../../a/./b/../b", Some("a/b"));
+        check("abs/file", Some("a/b/file"));
+        check("out/file", Some("a/b/file"));
+        check("into/file", Some("a/b/file"));
+        check("rel", Some("a/b"));
+        check("to-link", Some("a/b/file"));
+        check("dot/dot/dot/a", Some("a"));
+        check("dangling", None);
+        check("a/hidden", None);
+        check("a/b/file/..", None);
+        check("a/b/file/x", None);
+        check("made-file/x", None);
+        check("made-file", Some("made-file"));
+        check("opaque/old", None);
+        check("opaque/new", Some("opaque/new"));
+        assert_eq!(look("abs", false).unwrap().file_type(), FileType::Symlink);
+        assert_eq!(look("loop", false).unwrap().file_type(), FileType::Symlink);
+        for path in ["loop", "loop1/x"] {
+            let error = stack.lookup(Path::new(path), true).unwrap_err();
+            assert_eq!(error.raw_os_error(), Some(Errno::LOOP.raw_os_error()), "{path}");
+        }
+
+        let text = |path: &str| io::read_to_string(stack.open(&look(path, true).unwrap()).unwrap());
+        assert_eq!(text("a/over").unwrap(), "above");
+        assert_eq!(text("to-link").unwrap(), "below");
+        let dir = look("a", true).unwrap();
+        assert_eq!(stack.open(&dir).unwrap_err().raw_os_error(), Some(Errno::INVAL.raw_os_error()));
+        let names = |path: &str| -> Vec<OsString> {
+            let entries = stack.read_dir(&look(path, true).unwrap()).unwrap();
+            entries.into_iter().map(|(name, _)| name).collect()
+        };
+        assert_eq!(names("a"), ["b", "over"]);
+        assert_eq!(names("opaque"), ["new"]);
+        let target = stack.read_link(&look("out", false).unwrap()).unwrap();
+        assert_eq!(target, "../../../a/b/../../a/b");
+    }
+
+    #[test]
+    fn a_stack_of_nothing_is_an_empty_root() {
+        let stack = Stack::default();
+        let root = stack.lookup(Path::new("/"), true).unwrap().unwrap();
+        assert_eq!(root.metadata().mode, 0o755);
+        assert_eq!(stack.read_dir(&root).unwrap().len(), 0);
+        assert!(stack.lookup(Path::new("/x"), true).unwrap().is_none());
+        assert_eq!(stack.xattrs(&root).unwrap(), BTreeMap::new());
+    }
+
+    #[test]
+    fn a_tree_outlives_its_name_and_an_opaque_root_hides_all_below() {
+        let (_base, base) = tree_of(&["644 below = x"]);
+        let (dir, top) = tree_of(&["644 above = x"]);
+        let renamed = dir.path().with_extension("renamed");
+        std::fs::rename(dir.path(), &renamed).unwrap();
+        let result = xattr::set(top.root().as_ref().as_fd(), xattr::OPAQUE.as_ref(), xattr::YES);
+        let stack = Stack::new(vec![base, top]);
+        let exists = |path: &str| stack.lookup(Path::new(path), true).unwrap().is_some();
+        assert!(exists("above"));
+        // Without attributes of users in the temporary directory there are no opaque ones.
+        assert_eq!(exists("below"), result.is_err());
+        std::fs::remove_dir_all(renamed).unwrap();
+    }
+}
