@@ -381,4 +381,133 @@ mod tests {
             rustix::fs::FileType::Symlink
         );
     }
+
+    #[test]
+    fn exact_paths_are_of_any_length_and_have_no_links() {
+        let dir = tempfile::tempdir().unwrap();
+        let name = "n".repeat(250);
+        let root = ConfinedDir::open(dir.path()).unwrap();
+        let mut path = PathBuf::new();
+        for _ in 0..40 {
+            let (parent, ()) = (
+                root.open_exact(&path, OFlags::PATH, Mode::empty()).unwrap(),
+                (),
+            );
+            rustix::fs::mkdirat(parent, &name, Mode::RWXU).unwrap();
+            path.push(&name);
+        }
+        assert!(path.as_os_str().len() > 10_000);
+        path.push("file");
+        let (parent, name) = root.open_exact_parent(&path).unwrap();
+        rustix::fs::symlinkat("..", parent, name).unwrap();
+        let flags = OFlags::PATH | OFlags::NOFOLLOW;
+        let link = root.open_exact(&path, flags, Mode::empty()).unwrap();
+        let stat = rustix::fs::fstat(link).unwrap();
+        assert_eq!(FileType::from_raw_mode(stat.st_mode), FileType::Symlink);
+
+        let check = |path: &Path, want: Errno| {
+            let error = root
+                .open_exact(path, OFlags::PATH, Mode::empty())
+                .unwrap_err();
+            assert_eq!(Errno::from_io_error(&error), Some(want));
+        };
+        check(&path, Errno::LOOP);
+        check(&path.join("x"), Errno::LOOP);
+        check(Path::new("../x"), Errno::XDEV);
+        check(Path::new("/etc"), Errno::XDEV);
+        check(Path::new("none"), Errno::NOENT);
+        remove_tree(dir.path()).unwrap();
+    }
+
+    #[test]
+    fn everything_is_removed_and_nothing_else() {
+        use std::ffi::OsStr;
+        use std::fs::{self, Permissions};
+        use std::os::unix::ffi::OsStrExt;
+        use std::os::unix::fs::PermissionsExt;
+
+        let outside = tempfile::tempdir().unwrap();
+        let canary = outside.path().join("canary");
+        fs::create_dir(&canary).unwrap();
+        fs::write(canary.join("file"), "alive").unwrap();
+        let dir = outside.path().join("dir");
+        fs::create_dir_all(dir.join("sub/empty")).unwrap();
+        symlink(&canary, dir.join("link")).unwrap();
+        symlink("../../canary", dir.join("sub/link")).unwrap();
+        for name in [&b"new\nline"[..], b"\xff\xfe", b"-rf", b" ", b"..."] {
+            fs::write(dir.join(OsStr::from_bytes(name)), "x").unwrap();
+            fs::create_dir(dir.join("sub").join(OsStr::from_bytes(name))).unwrap();
+        }
+        // Many entries, so that a directory is read in several parts.
+        fs::create_dir(dir.join("many")).unwrap();
+        for n in 0..3000 {
+            fs::write(dir.join(format!("many/{n}")), "").unwrap();
+        }
+        for mode in [0o000, 0o100, 0o400, 0o500] {
+            let closed = dir.join(format!("closed{mode:o}"));
+            fs::create_dir_all(closed.join("below")).unwrap();
+            fs::write(closed.join("below/file"), "").unwrap();
+            fs::set_permissions(closed.join("below"), Permissions::from_mode(mode)).unwrap();
+            fs::set_permissions(&closed, Permissions::from_mode(mode)).unwrap();
+        }
+        // Deeper than a process has descriptors or a stack has frames.
+        let mut here = rustix::fs::open(&dir, OFlags::PATH, Mode::empty()).unwrap();
+        for _ in 0..8000 {
+            rustix::fs::mkdirat(&here, "deep", Mode::RWXU).unwrap();
+            here = rustix::fs::openat(&here, "deep", OFlags::PATH, Mode::empty()).unwrap();
+        }
+        drop(here);
+
+        remove_tree(&dir).unwrap();
+        assert!(!dir.exists());
+        assert_eq!(fs::read_to_string(canary.join("file")).unwrap(), "alive");
+
+        let check = |path: &Path, want: io::ErrorKind| {
+            assert_eq!(remove_tree(path).unwrap_err().kind(), want, "{path:?}");
+        };
+        check(&dir, io::ErrorKind::NotFound);
+        check(&canary.join("file"), io::ErrorKind::NotADirectory);
+        symlink(&canary, &dir).unwrap();
+        assert!(remove_tree(&dir).is_err());
+        assert_eq!(fs::read_to_string(canary.join("file")).unwrap(), "alive");
+    }
+
+    #[test]
+    fn sandbox_what_is_mounted_is_not_removed() {
+        use std::fs;
+        // A forgotten bind mount once emptied a machine's /dev.
+        crate::rootfs::in_worlds(
+            module_path!(),
+            "sandbox_what_is_mounted_is_not_removed",
+            || {
+                let outside = tempfile::tempdir().unwrap();
+                let canary = outside.path().join("canary");
+                fs::create_dir(&canary).unwrap();
+                fs::write(canary.join("file"), "alive").unwrap();
+                let check = |target: &str, source: &Path, want: &str| {
+                    let dir = outside.path().join("dir");
+                    fs::create_dir_all(dir.join("a/b")).unwrap();
+                    fs::write(dir.join("a/f"), "").unwrap();
+                    let target = dir.join(target);
+                    rustix::mount::mount_bind_recursive(source, &target).unwrap();
+                    let error = remove_tree(&dir).unwrap_err();
+                    assert_eq!(error.kind(), io::ErrorKind::ResourceBusy);
+                    let want = format!(
+                        "{} is a mount point; nothing below it was removed; unmount it first",
+                        outside.path().join(want).display()
+                    );
+                    assert_eq!(error.to_string(), want);
+                    assert_eq!(fs::read_to_string(canary.join("file")).unwrap(), "alive");
+                    rustix::mount::unmount(&target, rustix::mount::UnmountFlags::empty()).unwrap();
+                    remove_tree(&dir).unwrap();
+                    assert!(!dir.exists());
+                };
+                check("a/b", &canary, "dir/a/b");
+                check("a/f", &canary.join("file"), "dir/a/f");
+                check("", &canary, "dir");
+                // The same file system, and a part of the very tree.
+                check("a/b", &outside.path().join("dir"), "dir/a/b");
+            },
+        );
+    }
 }

@@ -409,219 +409,251 @@ mod tests {
 
     #[test]
     fn sandbox_changes_are_those_of_a_layer() {
-        in_worlds(module_path!(), "sandbox_changes_are_those_of_a_layer", || {
-            // Nothing, and nothing that lasts.
-            check(|_| (), &[]);
-            check(
-                |root| {
-                    fs::create_dir_all(root.join("opt/x/y")).unwrap();
-                    fs::write(root.join("opt/x/y/z"), "").unwrap();
-                    fs::remove_dir_all(root.join("opt/x")).unwrap();
-                },
-                &[],
-            );
-            // Additions bring their parents.
-            check(
-                |root| fs::write(root.join("opt/app/data/sub/d"), "D").unwrap(),
-                &[
-                    "755 opt/",
-                    "755 opt/app/",
-                    "755 opt/app/data/",
-                    "755 opt/app/data/sub/",
-                    "644 opt/app/data/sub/d = D",
-                ],
-            );
-            // Removals, too.
-            check(
-                |root| {
-                    fs::remove_file(root.join("etc/motd")).unwrap();
-                    fs::remove_dir_all(root.join("opt/app")).unwrap();
-                },
-                &["755 etc/", "-etc/motd", "755 opt/", "-opt/app"],
-            );
-            // Modes and times of files; the time of a directory alone is nothing.
-            check(
-                |root| {
-                    let mode = |path: &str, mode| {
-                        let permissions = fs::Permissions::from_mode(mode);
-                        fs::set_permissions(root.join(path), permissions).unwrap();
-                    };
-                    mode("etc/motd", 0o4600);
-                    mode("opt/empty", 0o1777);
-                },
-                &["755 etc/", "4600 etc/motd = hello", "755 opt/", "1777 opt/empty/"],
-            );
-            check(
-                |root| {
-                    let touch = |path: &str| {
-                        let file = fs::File::open(root.join(path)).unwrap();
-                        file.set_modified(then() + std::time::Duration::from_nanos(1)).unwrap();
-                    };
-                    touch("etc/motd");
-                    touch("opt/empty");
-                },
-                &["755 etc/", "644 etc/motd = hello"],
-            );
-            // Copied up and as before: opened for writing, moved there and back, made again.
-            check(
-                |root| {
-                    fs::OpenOptions::new().write(true).open(root.join("etc/motd")).unwrap();
-                    fs::rename(root.join("opt/app/data/a"), root.join("opt/t")).unwrap();
-                    fs::rename(root.join("opt/t"), root.join("opt/app/data/a")).unwrap();
-                    fs::remove_file(root.join("opt/app/data/b")).unwrap();
-                    fs::write(root.join("opt/app/data/b"), "B").unwrap();
-                    set_time(&root.join("opt/app/data/b"));
-                },
-                &[],
-            );
-            // Other content of the same size and time.
-            check(
-                |root| {
-                    fs::write(root.join("etc/motd"), "HELLO").unwrap();
-                    set_time(&root.join("etc/motd"));
-                },
-                &["755 etc/", "644 etc/motd = HELLO"],
-            );
-            // A directory made again: what was in it is gone by name, what is the same stays.
-            check(
-                |root| {
-                    let data = root.join("opt/app/data");
-                    fs::remove_dir_all(&data).unwrap();
-                    fs::create_dir(&data).unwrap();
-                    fs::write(data.join("a"), "A").unwrap();
-                    set_time(&data.join("a"));
-                    fs::write(data.join("new"), "N").unwrap();
-                },
-                &[
-                    "755 opt/",
-                    "755 opt/app/",
-                    "755 opt/app/data/",
-                    "-opt/app/data/b",
-                    "644 opt/app/data/new = N",
-                    "-opt/app/data/sub",
-                ],
-            );
-            check(
-                |root| {
-                    fs::remove_dir(root.join("opt/empty")).unwrap();
-                    fs::create_dir(root.join("opt/empty")).unwrap();
-                },
-                &[],
-            );
-            // Directories below one that was made again are as new.
-            check(
-                |root| {
-                    fs::remove_dir_all(root.join("opt")).unwrap();
-                    fs::create_dir_all(root.join("opt/app/data/sub")).unwrap();
-                },
-                &[
-                    "755 opt/",
-                    "755 opt/app/",
-                    "-opt/app/a-link",
-                    "755 opt/app/data/",
-                    "-opt/app/data/a",
-                    "-opt/app/data/b",
-                    "755 opt/app/data/sub/",
-                    "-opt/app/data/sub/c",
-                    "-opt/empty",
-                    "-opt/twice",
-                    "-opt/twice2",
-                ],
-            );
-            // One type for another.
-            check(
-                |root| {
-                    fs::remove_dir_all(root.join("opt/app")).unwrap();
-                    fs::write(root.join("opt/app"), "F").unwrap();
-                    fs::remove_file(root.join("etc/motd")).unwrap();
-                    fs::create_dir(root.join("etc/motd")).unwrap();
-                    fs::write(root.join("etc/motd/x"), "X").unwrap();
-                    fs::remove_dir(root.join("opt/empty")).unwrap();
-                    symlink("app", root.join("opt/empty")).unwrap();
-                },
-                &[
-                    "755 etc/",
-                    "755 etc/motd/",
-                    "644 etc/motd/x = X",
-                    "755 opt/",
-                    "644 opt/app = F",
-                    "777 opt/empty -> app",
-                ],
-            );
-            // Names of one file: among new ones links; an old one's copy is a file.
-            check(
-                |root| {
-                    fs::create_dir(root.join("l")).unwrap();
-                    fs::write(root.join("l/b"), "B").unwrap();
-                    fs::hard_link(root.join("l/b"), root.join("l/a")).unwrap();
-                    fs::hard_link(root.join("l/b"), root.join("c")).unwrap();
-                    symlink("b", root.join("l/s")).unwrap();
-                    fs::hard_link(root.join("l/s"), root.join("l/t")).unwrap();
-                    fs::write(root.join("opt/twice"), "U").unwrap();
-                },
-                &[
-                    "644 c = B",
-                    "755 l/",
-                    "644 l/a == c",
-                    "644 l/b == c",
-                    "777 l/s -> b",
-                    "777 l/t == l/s",
-                    "755 opt/",
-                    "644 opt/twice = U",
-                ],
-            );
-            // Pipes stay, sockets do not, but what they replaced is gone.
-            check(
-                |root| {
-                    let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
-                    let pipe = root.join("pipe");
-                    rustix::fs::mknodat(rustix::fs::CWD, &pipe, FileType::Fifo, mode, 0).unwrap();
-                    let listen = |path: &str| {
-                        drop(std::os::unix::net::UnixListener::bind(root.join(path)).unwrap());
-                    };
-                    listen("socket");
-                    fs::remove_file(root.join("etc/motd")).unwrap();
-                    listen("etc/motd");
-                },
-                &["755 etc/", "-etc/motd", "600 pipe |"],
-            );
-            // Attributes and owners.
-            check(
-                |root| {
-                    let set = |path: &str| {
-                        let flags = rustix::fs::XattrFlags::empty();
-                        rustix::fs::setxattr(root.join(path), "user.k", b"v", flags).unwrap();
-                    };
-                    set("etc/motd");
-                    set("opt/empty");
-                },
-                &["755 etc/", "644 etc/motd = hello [user.k=v]", "755 opt/", "755 opt/empty/ [user.k=v]"],
-            );
-            if has_many_ids() {
+        in_worlds(
+            module_path!(),
+            "sandbox_changes_are_those_of_a_layer",
+            || {
+                // Nothing, and nothing that lasts.
+                check(|_| (), &[]);
                 check(
                     |root| {
-                        let own = |path: &str| {
-                            std::os::unix::fs::lchown(root.join(path), Some(7), Some(8)).unwrap();
-                        };
-                        own("etc");
-                        own("opt/app/a-link");
+                        fs::create_dir_all(root.join("opt/x/y")).unwrap();
+                        fs::write(root.join("opt/x/y/z"), "").unwrap();
+                        fs::remove_dir_all(root.join("opt/x")).unwrap();
                     },
-                    &["755 etc/ (7:8)", "755 opt/", "755 opt/app/", "777 opt/app/a-link -> data/a (7:8)"],
+                    &[],
                 );
-            }
-            // Odd names are in the order of their bytes, and deep ones no problem.
-            check(
-                |root| {
-                    for name in ["a b", "a", "a-b", "new\nline", "\u{2603}"] {
-                        fs::write(root.join(name), "").unwrap();
-                    }
-                    fs::remove_file(root.join("a")).unwrap();
-                    fs::create_dir(root.join("a")).unwrap();
-                    fs::write(root.join("a/z"), "").unwrap();
-                },
-                &["755 a/", "644 a/z = ", "644 a b = ", "644 a-b = ", "644 new\nline = ", "644 \u{2603} = "],
-            );
-        });
+                // Additions bring their parents.
+                check(
+                    |root| fs::write(root.join("opt/app/data/sub/d"), "D").unwrap(),
+                    &[
+                        "755 opt/",
+                        "755 opt/app/",
+                        "755 opt/app/data/",
+                        "755 opt/app/data/sub/",
+                        "644 opt/app/data/sub/d = D",
+                    ],
+                );
+                // Removals, too.
+                check(
+                    |root| {
+                        fs::remove_file(root.join("etc/motd")).unwrap();
+                        fs::remove_dir_all(root.join("opt/app")).unwrap();
+                    },
+                    &["755 etc/", "-etc/motd", "755 opt/", "-opt/app"],
+                );
+                // Modes and times of files; the time of a directory alone is nothing.
+                check(
+                    |root| {
+                        let mode = |path: &str, mode| {
+                            let permissions = fs::Permissions::from_mode(mode);
+                            fs::set_permissions(root.join(path), permissions).unwrap();
+                        };
+                        mode("etc/motd", 0o4600);
+                        mode("opt/empty", 0o1777);
+                    },
+                    &[
+                        "755 etc/",
+                        "4600 etc/motd = hello",
+                        "755 opt/",
+                        "1777 opt/empty/",
+                    ],
+                );
+                check(
+                    |root| {
+                        let touch = |path: &str| {
+                            let file = fs::File::open(root.join(path)).unwrap();
+                            file.set_modified(then() + std::time::Duration::from_nanos(1))
+                                .unwrap();
+                        };
+                        touch("etc/motd");
+                        touch("opt/empty");
+                    },
+                    &["755 etc/", "644 etc/motd = hello"],
+                );
+                // Copied up and as before: opened for writing, moved there and back, made again.
+                check(
+                    |root| {
+                        fs::OpenOptions::new()
+                            .write(true)
+                            .open(root.join("etc/motd"))
+                            .unwrap();
+                        fs::rename(root.join("opt/app/data/a"), root.join("opt/t")).unwrap();
+                        fs::rename(root.join("opt/t"), root.join("opt/app/data/a")).unwrap();
+                        fs::remove_file(root.join("opt/app/data/b")).unwrap();
+                        fs::write(root.join("opt/app/data/b"), "B").unwrap();
+                        set_time(&root.join("opt/app/data/b"));
+                    },
+                    &[],
+                );
+                // Other content of the same size and time.
+                check(
+                    |root| {
+                        fs::write(root.join("etc/motd"), "HELLO").unwrap();
+                        set_time(&root.join("etc/motd"));
+                    },
+                    &["755 etc/", "644 etc/motd = HELLO"],
+                );
+                // A directory made again: what was in it is gone by name, what is the same stays.
+                check(
+                    |root| {
+                        let data = root.join("opt/app/data");
+                        fs::remove_dir_all(&data).unwrap();
+                        fs::create_dir(&data).unwrap();
+                        fs::write(data.join("a"), "A").unwrap();
+                        set_time(&data.join("a"));
+                        fs::write(data.join("new"), "N").unwrap();
+                    },
+                    &[
+                        "755 opt/",
+                        "755 opt/app/",
+                        "755 opt/app/data/",
+                        "-opt/app/data/b",
+                        "644 opt/app/data/new = N",
+                        "-opt/app/data/sub",
+                    ],
+                );
+                check(
+                    |root| {
+                        fs::remove_dir(root.join("opt/empty")).unwrap();
+                        fs::create_dir(root.join("opt/empty")).unwrap();
+                    },
+                    &[],
+                );
+                // Directories below one that was made again are as new.
+                check(
+                    |root| {
+                        fs::remove_dir_all(root.join("opt")).unwrap();
+                        fs::create_dir_all(root.join("opt/app/data/sub")).unwrap();
+                    },
+                    &[
+                        "755 opt/",
+                        "755 opt/app/",
+                        "-opt/app/a-link",
+                        "755 opt/app/data/",
+                        "-opt/app/data/a",
+                        "-opt/app/data/b",
+                        "755 opt/app/data/sub/",
+                        "-opt/app/data/sub/c",
+                        "-opt/empty",
+                        "-opt/twice",
+                        "-opt/twice2",
+                    ],
+                );
+                // One type for another.
+                check(
+                    |root| {
+                        fs::remove_dir_all(root.join("opt/app")).unwrap();
+                        fs::write(root.join("opt/app"), "F").unwrap();
+                        fs::remove_file(root.join("etc/motd")).unwrap();
+                        fs::create_dir(root.join("etc/motd")).unwrap();
+                        fs::write(root.join("etc/motd/x"), "X").unwrap();
+                        fs::remove_dir(root.join("opt/empty")).unwrap();
+                        symlink("app", root.join("opt/empty")).unwrap();
+                    },
+                    &[
+                        "755 etc/",
+                        "755 etc/motd/",
+                        "644 etc/motd/x = X",
+                        "755 opt/",
+                        "644 opt/app = F",
+                        "777 opt/empty -> app",
+                    ],
+                );
+                // Names of one file: among new ones links; an old one's copy is a file.
+                check(
+                    |root| {
+                        fs::create_dir(root.join("l")).unwrap();
+                        fs::write(root.join("l/b"), "B").unwrap();
+                        fs::hard_link(root.join("l/b"), root.join("l/a")).unwrap();
+                        fs::hard_link(root.join("l/b"), root.join("c")).unwrap();
+                        symlink("b", root.join("l/s")).unwrap();
+                        fs::hard_link(root.join("l/s"), root.join("l/t")).unwrap();
+                        fs::write(root.join("opt/twice"), "U").unwrap();
+                    },
+                    &[
+                        "644 c = B",
+                        "755 l/",
+                        "644 l/a == c",
+                        "644 l/b == c",
+                        "777 l/s -> b",
+                        "777 l/t == l/s",
+                        "755 opt/",
+                        "644 opt/twice = U",
+                    ],
+                );
+                // Pipes stay, sockets do not, but what they replaced is gone.
+                check(
+                    |root| {
+                        let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+                        let pipe = root.join("pipe");
+                        rustix::fs::mknodat(rustix::fs::CWD, &pipe, FileType::Fifo, mode, 0)
+                            .unwrap();
+                        let listen = |path: &str| {
+                            drop(std::os::unix::net::UnixListener::bind(root.join(path)).unwrap());
+                        };
+                        listen("socket");
+                        fs::remove_file(root.join("etc/motd")).unwrap();
+                        listen("etc/motd");
+                    },
+                    &["755 etc/", "-etc/motd", "600 pipe |"],
+                );
+                // Attributes and owners.
+                check(
+                    |root| {
+                        let set = |path: &str| {
+                            let flags = rustix::fs::XattrFlags::empty();
+                            rustix::fs::setxattr(root.join(path), "user.k", b"v", flags).unwrap();
+                        };
+                        set("etc/motd");
+                        set("opt/empty");
+                    },
+                    &[
+                        "755 etc/",
+                        "644 etc/motd = hello [user.k=v]",
+                        "755 opt/",
+                        "755 opt/empty/ [user.k=v]",
+                    ],
+                );
+                if has_many_ids() {
+                    check(
+                        |root| {
+                            let own = |path: &str| {
+                                std::os::unix::fs::lchown(root.join(path), Some(7), Some(8))
+                                    .unwrap();
+                            };
+                            own("etc");
+                            own("opt/app/a-link");
+                        },
+                        &[
+                            "755 etc/ (7:8)",
+                            "755 opt/",
+                            "755 opt/app/",
+                            "777 opt/app/a-link -> data/a (7:8)",
+                        ],
+                    );
+                }
+                // Odd names are in the order of their bytes, and deep ones no problem.
+                check(
+                    |root| {
+                        for name in ["a b", "a", "a-b", "new\nline", "\u{2603}"] {
+                            fs::write(root.join(name), "").unwrap();
+                        }
+                        fs::remove_file(root.join("a")).unwrap();
+                        fs::create_dir(root.join("a")).unwrap();
+                        fs::write(root.join("a/z"), "").unwrap();
+                    },
+                    &[
+                        "755 a/",
+                        "644 a/z = ",
+                        "644 a b = ",
+                        "644 a-b = ",
+                        "644 new\nline = ",
+                        "644 \u{2603} = ",
+                    ],
+                );
+            },
+        );
     }
 
     #[test]
@@ -631,7 +663,9 @@ mod tests {
         let flags = rustix::fs::XattrFlags::empty();
         match rustix::fs::setxattr(dir.path().join("d"), "user.overlay.redirect", b"/x", flags) {
             Err(rustix::io::Errno::NOTSUP) => {
-                return super::super::testing::skip("no user attributes in the temporary directory");
+                return super::super::testing::skip(
+                    "no user attributes in the temporary directory",
+                );
             }
             other => other.unwrap(),
         }
@@ -646,18 +680,27 @@ mod tests {
     #[test]
     fn a_file_that_was_exchanged_is_not_read() {
         let (dir, upper) = tree_of(&["644 a = 1"]);
-        let Some(Ok(Change { kind: ChangeKind::Entry(entry), .. })) =
-            changes(&upper, &Stack::default()).next()
+        let Some(Ok(Change {
+            kind: ChangeKind::Entry(entry),
+            ..
+        })) = changes(&upper, &Stack::default()).next()
         else {
             panic!("one file");
         };
         // Keeps the first one's inode in use.
         fs::rename(dir.path().join("a"), dir.path().join("b")).unwrap();
         symlink("/etc/passwd", dir.path().join("a")).unwrap();
-        let Data::File(FileContent { source: FileSource::Open(open), .. }) = entry.data else {
+        let Data::File(FileContent {
+            source: FileSource::Open(open),
+            ..
+        }) = entry.data
+        else {
             panic!("a file that is opened");
         };
         let error = open().unwrap_err();
-        assert_eq!(error.raw_os_error(), Some(rustix::io::Errno::LOOP.raw_os_error()));
+        assert_eq!(
+            error.raw_os_error(),
+            Some(rustix::io::Errno::LOOP.raw_os_error())
+        );
     }
 }

@@ -351,8 +351,14 @@ mod tests {
         assert_eq!(stat("d/file").mtime(), 1_400_000_000);
         assert_eq!(stat("d/link").ino(), stat("d/file").ino());
         assert_eq!(stat("d/soft").mtime(), 1_400_000_000);
-        assert_eq!(fs::read_link(dir.path().join("d/soft")).unwrap().to_str(), Some("../../x"));
-        assert_eq!((stat("gone").mode() & 0o170_000, stat("gone").rdev()), (0o020_000, 0));
+        assert_eq!(
+            fs::read_link(dir.path().join("d/soft")).unwrap().to_str(),
+            Some("../../x")
+        );
+        assert_eq!(
+            (stat("gone").mode() & 0o170_000, stat("gone").rdev()),
+            (0o020_000, 0)
+        );
         assert_eq!(stat("pipe").mode(), 0o010_600);
         let opaque = OFlags::PATH;
         let made = rustix::fs::open(dir.path().join("d/made"), opaque, Mode::empty()).unwrap();
@@ -371,7 +377,10 @@ mod tests {
             message += &format!(": {source}");
         }
         assert_eq!(message, want, "{lines:?}");
-        let mut outside: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+        let mut outside: Vec<_> = fs::read_dir(dir.path())
+            .unwrap()
+            .map(|e| e.unwrap().file_name())
+            .collect();
         outside.sort();
         assert_eq!(outside, ["canary", "root"]);
         let canary = dir.path().join("canary");
@@ -381,7 +390,9 @@ mod tests {
 
     #[test]
     fn hostile_lists_change_nothing_outside() {
-        let plain = |path: &str| format!("cannot put {path:?} into a layer: its path is not a plain relative one");
+        let plain = |path: &str| {
+            format!("cannot put {path:?} into a layer: its path is not a plain relative one")
+        };
         for path in ["../x", "/x", "d/../x", "./x", "d//x", "d/.", ".."] {
             check(&["755 d/", &format!("644 {path} = x")], &plain(path));
         }
@@ -397,7 +408,11 @@ mod tests {
             &["644 b = x", "644 a = x"],
             r#"cannot put "a" into a layer: it is there twice or not in order"#,
         );
-        let link = |path: &str| format!("cannot put {path:?} into a layer: what it is a hard link to is no file before it in the list");
+        let link = |path: &str| {
+            format!(
+                "cannot put {path:?} into a layer: what it is a hard link to is no file before it in the list"
+            )
+        };
         check(&["777 d -> ..", "644 x == d/canary"], &link("x"));
         check(&["644 x == ../canary"], &link("x"));
         check(&["644 x == /canary"], &link("x"));
@@ -419,17 +434,29 @@ mod tests {
             materialize([change], root.path()).unwrap_err().to_string()
         };
         let text = with(|entry| entry.data = Data::CharDevice { major: 0, minor: 0 });
-        assert_eq!(text, r#"cannot put "f" into a layer: a character device 0/0 would be taken for a removed file"#);
+        assert_eq!(
+            text,
+            r#"cannot put "f" into a layer: a character device 0/0 would be taken for a removed file"#
+        );
         let text = with(|entry| {
-            entry.metadata.xattrs.insert("user.overlay.opaque".into(), b"y".to_vec());
+            entry
+                .metadata
+                .xattrs
+                .insert("user.overlay.opaque".into(), b"y".to_vec());
         });
-        assert_eq!(text, r#""f" has the extended attribute "user.overlay.opaque", which does not belong into layers"#);
+        assert_eq!(
+            text,
+            r#""f" has the extended attribute "user.overlay.opaque", which does not belong into layers"#
+        );
         let text = with(|entry| {
             if let Data::File(content) = &mut entry.data {
                 content.size_bytes = 7;
             }
         });
-        assert_eq!(text, r#""f" has changed while it was read: got 5 bytes, want 7"#);
+        assert_eq!(
+            text,
+            r#""f" has changed while it was read: got 5 bytes, want 7"#
+        );
     }
 
     #[test]
@@ -461,9 +488,21 @@ mod tests {
         let check = |name: &str, want: u64, message: &str| {
             assert_eq!(make(name, want).unwrap_err().to_string(), message);
         };
-        check("short", right + 1, r#""f" has changed while it was read: got 3145728 bytes, want 3145729"#);
-        check("long", right - 1, r#""f" has changed while it was read: got 3145728 bytes, want 3145727"#);
-        check("empty", 0, r#""f" has changed while it was read: got 1 bytes, want 0"#);
+        check(
+            "short",
+            right + 1,
+            r#""f" has changed while it was read: got 3145728 bytes, want 3145729"#,
+        );
+        check(
+            "long",
+            right - 1,
+            r#""f" has changed while it was read: got 3145728 bytes, want 3145727"#,
+        );
+        check(
+            "empty",
+            0,
+            r#""f" has changed while it was read: got 1 bytes, want 0"#,
+        );
     }
 
     #[test]

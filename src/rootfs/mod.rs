@@ -42,6 +42,8 @@ pub use materialize::materialize;
 pub use overlay::{Changed, Rootfs};
 pub use stack::{Node, Stack};
 pub use stubs::MountPoint;
+#[cfg(test)]
+pub(crate) use testing::in_worlds;
 pub use tree::Tree;
 pub use xattr::belongs_in_layer;
 

@@ -360,3 +360,147 @@ fn dress_root(upper: &Path, want: &super::tree::Attributes) -> io::Result<()> {
     };
     Ok(rustix::fs::futimens(&fd, &times)?)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::super::testing::{in_worlds, tree_of, view_of_dir, view_of_stack};
+    use super::super::tree::Tree;
+    use super::*;
+
+    /// `count` trees, of which each has a file of its own and one that all have.
+    fn trees(count: usize) -> (Vec<tempfile::TempDir>, Stack) {
+        let tree = |n| {
+            tree_of(&[
+                &format!("644 all = {n}"),
+                "755 d/",
+                &format!("644 d/{n} = x"),
+            ])
+        };
+        let (dirs, trees): (_, Vec<Arc<Tree>>) = (0..count).map(tree).unzip();
+        (dirs, Stack::new(trees))
+    }
+
+    #[test]
+    fn sandbox_one_to_five_hundred_layers_are_mounted() {
+        in_worlds(
+            module_path!(),
+            "sandbox_one_to_five_hundred_layers_are_mounted",
+            || {
+                for (count, methods) in [
+                    (0, &[Method::Config, Method::Mount][..]),
+                    (1, &[Method::Config, Method::Mount]),
+                    (128, &[Method::Config, Method::Mount]),
+                    (500, &[Method::Config]),
+                ] {
+                    let (_dirs, stack) = trees(count);
+                    for method in methods {
+                        let scratch = tempfile::tempdir().unwrap();
+                        let rootfs = Rootfs::mount_by(&stack, scratch.path(), *method).unwrap();
+                        if count < 100 {
+                            let views = (view_of_dir(rootfs.path()), view_of_stack(&stack));
+                            assert_eq!(views.0, views.1, "{count} {method:?}");
+                        } else {
+                            // The last layer is on top, the first is there, and all merge.
+                            let read = |path| fs::read_to_string(rootfs.path().join(path)).unwrap();
+                            assert_eq!(read("all"), (count - 1).to_string());
+                            assert_eq!(read("d/0"), "x");
+                            let entries = fs::read_dir(rootfs.path().join("d")).unwrap();
+                            assert_eq!(entries.count(), count);
+                        }
+                        fs::write(rootfs.path().join("new"), "").unwrap();
+                        assert_eq!(rootfs.finish().unwrap().upper, scratch.path().join("upper"));
+                        let left: Vec<_> = fs::read_dir(scratch.path())
+                            .unwrap()
+                            .map(|e| e.unwrap().file_name())
+                            .collect();
+                        assert_eq!(left, ["upper"]);
+                        assert!(scratch.path().join("upper/new").exists());
+                    }
+                }
+            },
+        );
+    }
+
+    #[test]
+    fn sandbox_what_cannot_be_mounted_says_why() {
+        in_worlds(
+            module_path!(),
+            "sandbox_what_cannot_be_mounted_says_why",
+            || {
+                let (_dirs, stack) = trees(501);
+                let mount = |scratch: &Path, method| {
+                    Rootfs::mount_by(&stack, scratch, method)
+                        .unwrap_err()
+                        .to_string()
+                };
+                let scratch = tempfile::tempdir().unwrap();
+                assert_eq!(
+                    mount(scratch.path(), Method::Config),
+                    "the image has 501 layers, this kernel can mount 500; join layers of the base image, \
+                 for instance by copying all of it in one COPY --from"
+                );
+                let (_dirs, stack) = trees(300);
+                let error = Rootfs::mount_by(&stack, scratch.path(), Method::Mount).unwrap_err();
+                let RootfsError::TooManyLayers {
+                    layers: 300,
+                    limit,
+                    hint,
+                } = error
+                else {
+                    panic!("{error}");
+                };
+                assert!((200..300).contains(&limit), "{limit}");
+                assert_eq!(hint, "Linux 6.5 or newer mounts 500");
+
+                // A lower directory is inside the upper one.
+                let inner = scratch.path().join("upper/inner");
+                fs::create_dir_all(&inner).unwrap();
+                let stack = Stack::new(vec![Tree::open(&inner).unwrap()]);
+                let error = Rootfs::mount(&stack, scratch.path()).unwrap_err();
+                let RootfsError::Mount {
+                    path,
+                    layers: 1,
+                    source,
+                    ..
+                } = error
+                else {
+                    panic!("{error}");
+                };
+                assert_eq!(path, scratch.path().join("merged"));
+                assert_eq!(source.raw_os_error(), Some(Errno::LOOP.raw_os_error()));
+            },
+        );
+    }
+
+    #[test]
+    fn sandbox_a_busy_or_forgotten_filesystem_is_unmounted() {
+        in_worlds(
+            module_path!(),
+            "sandbox_a_busy_or_forgotten_filesystem_is_unmounted",
+            || {
+                let mounts = || {
+                    fs::read_to_string("/proc/self/mountinfo")
+                        .unwrap()
+                        .lines()
+                        .count()
+                };
+                let before = mounts();
+                let scratch = tempfile::tempdir().unwrap();
+                let rootfs = Rootfs::mount(&Stack::default(), scratch.path()).unwrap();
+                fs::write(rootfs.path().join("f"), "x").unwrap();
+                let busy = fs::File::open(rootfs.path().join("f")).unwrap();
+                assert_eq!(mounts(), before + 1);
+                let changed = rootfs.finish().unwrap();
+                assert_eq!(mounts(), before);
+                assert_eq!(fs::read(changed.upper.join("f")).unwrap(), b"x");
+                drop(busy);
+
+                let scratch = tempfile::tempdir().unwrap();
+                drop(Rootfs::mount(&Stack::default(), scratch.path()).unwrap());
+                assert_eq!(mounts(), before);
+            },
+        );
+    }
+}

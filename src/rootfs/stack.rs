@@ -355,7 +355,11 @@ mod tests {
         let look = |path: &str, follow: bool| stack.lookup(Path::new(path), follow).unwrap();
         let check = |path: &str, want: Option<&str>| {
             let node = look(path, true);
-            assert_eq!(node.as_ref().map(|n| n.path().to_str().unwrap()), want, "{path}");
+            assert_eq!(
+                node.as_ref().map(|n| n.path().to_str().unwrap()),
+                want,
+                "{path}"
+            );
         };
         check("/", Some(""));
         check("", Some(""));
@@ -379,14 +383,21 @@ mod tests {
         assert_eq!(look("loop", false).unwrap().file_type(), FileType::Symlink);
         for path in ["loop", "loop1/x"] {
             let error = stack.lookup(Path::new(path), true).unwrap_err();
-            assert_eq!(error.raw_os_error(), Some(Errno::LOOP.raw_os_error()), "{path}");
+            assert_eq!(
+                error.raw_os_error(),
+                Some(Errno::LOOP.raw_os_error()),
+                "{path}"
+            );
         }
 
         let text = |path: &str| io::read_to_string(stack.open(&look(path, true).unwrap()).unwrap());
         assert_eq!(text("a/over").unwrap(), "above");
         assert_eq!(text("to-link").unwrap(), "below");
         let dir = look("a", true).unwrap();
-        assert_eq!(stack.open(&dir).unwrap_err().raw_os_error(), Some(Errno::INVAL.raw_os_error()));
+        assert_eq!(
+            stack.open(&dir).unwrap_err().raw_os_error(),
+            Some(Errno::INVAL.raw_os_error())
+        );
         let names = |path: &str| -> Vec<OsString> {
             let entries = stack.read_dir(&look(path, true).unwrap()).unwrap();
             entries.into_iter().map(|(name, _)| name).collect()
@@ -413,7 +424,11 @@ mod tests {
         let (dir, top) = tree_of(&["644 above = x"]);
         let renamed = dir.path().with_extension("renamed");
         std::fs::rename(dir.path(), &renamed).unwrap();
-        let result = xattr::set(top.root().as_ref().as_fd(), xattr::OPAQUE.as_ref(), xattr::YES);
+        let result = xattr::set(
+            top.root().as_ref().as_fd(),
+            xattr::OPAQUE.as_ref(),
+            xattr::YES,
+        );
         let stack = Stack::new(vec![base, top]);
         let exists = |path: &str| stack.lookup(Path::new(path), true).unwrap().is_some();
         assert!(exists("above"));

@@ -57,7 +57,8 @@ struct Stub {
     /// Index in `parents`.
     parent: usize,
     name: OsString,
-    id: (u64, u64),
+    /// Kept open, so that no other file can get the same number.
+    fd: OwnedFd,
     is_dir: bool,
     /// For messages.
     path: PathBuf,
@@ -143,7 +144,7 @@ impl Stubs {
         self.made.push(Stub {
             parent,
             name: name.to_owned(),
-            id: identity(&rustix::fs::fstat(&stub)?),
+            fd: stub,
             is_dir,
             path: path.to_owned(),
         });
@@ -196,7 +197,8 @@ impl Stub {
         };
         let used = !self.is_dir && stat.st_size != 0;
         let is_dir = FileType::from_raw_mode(stat.st_mode) == FileType::Directory;
-        if identity(&stat) != self.id || is_dir != self.is_dir || used {
+        let made = rustix::fs::fstat(&self.fd)?;
+        if identity(&stat) != identity(&made) || is_dir != self.is_dir || used {
             return Ok(false);
         }
         let flags = if self.is_dir {
@@ -265,5 +267,199 @@ fn mtime(stat: &Stat) -> Timespec {
     Timespec {
         tv_sec: stat.st_mtime as _,
         tv_nsec: stat.st_mtime_nsec as _,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::{MetadataExt, symlink};
+
+    use super::super::testing::{in_worlds, line, tree_of};
+    use super::*;
+    use crate::rootfs::{Rootfs, Stack, Tree, changes};
+
+    fn point(path: &str) -> MountPoint {
+        MountPoint {
+            path: path.trim_end_matches('/').into(),
+            is_dir: path.ends_with('/'),
+        }
+    }
+
+    /// Prepares `points` (a slash at the end of directories) in a small image, checks that
+    /// they are there, does `act`, and compares what is left.
+    fn check(points: &[&str], act: impl FnOnce(&Path), want: &[&str]) {
+        let (_base, base) = tree_of(&[
+            "755 etc/",
+            "644 etc/hosts = x",
+            "777 etc/resolv.conf -> ../run/resolve/stub",
+            "755 opt/",
+            "777 up -> ../../../../opt",
+        ]);
+        let lower = Stack::new(vec![base]);
+        let outside = tempfile::tempdir().unwrap();
+        let scratch = outside.path().join("scratch");
+        fs::create_dir(&scratch).unwrap();
+        let mut rootfs = Rootfs::mount(&lower, &scratch).unwrap();
+        let root = rootfs.path().to_owned();
+        let points: Vec<MountPoint> = points.iter().map(|path| point(path)).collect();
+        rootfs.prepare_mount_points(&points).unwrap();
+        for point in &points {
+            let path = root.join(rootfs.resolve(&point.path).unwrap());
+            assert_eq!(
+                fs::symlink_metadata(&path).unwrap().is_dir(),
+                point.is_dir,
+                "{point:?}"
+            );
+        }
+        act(&root);
+        let upper = Tree::open(&rootfs.finish().unwrap().upper).unwrap();
+        let got: Vec<String> = changes(&upper, &lower).map(|c| line(c.unwrap())).collect();
+        assert_eq!(got, want, "{points:?}");
+    }
+
+    #[test]
+    fn sandbox_borrowed_directories_get_their_time_back() {
+        in_worlds(
+            module_path!(),
+            "sandbox_borrowed_directories_get_their_time_back",
+            || {
+                let (_base, base) = tree_of(&["755 idle/", "755 used/"]);
+                let scratch = tempfile::tempdir().unwrap();
+                let mut rootfs = Rootfs::mount(&Stack::new(vec![base]), scratch.path()).unwrap();
+                let points = ["/idle/a/b", "/idle/c/", "/used/a/b", "/used/c/"].map(point);
+                rootfs.prepare_mount_points(&points).unwrap();
+                let used = rootfs.path().join("used");
+                fs::write(used.join("file"), "").unwrap();
+                let time = std::time::UNIX_EPOCH + std::time::Duration::from_secs(1_300_000_000);
+                fs::File::open(&used).unwrap().set_modified(time).unwrap();
+                let upper = rootfs.finish().unwrap().upper;
+                let mtime = |name| fs::metadata(upper.join(name)).unwrap().mtime();
+                assert_eq!(mtime("idle"), 1_400_000_000);
+                assert_eq!(mtime("used"), 1_300_000_000);
+                let names = |name| fs::read_dir(upper.join(name)).unwrap().count();
+                assert_eq!((names("idle"), names("used")), (0, 1));
+            },
+        );
+    }
+
+    #[test]
+    fn sandbox_mount_points_leave_no_trace_unless_used() {
+        in_worlds(
+            module_path!(),
+            "sandbox_mount_points_leave_no_trace_unless_used",
+            || {
+                let all = [
+                    "/etc/hosts",
+                    "/etc/resolv.conf",
+                    "/proc/",
+                    "/opt/a/b/c/",
+                    "/opt/a/file",
+                    "up/secret",
+                    "/../../dot/./x/../y",
+                ];
+                check(&all, |_| (), &[]);
+                // Used: written to; something put beside it; removed; replaced.
+                check(
+                    &all,
+                    |root| fs::write(root.join("opt/a/file"), "x").unwrap(),
+                    &["755 opt/", "755 opt/a/", "644 opt/a/file = x"],
+                );
+                check(
+                    &all,
+                    |root| fs::write(root.join("opt/a/mine"), "x").unwrap(),
+                    &["755 opt/", "755 opt/a/", "644 opt/a/mine = x"],
+                );
+                check(
+                    &all,
+                    |root| fs::remove_dir_all(root.join("opt/a")).unwrap(),
+                    &[],
+                );
+                check(
+                    &all,
+                    |root| {
+                        fs::remove_file(root.join("opt/secret")).unwrap();
+                        fs::write(root.join("opt/new"), "").unwrap();
+                        fs::rename(root.join("opt/new"), root.join("opt/secret")).unwrap();
+                    },
+                    &["755 opt/", "644 opt/secret = "],
+                );
+                // Moved with its directory, it is still removed.
+                check(
+                    &["/opt/a/file"],
+                    |root| fs::rename(root.join("opt/a"), root.join("etc/a")).unwrap(),
+                    &["755 etc/", "755 etc/a/"],
+                );
+            },
+        );
+    }
+
+    #[test]
+    fn sandbox_a_replaced_parent_leads_nowhere() {
+        // The process replaces the directory of a mount point by a link to another that has
+        // files of the same names (CVE-2024-23652).
+        in_worlds(
+            module_path!(),
+            "sandbox_a_replaced_parent_leads_nowhere",
+            || {
+                let victim = tempfile::tempdir().unwrap();
+                fs::write(victim.path().join("file"), "").unwrap();
+                fs::create_dir(victim.path().join("dir")).unwrap();
+                let target = victim.path().to_str().unwrap().to_owned();
+                check(
+                    &["/x/file", "/x/dir/", "/y/file"],
+                    |root| {
+                        fs::remove_dir_all(root.join("x")).unwrap();
+                        symlink(&target, root.join("x")).unwrap();
+                        fs::rename(root.join("y"), root.join("z")).unwrap();
+                        symlink(&target, root.join("y")).unwrap();
+                    },
+                    &[
+                        &format!("777 x -> {target}"),
+                        &format!("777 y -> {target}"),
+                        "755 z/",
+                    ],
+                );
+                assert!(victim.path().join("file").exists());
+                assert!(victim.path().join("dir").exists());
+            },
+        );
+    }
+
+    #[test]
+    fn sandbox_something_else_at_a_mount_point_is_an_error() {
+        in_worlds(
+            module_path!(),
+            "sandbox_something_else_at_a_mount_point_is_an_error",
+            || {
+                let (_base, base) = tree_of(&["755 d/", "644 f = x", "777 loop -> loop"]);
+                let scratch = tempfile::tempdir().unwrap();
+                let mut rootfs = Rootfs::mount(&Stack::new(vec![base]), scratch.path()).unwrap();
+                let mut check = |path: &str, want: &str| {
+                    let error = rootfs.prepare_mount_points(&[point(path)]).unwrap_err();
+                    let mut message = error.to_string();
+                    if let Some(source) = std::error::Error::source(&error) {
+                        message += &format!(": {source}");
+                    }
+                    assert_eq!(message, want, "{path}");
+                };
+                check(
+                    "/d",
+                    r#"mount point "d" is a directory, want not a directory"#,
+                );
+                check(
+                    "/f/",
+                    r#"mount point "f" is not a directory, want a directory"#,
+                );
+                check(
+                    "/f/x/",
+                    r#"making the mount point "/f/x": Not a directory (os error 20)"#,
+                );
+                check(
+                    "/loop/x/",
+                    r#"making the mount point "/loop/x": Too many levels of symbolic links (os error 40)"#,
+                );
+            },
+        );
     }
 }
