@@ -149,8 +149,10 @@ impl Stack {
                 }
             }
         }
-        let visible = |(name, (node, _))| Some((name, Option::<Node>::from(node)?));
-        Ok(entries.into_iter().filter_map(visible).collect())
+        let visible = entries
+            .into_iter()
+            .filter_map(|(name, (node, _))| Some((name, node?)));
+        Ok(visible.collect())
     }
 
     /// Opens the regular file `node` for reading.
