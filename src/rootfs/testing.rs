@@ -44,6 +44,9 @@ pub(crate) fn in_worlds(module: &str, name: &str, body: impl FnOnce()) {
     let test = format!("{module}::{name}");
     let mut ran = 0;
     for world in World::ALL {
+        if matches!(world, World::Root) && !rustix::process::geteuid().is_root() {
+            continue;
+        }
         // A filter that matches nothing: shows whether processes can be started there.
         let (possible, _) = world.run(&["--list", "--exact", "no::such::test"]);
         if !possible {
@@ -87,7 +90,6 @@ impl World {
         let root = rustix::process::geteuid().is_root();
         let unshare: &[&str] = &["unshare", "--mount", "--propagation", "private"];
         let mut line: Vec<&str> = match self {
-            Self::Root if !root => return (false, String::new()),
             Self::Root => unshare.to_vec(),
             // As root, the namespace's IDs are written by this process, which needs no
             // configuration: an ordinary user's process waits for that.
