@@ -1,15 +1,12 @@
 //! The command line of bubblewrap, as of its version 0.8.
 //!
-//! It makes namespaces, pivots and mounts `/proc` and `/dev`; ours is already uid 0, so it
+//! It makes namespaces, pivots and mounts `/proc` and `/dev/mqueue`; ours is already uid 0, so it
 //! makes no user namespace. It sets `no_new_privs`: setuid programs gain nothing inside.
 
 use std::ffi::OsString;
 use std::path::Path;
 
-use super::enter::View;
-
-/// The size of `/dev/shm`, as Docker has it.
-pub(super) const SHM_SIZE_BYTES: u64 = 64 * 1024 * 1024;
+use super::mounts::View;
 
 /// Returns the arguments that run `command` in `view`.
 pub(super) fn args(view: &View, command: &[OsString]) -> Vec<OsString> {
@@ -20,7 +17,8 @@ pub(super) fn args(view: &View, command: &[OsString]) -> Vec<OsString> {
     // The step is PID 1, as in Docker, and dies with the supervisor.
     add(&["--as-pid-1", "--die-with-parent"]);
     add(&["--hostname", &view.hostname]);
-    push_paths(&mut args, "--bind", &[&view.root, Path::new("/")]);
+    // It would take the devices out of /dev with --bind; all other mounts are `nodev` already.
+    push_paths(&mut args, "--dev-bind", &[&view.root, Path::new("/")]);
 
     let mut add = |words: &[&str]| args.extend(words.iter().map(OsString::from));
     add(&["--proc", "/proc"]);
@@ -34,12 +32,7 @@ pub(super) fn args(view: &View, command: &[OsString]) -> Vec<OsString> {
     for path in &view.read_only {
         add(&["--ro-bind", path, path]);
     }
-    add(&["--dev", "/dev", "--mqueue", "/dev/mqueue"]);
-    let size = SHM_SIZE_BYTES.to_string();
-    add(&["--perms", "1777", "--size", &size, "--tmpfs", "/dev/shm"]);
-    for (source, target) in &view.late {
-        push_paths(&mut args, "--bind", &[source, target]);
-    }
+    add(&["--mqueue", "/dev/mqueue"]);
     args.push("--".into());
     args.extend_from_slice(command);
     args
@@ -59,7 +52,7 @@ mod tests {
         let view = View {
             root: "/r".into(),
             hostname: "box".to_owned(),
-            late: vec![("/r/late/0".into(), "/dev/shm/x".into())],
+            dev: "/d".into(),
             masked_files: vec!["/proc/kcore"],
             masked_dirs: vec!["/proc/acpi"],
             read_only: vec!["/proc/sys"],
@@ -69,10 +62,9 @@ mod tests {
         assert_eq!(
             text.join(" "),
             "--unshare-pid --unshare-ipc --unshare-uts --unshare-cgroup-try --as-pid-1 \
-             --die-with-parent --hostname box --bind /r / --proc /proc --dev-bind /dev/null \
+             --die-with-parent --hostname box --dev-bind /r / --proc /proc --dev-bind /dev/null \
              /proc/kcore --tmpfs /proc/acpi --remount-ro /proc/acpi --ro-bind /proc/sys /proc/sys \
-             --dev /dev --mqueue /dev/mqueue --perms 1777 --size 67108864 --tmpfs /dev/shm --bind \
-             /r/late/0 /dev/shm/x -- init 3"
+             --mqueue /dev/mqueue -- init 3"
         );
     }
 }

@@ -13,7 +13,7 @@ use rustix::pipe::PipeFlags;
 use serde::Deserialize;
 
 use super::output::{Ears, Heard, listen};
-use super::wire::{Attachment, Failure, Helper, Launch, Runtime, RuntimeKind};
+use super::wire::{Attachment, Failure, Helper, Launch, Part, Runtime, RuntimeKind};
 use super::{
     Cancel, Choice, Mount, MountKind, Network, Outcome, OutputSink, Process, Refusal, Sandbox,
     SandboxError, User, init, network, supervise, userns,
@@ -254,8 +254,7 @@ fn conclude(sandbox: &'static str, heard: Heard) -> Result<Outcome, SandboxError
         return Err(SandboxError::Cancelled);
     }
     if let Some(failure) = heard.failure {
-        let refusal = refusal_of(sandbox, &failure);
-        return Err(SandboxError::Refused { sandbox, refusal });
+        return Err(error_of(sandbox, failure));
     }
     match (heard.started, heard.exited) {
         (true, Some(status)) => Ok(Outcome::Exited(status)),
@@ -285,13 +284,22 @@ fn conclude(sandbox: &'static str, heard: Heard) -> Result<Outcome, SandboxError
     }
 }
 
-fn refusal_of(program: &'static str, failure: &Failure) -> Refusal {
+fn error_of(sandbox: &'static str, failure: Failure) -> SandboxError {
     let message = format!("{}: {}", failure.doing, failure.reason);
-    match failure.errno {
-        _ if failure.is_network => Refusal::Network { program, message },
-        Some(libc::EPERM | libc::EACCES) => Refusal::NotPermitted { program, message },
+    let program = sandbox;
+    let refusal = match (failure.part, failure.errno) {
+        // That the kernel refuses every mount is no fault of this one.
+        (Part::Mount(target), errno) if errno != Some(libc::EPERM) => {
+            return SandboxError::Mount {
+                target,
+                reason: message,
+            };
+        }
+        (Part::Network, _) => Refusal::Network { program, message },
+        (_, Some(libc::EPERM | libc::EACCES)) => Refusal::NotPermitted { program, message },
         _ => Refusal::Failed { program, message },
-    }
+    };
+    SandboxError::Refused { sandbox, refusal }
 }
 
 /// A copy of this program in memory that cannot be written.

@@ -9,7 +9,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::Path;
 
-use rustix::fs::{Gid, Mode, Uid};
+use rustix::fs::{Gid, Mode, OFlags, Uid};
 use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit};
 use rustix::thread::{CapabilitySet, CapabilitySets};
@@ -175,7 +175,10 @@ fn set_stdio(user: &User, stdout: OwnedFd, stderr: OwnedFd) -> Result<(), Failur
             Some(Gid::from_raw(user.gid)),
         );
     }
-    let doing = || "passing standard output and error".to_owned();
+    let doing = || "setting standard input, output and error".to_owned();
+    // runc makes its own input a pipe.
+    let null = rustix::fs::open("/dev/null", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
+    rustix::stdio::dup2_stdin(null.doing(doing)?).doing(doing)?;
     rustix::stdio::dup2_stdout(stdout).doing(doing)?;
     rustix::stdio::dup2_stderr(stderr).doing(doing)
 }

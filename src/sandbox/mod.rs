@@ -16,8 +16,8 @@
 //! ```
 //!
 //! Everything that could differ between the runtimes is done by this program: bind mounts,
-//! `/sys`, the network, users and capabilities, the look-up of the program. A runtime only
-//! pivots into the root filesystem and makes the innermost `/proc` and `/dev`. All that
+//! `/dev`, `/sys`, the network, users and capabilities, the look-up of the program. A runtime only
+//! pivots into the root filesystem and makes the innermost `/proc`. All that
 //! is mounted lives in namespaces of the step, on a tmpfs over the path of the root
 //! filesystem; so there is nothing to clean up, even after a `SIGKILL`.
 //!
@@ -30,6 +30,7 @@ mod choose;
 mod enter;
 mod error;
 mod init;
+mod mounts;
 mod netlink;
 mod network;
 mod output;
@@ -185,8 +186,8 @@ pub fn mount_points(process: &Process) -> Vec<MountPoint> {
         point(Path::new("/etc/resolv.conf"), false),
         point(Path::new("/etc/hosts"), false),
     ];
-    for mount in enter::in_mount_order(&process.mounts) {
-        if enter::is_below_dev(&mount.target) {
+    for mount in mounts::in_mount_order(&process.mounts) {
+        if mounts::is_below_dev(&mount.target) {
             continue;
         }
         let is_dir = match &mount.kind {

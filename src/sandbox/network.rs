@@ -13,7 +13,7 @@ use std::process::{Command, Stdio};
 use rustix::io::FdFlags;
 use rustix::pipe::PipeFlags;
 
-use super::wire::{Attachment, Doing, Failure, Helper, HelperKind};
+use super::wire::{Attachment, Doing, Failure, Helper, HelperKind, Part};
 use super::{netlink, userns};
 
 /// Where pasta answers name queries by asking the host's own name server.
@@ -160,7 +160,7 @@ fn failed(helper: &Helper, words: &str, status: &str) -> Failure {
             words => words.to_owned(),
         },
         errno: None,
-        is_network: true,
+        part: Part::Network,
     }
 }
 

@@ -260,7 +260,9 @@ mod tests {
             let supervisor = std::thread::spawn(move || {
                 let mut polled = [PollFd::new(&mouths.socket, PollFlags::empty())];
                 rustix::event::poll(&mut polled, None).unwrap();
-                polled[0].revents().contains(PollFlags::HUP)
+                let hung_up = polled[0].revents().contains(PollFlags::HUP);
+                drop(mouths);
+                hung_up
             });
             let heard = listen(&ears, waker.as_fd(), &mut |_, _| {}).unwrap();
             assert!(heard.cancelled && cancel.is_cancelled());

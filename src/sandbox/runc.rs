@@ -9,9 +9,8 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use super::bwrap::SHM_SIZE_BYTES;
-use super::enter::View;
 use super::init::CAPABILITY_NAMES;
+use super::mounts::View;
 use super::wire::RuntimeKind;
 
 /// Returns the arguments that run the container of `bundle`.
@@ -35,49 +34,15 @@ pub(super) fn args(kind: RuntimeKind, state: &Path, bundle: &Path, fds: usize) -
 /// Returns the `config.json` that runs `command` in `view`.
 pub(super) fn spec(view: &View, command: &[OsString]) -> Value {
     let command: Vec<_> = command.iter().map(|word| word.to_string_lossy()).collect();
-    let mut mounts = vec![
-        mount("/proc", "proc", "proc", &["nosuid", "noexec", "nodev"]),
-        mount(
-            "/dev",
-            "tmpfs",
-            "tmpfs",
-            &["nosuid", "strictatime", "mode=755", "size=65536k"],
-        ),
-        mount(
-            "/dev/pts",
-            "devpts",
-            "devpts",
-            &[
-                "nosuid",
-                "noexec",
-                "newinstance",
-                "ptmxmode=0666",
-                "mode=0620",
-            ],
-        ),
-        mount(
-            "/dev/mqueue",
-            "mqueue",
-            "mqueue",
-            &["nosuid", "noexec", "nodev"],
-        ),
-        mount(
-            "/dev/shm",
-            "tmpfs",
-            "shm",
-            &[
-                "nosuid",
-                "noexec",
-                "nodev",
-                "mode=1777",
-                &format!("size={SHM_SIZE_BYTES}"),
-            ],
-        ),
+    let dev = view.dev.to_string_lossy();
+    let data = ["nosuid", "noexec", "nodev"];
+    let mounts = [
+        mount("/proc", "proc", "proc", &data),
+        // It is there already, but a runtime that does not see this line makes its own
+        // devices, and in a directory where others can be made.
+        mount("/dev", "bind", &dev, &["rbind", "nosuid", "nodev"]),
+        mount("/dev/mqueue", "mqueue", "mqueue", &data),
     ];
-    for (source, target) in &view.late {
-        let (source, target) = (source.to_string_lossy(), target.to_string_lossy());
-        mounts.push(mount(&target, "bind", &source, &["rbind"]));
-    }
     let masked: Vec<&str> = [&view.masked_files[..], &view.masked_dirs[..]].concat();
     json!({
         "ociVersion": "1.0.2",
@@ -146,7 +111,7 @@ mod tests {
         let view = View {
             root: "/r".into(),
             hostname: "box".to_owned(),
-            late: vec![("/r/late/0".into(), "/dev/shm/x".into())],
+            dev: "/d".into(),
             masked_files: vec!["/proc/kcore"],
             masked_dirs: vec!["/proc/acpi"],
             read_only: vec!["/proc/sys"],
@@ -166,16 +131,7 @@ mod tests {
             .iter()
             .map(|mount| mount["destination"].as_str().unwrap())
             .collect();
-        assert_eq!(
-            places,
-            [
-                "/proc",
-                "/dev",
-                "/dev/pts",
-                "/dev/mqueue",
-                "/dev/shm",
-                "/dev/shm/x"
-            ]
-        );
+        assert_eq!(places, ["/proc", "/dev", "/dev/mqueue"]);
+        assert_eq!(mounts[1]["source"], "/d");
     }
 }

@@ -128,8 +128,19 @@ pub(super) struct Failure {
     pub(super) reason: String,
     /// The error number, if there was one.
     pub(super) errno: Option<i32>,
-    /// Whether the network was at fault.
-    pub(super) is_network: bool,
+    /// What was at fault.
+    pub(super) part: Part,
+}
+
+/// Which part of a sandbox failed.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) enum Part {
+    /// None in particular.
+    Setup,
+    /// The network.
+    Network,
+    /// The mount at this target.
+    Mount(String),
 }
 
 impl Failure {
@@ -139,14 +150,22 @@ impl Failure {
             doing: doing.into(),
             reason: error.to_string(),
             errno: error.raw_os_error(),
-            is_network: false,
+            part: Part::Setup,
         }
     }
 
     /// The same, with the network at fault.
     pub(super) fn of_network(self) -> Self {
         Self {
-            is_network: true,
+            part: Part::Network,
+            ..self
+        }
+    }
+
+    /// The same, with the mount at `target` at fault.
+    pub(super) fn of_mount(self, target: &std::path::Path) -> Self {
+        Self {
+            part: Part::Mount(target.display().to_string()),
             ..self
         }
     }
@@ -174,7 +193,7 @@ pub(super) fn send_report(socket: impl AsFd, report: &Report) {
     };
     if text.len() > REPORT_LIMIT_BYTES {
         // Paths of that length do not exist in Linux, but a report must arrive.
-        text = br#"{"Failed":{"doing":"reporting a failure","reason":"the message is too long","errno":null,"is_network":false}}"#.to_vec();
+        text = br#"{"Failed":{"doing":"reporting a failure","reason":"the message is too long","errno":null,"part":"Setup"}}"#.to_vec();
     }
     let _ = rustix::io::retry_on_intr(|| rustix::net::send(&socket, &text, SendFlags::NOSIGNAL));
 }
