@@ -189,7 +189,7 @@ async fn wrong_short_and_long_blobs_are_errors() {
     let mut flipped = good.clone();
     flipped[499_999] ^= 1;
     let long = [good.clone(), b"x".to_vec()].concat();
-    let descriptor = Descriptor::of(MediaType::LAYER_GZIP, &good);
+    let (descriptor, size) = (Descriptor::of(MediaType::LAYER_GZIP, &good), good.len());
     // With a length and, as a stream, without one.
     for sized in [true, false] {
         for (name, sent) in [
@@ -207,8 +207,14 @@ async fn wrong_short_and_long_blobs_are_errors() {
                 let body = if sized {
                     sent.clone().into()
                 } else {
-                    let piece = Ok::<_, std::io::Error>(sent.clone());
-                    axum::body::Body::from_stream(futures_util::stream::iter([piece]))
+                    // What is too much comes on its own, after all that was wanted.
+                    let (wanted, rest) = sent.split_at(sent.len().min(size));
+                    let pieces = [wanted, rest]
+                        .into_iter()
+                        .filter(|piece| !piece.is_empty())
+                        .map(|piece| Ok::<_, std::io::Error>(piece.to_vec()));
+                    let pieces: Vec<_> = pieces.collect();
+                    axum::body::Body::from_stream(futures_util::stream::iter(pieces))
                 };
                 Some(answer(200, &[], body))
             })
