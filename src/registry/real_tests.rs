@@ -231,7 +231,26 @@ async fn a_plain_registry_takes_and_gives_images() {
         docker_config: Some("/nonexistent".into()),
         ..Options::default()
     };
-    round_trip(&registry, options).await;
+    round_trip(&registry, options.clone()).await;
+
+    // Another client reads what was pushed.
+    if !have(&["skopeo"]) {
+        return;
+    }
+    let copy = registry.dir.path().join("copy");
+    let output = Command::new("skopeo")
+        .args(["--insecure-policy", "copy", "--src-tls-verify=false"])
+        .arg(format!("docker://{}/team/app:1", registry.name))
+        .arg(format!("dir:{}", copy.display()))
+        .env("HOME", registry.dir.path())
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{said}");
+    let reference = registry.reference("team/app:1");
+    let raw = client(options).fetch_manifest(&reference).await.unwrap();
+    let copied = std::fs::read(copy.join("manifest.json")).unwrap();
+    assert_eq!(Digest::of(&copied), raw.digest);
 }
 
 #[tokio::test]
