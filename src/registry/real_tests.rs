@@ -243,6 +243,7 @@ async fn a_plain_registry_takes_and_gives_images() {
         .arg(format!("docker://{}/team/app:1", registry.name))
         .arg(format!("dir:{}", copy.display()))
         .env("HOME", registry.dir.path())
+        .env("XDG_RUNTIME_DIR", registry.dir.path())
         .output()
         .unwrap();
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
