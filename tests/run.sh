@@ -35,19 +35,26 @@ if [ "$(id -u)" = 0 ]; then
     unshare --mount --propagation private bash -euo pipefail -c '
       . tests/user.sh
       reachable() { ( as_user test -x "$1" ); }
+      hidden=()
       for path in "$1" "$2"; do
-        reachable "$path" && continue
-        closed=/
-        for part in ${path//\// }; do
-          closed=${closed%/}/$part
-          reachable "$closed" || break
-        done
-        held=$(mktemp -d "$3/held.XXXXXX")
-        mount --bind "$path" "$held"
-        mount -t tmpfs -o mode=755 tmpfs "$closed"
+        reachable "$path" || hidden+=("$path")
+      done
+      # All are held before the first is covered, for one cover may hide another of them.
+      for at in "${!hidden[@]}"; do
+        mkdir -p "$3/held-$at"
+        mount --bind "${hidden[$at]}" "$3/held-$at"
+      done
+      for at in "${!hidden[@]}"; do
+        path=${hidden[$at]} closed=/
+        if [ -e "$path" ]; then
+          for part in ${path//\// }; do
+            closed=${closed%/}/$part
+            reachable "$closed" || break
+          done
+          mount -t tmpfs -o mode=755 tmpfs "$closed"
+        fi
         mkdir -p "$path"
-        mount --bind "$held" "$path"
-        cd "$1"
+        mount --bind "$3/held-$at" "$path"
         reachable "$path" || { echo "$path itself is closed to $user; chmod o+rx it" >&2; exit 1; }
       done
       cd "$1"
