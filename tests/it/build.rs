@@ -2,6 +2,7 @@
 
 use serde_json::json;
 
+use crate::support::dir::TestDir;
 use crate::support::registry::Registry;
 use crate::support::sockless::Place;
 use crate::support::{find_program, images, namespaces, programs};
@@ -52,6 +53,8 @@ fn compose_instructions_without_steps_change_only_the_config() {
             ],
             "Entrypoint": ["/bin/echo", "$GREETING"],
             "Cmd": ["/bin/sh", "-c", "exit 3"],
+            // Deprecated and of no meaning on Linux, but BuildKit writes it with every CMD.
+            "ArgsEscaped": true,
             "Volumes": { "/data": {} },
             "Labels": { "org.example.a": "1", "org.example.b": "two words" },
             "StopSignal": "SIGQUIT",
@@ -199,10 +202,10 @@ fn steps(sandbox: &str) {
             "2750 0:0 5",
             "777 0:0 2",
             "644 1000:1001 0",
-            "750 0:0 5",
+            "750 1000:1001 5",
             "absent"
         ]
-        // The base's /home/app belongs to root and stays so: WORKDIR does not change what is there.
+        // The base's /home/app stays as it is, of its user and closed to others.
         .map(str::to_owned),
     );
     // `made` and `hard` are one file; the step that linked it brings it again.
@@ -344,7 +347,7 @@ fn sandbox_a_step_sees_nothing_of_the_builder() {
                 "Dockerfile",
                 &format!(
                     "FROM busybox\n\
-                     RUN {{ env; ls -a /; find / -name config.json -not -path '/sys/*' 2>/dev/null; \
+                     RUN {{ env; ls -a /; find / -name 'conf*.json' -not -path '/sys/*' 2>/dev/null; \
                      cat /proc/[0-9]*/environ /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' '\\n'; \
                      echo canary | nc -w 2 127.0.0.1 {port} && echo reached the host; \
                      ls /proc | grep -c '^[0-9]'; setsid sleep 8765 & true; }} > /seen 2>&1\n"
@@ -394,6 +397,57 @@ fn sandbox_a_step_sees_nothing_of_the_builder() {
                     .is_ok_and(|c| c.ends_with(b"sleep\x008765\0"))
             });
         assert!(!ps, "{sandbox}: a process of the step is still there");
+    }
+}
+
+/// Whoever starts the program may leave descriptors open in it. They must neither be in its way nor
+/// reach a step.
+#[test]
+fn sandbox_descriptors_of_whoever_started_the_build_do_no_harm() {
+    let upstream = upstream!();
+    needs!(programs(&["bwrap", "runc"]), namespaces());
+    let canary = TestDir::new("canary");
+    canary.file("secret", "canary\n");
+    for sandbox in ["bwrap", "runc"] {
+        let place = Place::new();
+        let context = place.context(
+            "context",
+            &[(
+                "Dockerfile",
+                "FROM busybox\nRUN cat /proc/self/fd/3 /proc/self/fd/4 /proc/self/fd/11 > /seen 2>/dev/null; ls -l /proc/self/fd > /list\n",
+            )],
+        );
+        let archive = place.dir.join("image.tar");
+        crate::support::process::run(
+            place
+                .wrapped(&[
+                    "sh",
+                    "-c",
+                    "exec 3<\"$0\" 4<\"$0\" 9<\"$0\"; exec \"$@\"",
+                    &canary.join("secret").display().to_string(),
+                ])
+                .args(["build", "--sandbox", sandbox, "-o"])
+                .arg(format!("type=oci,dest={}", archive.display()))
+                .args([
+                    "--registry-mirror",
+                    &format!("docker.io={}", upstream.url()),
+                ])
+                .arg(&context),
+        )
+        .success();
+        let image = place.archive(&archive);
+        assert_eq!(image.text("seen"), "", "{sandbox}: {}", image.text("list"));
+        // 0, 1, 2 and the one that ls has opened to list them.
+        assert_eq!(
+            image
+                .text("list")
+                .lines()
+                .filter(|l| l.contains(" -> "))
+                .count(),
+            4,
+            "{}",
+            image.text("list")
+        );
     }
 }
 
@@ -593,8 +647,18 @@ fn sandbox_output_and_events_follow_the_contract() {
             .as_str()
             .expect("validated")
     );
-    place
-        .build(&upstream, &context, &["--progress", "quiet"])
-        .success()
-        .does_not_say("a line");
+    let quiet = crate::support::process::run(
+        place
+            .command()
+            .args([
+                "build",
+                "--progress",
+                "quiet",
+                "--no-cache",
+                "--registry-mirror",
+            ])
+            .arg(format!("docker.io={}", upstream.url()))
+            .arg(&context),
+    );
+    quiet.success().does_not_say("a line");
 }

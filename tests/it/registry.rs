@@ -163,7 +163,10 @@ fn compose_the_right_to_push_is_checked_before_anything_is_built() {
     let place = Place::new();
     let context = place.context(
         "context",
-        &[("Dockerfile", "FROM busybox\nRUN echo was built\n")],
+        &[(
+            "Dockerfile",
+            "FROM busybox\nRUN echo was $((6 * 7)) built\n",
+        )],
     );
     let tag = format!("{}/app:1", registry.host);
     let ca = registry.ca().display().to_string();
@@ -175,17 +178,23 @@ fn compose_the_right_to_push_is_checked_before_anything_is_built() {
         )
         .failure()
         .says("401")
-        .does_not_say("was built");
+        .does_not_say("was 42 built");
 }
 
 #[test]
 fn compose_a_base_that_is_not_there_is_named() {
     let upstream = upstream!();
     let place = Place::new();
-    let context = place.context("context", &[("Dockerfile", "FROM busybox:no-such-tag\n")]);
+    let dockerfile = format!("FROM {}/library/busybox:no-such-tag\n", upstream.host);
+    let context = place.context("context", &[("Dockerfile", &dockerfile)]);
     place
-        .build(&upstream, &context, &[])
+        .build(
+            &upstream,
+            &context,
+            &["--insecure-registry", &upstream.host],
+        )
         .failure()
-        .says("busybox:no-such-tag")
+        .says("Dockerfile:1:")
+        .says("library/busybox:no-such-tag")
         .says("404");
 }

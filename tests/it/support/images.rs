@@ -15,7 +15,7 @@ use super::registry::{Options, Registry};
 use super::{find_program, repository};
 
 /// Changes whenever what is made here changes, so that no stale image is used.
-const RECIPE: &str = "2";
+const RECIPE: &str = "3";
 
 /// Starts a registry that has `library/busybox:latest`, an image of one static busybox.
 ///
@@ -209,8 +209,13 @@ fn add(
     let mut header = tar::Header::new_ustar();
     header.set_entry_type(kind);
     header.set_mode(mode);
-    header.set_uid(0);
-    header.set_gid(0);
+    let (uid, gid) = if path == "home/app/" {
+        (1000, 1001)
+    } else {
+        (0, 0)
+    };
+    header.set_uid(uid);
+    header.set_gid(gid);
     header.set_mtime(1_704_067_200);
     header.set_size(content.len() as u64);
     if link.is_empty() {
