@@ -85,9 +85,9 @@ impl Contained {
                     break;
                 }
                 Err(SandboxError::Refused {
-                    refusal: Refusal::Network { program, message },
+                    refusal: Refusal::Network { message, .. },
                     ..
-                }) => reasons.push(format!("{program}: {message}")),
+                }) => reasons.push(message),
                 Err(other) => return Err(other),
             }
         }
@@ -100,6 +100,9 @@ impl Contained {
         let mut notes = Vec::new();
         if kind == RuntimeKind::Bwrap {
             notes.push("bwrap: setuid programs gain no privileges in RUN steps".to_owned());
+        }
+        if kind == RuntimeKind::Crun && userns::is_initial() {
+            notes.push("crun: RUN steps cannot make device nodes".to_owned());
         }
         if helper.is_none() {
             notes.push(format!(

@@ -9,7 +9,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::Path;
 
-use rustix::fs::{Gid, Mode, OFlags, Uid};
+use rustix::fs::{Gid, Mode, OFlags, StatVfsMountFlags, Uid};
 use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit};
 use rustix::thread::{CapabilitySet, CapabilitySets};
@@ -126,8 +126,9 @@ fn prepare(launch: &Launch, stdout: OwnedFd, stderr: OwnedFd) -> Result<Command,
     // As root, who can enter everything; as the user where root may not, as on some
     // network filesystems.
     let entered = rustix::process::chdir(&process.cwd);
-    drop_bounding_set()?;
-    become_user(&process.user)?;
+    let capabilities = safe_capabilities();
+    drop_bounding_set(capabilities)?;
+    become_user(&process.user, capabilities)?;
     if entered.is_err() {
         rustix::process::chdir(&process.cwd)
             .doing(|| format!("entering {}", process.cwd.display()))?;
@@ -198,11 +199,26 @@ fn raise_open_files() {
     }
 }
 
-fn drop_bounding_set() -> Result<(), Failure> {
+/// Docker's capabilities, but `CAP_MKNOD` only where the devices it makes are of no use.
+///
+/// Everything was mounted `nodev`, but crun mounts the root once more without; with real
+/// root's `CAP_MKNOD` a step could then open the host's disks. In a user namespace the
+/// kernel lets nobody make devices anyway.
+fn safe_capabilities() -> CapabilitySet {
+    let no_devices = ["/", "/dev"].iter().all(|path| {
+        rustix::fs::statvfs(*path).is_ok_and(|stat| stat.f_flag.contains(StatVfsMountFlags::NODEV))
+    });
+    match no_devices || !userns::is_initial() {
+        true => CAPABILITIES,
+        false => CAPABILITIES.difference(CapabilitySet::MKNOD),
+    }
+}
+
+fn drop_bounding_set(kept: CapabilitySet) -> Result<(), Failure> {
     let doing = || "giving up capabilities".to_owned();
     for number in 0..u64::BITS {
         let capability = CapabilitySet::from_bits_retain(1 << number);
-        if CAPABILITIES.contains(capability) {
+        if kept.contains(capability) {
             continue;
         }
         match rustix::thread::remove_capability_from_bounding_set(capability) {
@@ -214,7 +230,7 @@ fn drop_bounding_set() -> Result<(), Failure> {
     rustix::thread::clear_ambient_capability_set().doing(doing)
 }
 
-fn become_user(user: &User) -> Result<(), Failure> {
+fn become_user(user: &User, capabilities: CapabilitySet) -> Result<(), Failure> {
     let map = |kind: &str| std::fs::read_to_string(format!("/proc/self/{kind}_map"));
     let known = |kind: &str| map(kind).map_or(u64::MAX, |map| userns::mapped_ids(&map));
     let switching = |kind: &'static str, what: String, error: Errno| {
@@ -245,7 +261,7 @@ fn become_user(user: &User) -> Result<(), Failure> {
     let current = rustix::thread::capabilities(None).doing(doing)?;
     // Switching from root to another user has taken all of them already.
     let kept = match user.uid {
-        0 => current.permitted & CAPABILITIES,
+        0 => current.permitted & capabilities,
         _ => CapabilitySet::empty(),
     };
     let sets = CapabilitySets {

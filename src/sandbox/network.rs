@@ -97,7 +97,7 @@ fn attach_pasta(helper: &Helper, netns: &Path) -> Result<(), Failure> {
         .args(["-t", "none", "-u", "none", "-T", "none", "-U", "none"])
         .arg("--no-map-gw")
         .args(["--dns-forward", PASTA_DNS]);
-    if userns_is_initial() {
+    if userns::is_initial() {
         // As real root it would become nobody, who may not enter the namespace. It keeps
         // only the capabilities that entering takes, and filters its own system calls.
         command.args(["--runas", "0:0"]);
@@ -178,12 +178,6 @@ fn words_of(mut log: &std::fs::File) -> String {
         .filter(|line| !line.is_empty() && !line.contains("bytes to syslog"))
         .collect();
     lines.join("; ")
-}
-
-/// Whether this is the first user namespace, in which all IDs are mapped to themselves.
-fn userns_is_initial() -> bool {
-    std::fs::read_to_string("/proc/self/uid_map")
-        .is_ok_and(|map| map.split_whitespace().eq(["0", "0", "4294967295"]))
 }
 
 /// Reads the host's name servers and returns `/etc/resolv.conf` as a step must see it.

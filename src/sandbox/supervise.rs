@@ -160,8 +160,13 @@ pub(super) fn reap_main(args: &[OsString]) -> i32 {
             let read = rustix::io::retry_on_intr(|| rustix::io::read(&ours, &mut byte[..]));
             // Where it ended instead, it has reported why.
             if read.doing(|| "waiting for the network namespace".to_owned())? > 0 {
-                let netns = netns_file(&launch.process.rootfs, child.id())?;
-                network::attach(helper, &netns)?;
+                let attached = netns_file(&launch.process.rootfs, child.id())
+                    .and_then(|netns| network::attach(helper, &netns));
+                if let Err(failure) = attached {
+                    // Before the other end hears that nobody answers, and complains.
+                    wire::send_report(rustix::stdio::stdin(), &Report::Failed(failure));
+                    return Ok(());
+                }
                 rustix::io::write(&ours, b"g").doing(|| "announcing the network".to_owned())?;
             }
         }

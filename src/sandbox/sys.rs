@@ -114,10 +114,22 @@ pub(super) fn close_from(first: RawFd) -> io::Result<()> {
 /// Rust's runtime ignores `SIGPIPE`, and that would be inherited: `yes | head` would
 /// end in an error instead of quietly.
 pub(super) fn reset_signals() {
+    // A kernel `sigaction` of zeros is `SIG_DFL`; on no machine is it longer. Not by
+    // `signal(3)`, which leaves two signals alone that the C library keeps for itself.
+    let default = [0_u64; 8];
     for signal in 1..=64 {
-        // SAFETY: restores the default action, which runs no code of this process. The
-        // kernel refuses SIGKILL, SIGSTOP and the C library its own two, harmlessly.
-        unsafe { libc::signal(signal, libc::SIG_DFL) };
+        // SAFETY: the structure is longer than what the kernel reads, nothing is written,
+        // and the default action runs no code of this process. The kernel refuses to set
+        // those of SIGKILL and SIGSTOP.
+        unsafe {
+            libc::syscall(
+                libc::SYS_rt_sigaction,
+                signal,
+                default.as_ptr(),
+                std::ptr::null_mut::<u64>(),
+                size_of::<u64>(),
+            );
+        }
     }
     // SAFETY: the set is initialised by `sigemptyset` before it is read.
     unsafe {

@@ -516,6 +516,12 @@ pub(super) fn find_program(name: &str) -> Option<PathBuf> {
         })
 }
 
+/// Whether this is the first user namespace, in which all IDs are mapped to themselves.
+pub(super) fn is_initial() -> bool {
+    std::fs::read_to_string("/proc/self/uid_map")
+        .is_ok_and(|map| map.split_whitespace().eq(["0", "0", "4294967295"]))
+}
+
 fn is_powerful_root() -> bool {
     rustix::process::geteuid().is_root()
         && rustix::thread::capabilities(None)
