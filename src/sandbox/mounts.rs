@@ -431,10 +431,9 @@ fn unescape(text: &str) -> OsString {
 /// groups that nobody removes after a `SIGKILL`, and crun refuses version 1.
 fn hide_cgroups() -> Result<(), Failure> {
     let doing = || "mounting a read-only /sys/fs/cgroup for the runtime".to_owned();
-    const CGROUP2_MAGIC: i64 = 0x6367_7270;
-    let is_cgroup2 = |path: &Path| {
-        rustix::fs::statfs(path).is_ok_and(|stat| i64::from(stat.f_type) == CGROUP2_MAGIC)
-    };
+    const CGROUP2_MAGIC: rustix::fs::FsWord = 0x6367_7270;
+    let is_cgroup2 =
+        |path: &Path| rustix::fs::statfs(path).is_ok_and(|stat| stat.f_type == CGROUP2_MAGIC);
     let candidates = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"].map(Path::new);
     let tree = match candidates.into_iter().find(|path| is_cgroup2(path)) {
         Some(path) => clone_tree(path),
