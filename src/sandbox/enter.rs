@@ -25,8 +25,8 @@ pub(super) struct Inherited {
     pub(super) launch: OwnedFd,
     /// Where the runtime writes.
     pub(super) log: OwnedFd,
-    /// The other end waits until the network namespace is there, and answers.
-    pub(super) network_ready: Option<OwnedFd>,
+    /// The other end, at `__reap`, waits until the namespaces are there, and answers.
+    pub(super) reaper: OwnedFd,
 }
 
 /// Does what the module says; returns only where that failed.
@@ -46,16 +46,16 @@ pub(super) fn enter(
     if namespaces.contains(UnshareFlags::NEWNET) {
         netlink::bring_loopback_up().doing(|| "bringing the loopback up".to_owned())?;
     }
-    if let Some(socket) = &inherited.network_ready {
-        wait_for_network(socket)?;
+    wait_for_reaper(&inherited.reaper)?;
+    if matches!(launch.network, Attachment::Private(_)) {
         network::hide_metadata()?;
     }
     let view = mounts::mount_all(launch)?;
     become_runtime(launch, &view, inherited)
 }
 
-/// Tells `__reap` that the network namespace is there and waits until it is attached.
-fn wait_for_network(socket: &OwnedFd) -> Result<(), Failure> {
+/// Tells `__reap` that the namespaces are there, and waits until the network is attached.
+fn wait_for_reaper(socket: &OwnedFd) -> Result<(), Failure> {
     let doing = || "waiting for the network".to_owned();
     rustix::io::write(socket, b"n").doing(doing)?;
     let mut byte = [0];

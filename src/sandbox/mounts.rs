@@ -124,9 +124,7 @@ pub(super) fn mount_all(launch: &Launch) -> Result<View, Failure> {
         check_target(&mount.target)?;
         trees.push((mount, mount_tree(mount)?));
     }
-    if let Some(old) = &launch.old_mounts {
-        detach_newer(&mount_info()?, old, base);
-    }
+    detach_newer(launch)?;
     if matches!(launch.runtime.kind, RuntimeKind::Runc | RuntimeKind::Crun) {
         hide_cgroups()?;
     }
@@ -394,16 +392,24 @@ fn cover(inside: &ConfinedDir, path: &Path) -> Result<(), Failure> {
     }
 }
 
-/// Lets go of the root filesystems of other steps: as long as they were mounted here, too,
-/// their layers would be in use. What `base` lies in stays.
-fn detach_newer(mountinfo: &str, old: &[String], base: &Path) {
-    for point in userns::mount_points_of(mountinfo).iter().rev() {
+/// Lets go of the root filesystems of other steps, which this mount namespace has copies
+/// of: as long as it had, their layers would be in use. What the root filesystem of this
+/// step lies in stays, and so does it.
+///
+/// # Errors
+/// Where the list of mounts cannot be read.
+pub(super) fn detach_newer(launch: &Launch) -> Result<(), Failure> {
+    let Some(old) = &launch.old_mounts else {
+        return Ok(());
+    };
+    for point in userns::mount_points_of(&mount_info()?).iter().rev() {
         let path = PathBuf::from(unescape(point));
-        if !old.contains(point) && !base.starts_with(&path) {
+        if !old.contains(point) && !launch.process.rootfs.starts_with(&path) {
             // A mount that cannot be let go of is as before.
             let _ = rustix::mount::unmount(&path, UnmountFlags::DETACH);
         }
     }
+    Ok(())
 }
 
 /// Undoes the octal escapes of `mountinfo`: space, tab, newline and backslash.

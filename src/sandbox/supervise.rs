@@ -19,8 +19,8 @@ use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions};
 use rustix::thread::UnshareFlags;
 
 use super::enter::{self, Inherited};
-use super::wire::{self, Attachment, Doing, Failure, Report};
-use super::{network, sys};
+use super::wire::{self, Attachment, Doing, Failure, Launch, Report};
+use super::{mounts, network, sys};
 
 /// Runs a stage and reports its failure; returns the exit status.
 ///
@@ -146,29 +146,21 @@ pub(super) fn reap_main(args: &[OsString]) -> i32 {
             None,
         )
         .doing(|| "mounting /proc".to_owned())?;
-        let helper = match &launch.network {
-            Attachment::Private(helper) => Some(helper),
-            Attachment::Host | Attachment::None => None,
-        };
+        let (ours, theirs) = socket_pair()?;
         let mut passed: Vec<&OwnedFd> = fds.iter().collect();
-        let sockets = helper.map(|_| socket_pair()).transpose()?;
-        passed.extend(sockets.as_ref().map(|(_, theirs)| theirs));
+        passed.push(&theirs);
         let child = spawn_stage("__enter", &passed)?;
-        if let (Some(helper), Some((ours, theirs))) = (helper, sockets) {
-            drop(theirs);
-            let mut byte = [0];
-            let read = rustix::io::retry_on_intr(|| rustix::io::read(&ours, &mut byte[..]));
-            // Where it ended instead, it has reported why.
-            if read.doing(|| "waiting for the network namespace".to_owned())? > 0 {
-                let attached = netns_file(&launch.process.rootfs, child.id())
-                    .and_then(|netns| network::attach(helper, &netns));
-                if let Err(failure) = attached {
-                    // Before the other end hears that nobody answers, and complains.
-                    wire::send_report(rustix::stdio::stdin(), &Report::Failed(failure));
-                    return Ok(());
-                }
-                rustix::io::write(&ours, b"g").doing(|| "announcing the network".to_owned())?;
+        drop(theirs);
+        let mut byte = [0];
+        let read = rustix::io::retry_on_intr(|| rustix::io::read(&ours, &mut byte[..]));
+        // Where it ended instead, it has reported why.
+        if read.doing(|| "waiting for the namespaces".to_owned())? > 0 {
+            if let Err(failure) = assist(&launch, child.id()) {
+                // Before the other end hears that nobody answers, and complains.
+                wire::send_report(rustix::stdio::stdin(), &Report::Failed(failure));
+                return Ok(());
             }
+            rustix::io::write(&ours, b"g").doing(|| "announcing the network".to_owned())?;
         }
         // What it passed on must be closed here, so that it is closed when they end.
         drop(fds);
@@ -176,6 +168,19 @@ pub(super) fn reap_main(args: &[OsString]) -> i32 {
         wire::send_report(rustix::stdio::stdin(), &Report::Exited(status));
         Ok(())
     })
+}
+
+/// Does what is left to do once `__enter`, which is `pid`, has namespaces of its own.
+fn assist(launch: &Launch, pid: u32) -> Result<(), Failure> {
+    // From here on nothing of this mount namespace is needed.
+    mounts::detach_newer(launch)?;
+    match &launch.network {
+        Attachment::Private(helper) => {
+            let netns = netns_file(&launch.process.rootfs, pid)?;
+            network::attach(helper, &netns)
+        }
+        Attachment::Host | Attachment::None => Ok(()),
+    }
 }
 
 fn socket_pair() -> Result<(OwnedFd, OwnedFd), Failure> {
@@ -220,19 +225,17 @@ fn wait_for(pid: u32) -> Result<i32, Failure> {
     }
 }
 
-/// `__enter EXE LAUNCH LOG [NETWORK]`: becomes the runtime.
+/// `__enter EXE LAUNCH LOG REAPER`: becomes the runtime.
 pub(super) fn enter_main(args: &[OsString]) -> i32 {
     stage(|| {
-        let mut fds = adopt_all(args)?.into_iter();
-        let (Some(exe), Some(launch_file), Some(log)) = (fds.next(), fds.next(), fds.next()) else {
-            return Err(missing_fd());
-        };
+        let fds: Result<[OwnedFd; 4], _> = adopt_all(args)?.try_into();
+        let [exe, launch_file, log, reaper] = fds.map_err(|_| missing_fd())?;
         let launch = wire::read_launch(&launch_file).doing(|| "reading the launch".to_owned())?;
         let inherited = Inherited {
             exe,
             launch: launch_file,
             log,
-            network_ready: fds.next(),
+            reaper,
         };
         match enter::enter(&launch, inherited)? {}
     })
