@@ -64,13 +64,18 @@ pub(super) fn installed_helpers() -> Vec<Helper> {
 /// packets pass. It runs until the PID namespace of this process ends.
 ///
 /// `netns` is a bind mount of the namespace: the helpers give up the privilege that it
-/// takes to open `/proc/PID/ns/net` before they open it.
+/// takes to open `/proc/PID/ns/net` before they open it. `resolv_conf` is what the step
+/// will see.
 ///
 /// # Errors
 /// Where it does not start; with its own words.
-pub(super) fn attach(helper: &Helper, netns: &Path) -> Result<(), Failure> {
+pub(super) fn attach(helper: &Helper, netns: &Path, resolv_conf: &str) -> Result<(), Failure> {
     match helper.kind {
-        HelperKind::Pasta => attach_pasta(helper, netns),
+        HelperKind::Pasta => {
+            let forward_dns =
+                name_servers(resolv_conf).any(|address| address.to_string() == PASTA_DNS);
+            attach_pasta(helper, netns, forward_dns)
+        }
         HelperKind::Slirp4netns => attach_slirp4netns(helper, netns),
     }
     .map_err(Failure::of_network)
@@ -86,7 +91,7 @@ fn command(helper: &Helper) -> Command {
     command
 }
 
-fn attach_pasta(helper: &Helper, netns: &Path) -> Result<(), Failure> {
+fn attach_pasta(helper: &Helper, netns: &Path, forward_dns: bool) -> Result<(), Failure> {
     let mut command = command(helper);
     command
         .args(["--quiet", "--config-net"])
@@ -95,8 +100,13 @@ fn attach_pasta(helper: &Helper, netns: &Path) -> Result<(), Failure> {
         // Nothing is forwarded in either direction, and the gateway's address is the
         // gateway, not the host's loopback.
         .args(["-t", "none", "-u", "none", "-T", "none", "-U", "none"])
-        .arg("--no-map-gw")
-        .args(["--dns-forward", PASTA_DNS]);
+        .arg("--no-map-gw");
+    // Only where steps ask the forwarder: with it, answers of the host's name server
+    // come from the forwarder's address, also to those who asked the server itself, and
+    // the C library's connected sockets drop them.
+    if forward_dns {
+        command.args(["--dns-forward", PASTA_DNS]);
+    }
     if userns::is_initial() {
         // As real root it would become nobody, who may not enter the namespace. It keeps
         // only the capabilities that entering takes, and filters its own system calls.
