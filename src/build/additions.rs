@@ -168,6 +168,20 @@ impl<'s> Additions<'s> {
         Ok(())
     }
 
+    /// Adds a file at `path` in the place of whatever is there, as unpacking does.
+    ///
+    /// # Errors
+    /// `ENOTDIR` where a parent is no directory.
+    pub(super) fn replace(&mut self, path: &Path, addition: Addition) -> io::Result<()> {
+        self.add_parents(path)?;
+        if !matches!(addition.data, Data::Directory { .. }) {
+            let below = |key: &Key| key.0 != path && key.0.starts_with(path);
+            self.entries.retain(|key, _| !below(key));
+        }
+        self.entries.insert(Key(path.to_owned()), addition);
+        Ok(())
+    }
+
     /// Parents are part of a layer: unpacked alone, it would otherwise hide their metadata.
     fn add_parents(&mut self, path: &Path) -> io::Result<()> {
         let mut parents: Vec<&Path> = path.ancestors().skip(1).collect();

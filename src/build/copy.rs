@@ -20,6 +20,7 @@ use rustix::io::Errno;
 use thiserror::Error;
 
 use super::additions::{Addition, Additions, NewDirectory, inline, own_time};
+use super::unpack::{self, Archive, UnpackError};
 use crate::context::glob::Pattern;
 use crate::image::{Digest, Hasher};
 use crate::io::HashingReader;
@@ -80,10 +81,21 @@ pub(super) enum CopyError {
         reason: String,
     },
     /// An archive that `ADD` would unpack.
-    #[error("ADD of an archive ({path:?}) is not supported yet; use COPY to copy the file itself")]
-    Archive {
+    #[error("ADD of a file compressed with {compression} ({path:?}) is not supported yet; use COPY to copy the file itself")]
+    Compression {
         /// As written.
         path: String,
+        /// Such as `xz`.
+        compression: &'static str,
+    },
+    /// An archive cannot be unpacked.
+    #[error("unpacking the archive {path:?}")]
+    Unpack {
+        /// The archive.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: UnpackError,
     },
     /// The source cannot be read.
     #[error("reading {path:?} of {place}")]
@@ -121,6 +133,8 @@ pub(super) struct Selection {
 enum Item {
     /// One file, under the name that the Dockerfile has for it.
     File { name: OsString, node: SourceNode },
+    /// An archive whose entries are added.
+    Archive { node: SourceNode },
     /// The content of a directory, in path order, with paths relative to it.
     Directory { entries: Vec<(PathBuf, SourceNode)> },
     /// A file whose content stands in the Dockerfile.
@@ -163,15 +177,19 @@ pub(super) fn select(
                 )?;
                 items.push(Item::Directory { entries });
             } else {
-                if definition.unpack
-                    && node.file_type == FileType::RegularFile
-                    && is_archive(tree.as_ref(), &node.path).map_err(read_error)?
-                {
-                    return Err(CopyError::Archive {
-                        path: source.clone(),
-                    });
+                let archive = if definition.unpack && node.file_type == FileType::RegularFile {
+                    let file = tree.open(&node.path).map_err(read_error)?;
+                    unpack::detect(file).map_err(read_error)?
+                } else {
+                    Archive::No
+                };
+                match archive {
+                    Archive::No => items.push(Item::File { name, node }),
+                    Archive::Tar => items.push(Item::Archive { node }),
+                    Archive::Unsupported(compression) => {
+                        return Err(CopyError::Compression { path: source.clone(), compression });
+                    }
                 }
-                items.push(Item::File { name, node });
             }
         }
     }
@@ -288,38 +306,6 @@ fn walk(
     Ok(())
 }
 
-/// Whether `ADD` unpacks the file: a tar, plain or compressed, told by content.
-fn is_archive(tree: &dyn SourceTree, path: &Path) -> io::Result<bool> {
-    use io::Read;
-    let mut head = Vec::new();
-    tree.open(path)?.take(512).read_to_end(&mut head)?;
-    let compressed: [&[u8]; 4] = [
-        &[0x1f, 0x8b, 0x08],
-        b"BZh",
-        &[0xfd, b'7', b'z', b'X', b'Z', 0],
-        &[0x28, 0xb5, 0x2f, 0xfd],
-    ];
-    let is_tar = head.len() == 512 && (&head[257..262] == b"ustar" || is_old_tar(&head));
-    Ok(is_tar || compressed.iter().any(|magic| head.starts_with(magic)))
-}
-
-/// A tar header of before POSIX has no magic; its checksum is right all the same.
-fn is_old_tar(header: &[u8]) -> bool {
-    let field = header[148..156]
-        .split(|b| *b == 0 || *b == b' ')
-        .find(|digits| !digits.is_empty());
-    let stored =
-        field.and_then(|digits| u32::from_str_radix(std::str::from_utf8(digits).ok()?, 8).ok());
-    let sum = header.iter().enumerate().map(|(at, byte)| {
-        if (148..156).contains(&at) {
-            32
-        } else {
-            u32::from(*byte)
-        }
-    });
-    header[0] != 0 && stored == Some(sum.sum())
-}
-
 impl Selection {
     /// The digest of everything that reaches the layer but times: names, types, modes,
     /// owners where they are kept, link targets and contents.
@@ -329,6 +315,10 @@ impl Selection {
             match item {
                 Item::File { name, node } => {
                     self.hash_node(&mut hasher, Path::new(name), node, keep_owner)?
+                }
+                Item::Archive { node } => {
+                    hash_fields(&mut hasher, &[b"archive"]);
+                    self.hash_node(&mut hasher, Path::new(""), node, keep_owner)?;
                 }
                 Item::Directory { entries } => {
                     hash_fields(&mut hasher, &[b"directory"]);
@@ -401,13 +391,15 @@ fn hash_fields(hasher: &mut Hasher, fields: &[&[u8]]) {
 
 /// Works out what `selection` adds on top of `below`.
 ///
-/// `owner` is `--chown` in numbers; `epoch` dates directories that are made on the way.
+/// `owner` is `--chown` in numbers; `epoch` dates directories that are made on the way;
+/// `spool` is an empty directory that lives until the changes have been written.
 pub(super) fn place(
     selection: Selection,
     definition: &CopyDefinition,
     below: &Stack,
     owner: Option<(u32, u32)>,
     epoch: Option<i64>,
+    spool: &Path,
 ) -> Result<Vec<Change>, CopyError> {
     let new_directory = NewDirectory {
         owner: owner.unwrap_or_default(),
@@ -440,6 +432,16 @@ pub(super) fn place(
             Item::File { name, node } => {
                 let path = placing.target(&resolved, is_directory, &name)?;
                 placing.add(&path, index, &node)?;
+            }
+            Item::Archive { node } => {
+                placing.make_directory(&resolved)?;
+                let archive = placing.tree.open(&node.path).map_err(|source| CopyError::Read {
+                    path: node.path.clone(),
+                    place: placing.from,
+                    source,
+                })?;
+                unpack::unpack(archive, &resolved, owner, index, spool, &mut placing.additions)
+                    .map_err(|source| CopyError::Unpack { path: node.path, source })?;
             }
             Item::Inline { name, content } => {
                 let path = placing.target(&resolved, is_directory, OsStr::new(&name))?;

@@ -11,6 +11,7 @@ mod layer;
 mod push;
 mod run;
 mod seal;
+mod unpack;
 mod user;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -717,7 +718,8 @@ async fn place_copy(
             Some(chown) => Some(owner(&shared, &below, chown, &place)?),
             None => None,
         };
-        Ok(copy::place(selection, &what, &below, owner, shared.epoch)?)
+        let spool = shared.store.tmp_dir("add-")?;
+        Ok(copy::place(selection, &what, &below, owner, shared.epoch, &spool)?)
     });
     let sealing = seal::seal_changes(engine, changes.await?);
     Ok(Layer::sealing(sealing, None, engine.now()))

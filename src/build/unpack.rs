@@ -1,0 +1,288 @@
+//! ADD of an archive: its entries → additions on top of a filesystem.
+//!
+//! What an archive is, is told by content, as in Docker: a tar, plain or compressed. A
+//! compressed file that is no tar is copied as it is. Names are resolved inside the
+//! destination's root; `..` ends there.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, BufReader, Read, Write};
+use std::path::{Component, Path, PathBuf};
+
+use thiserror::Error;
+
+use super::additions::{Addition, Additions};
+use crate::image::MediaType;
+use crate::layer::{self, EntryKind, LayerError, Limits, Segment, TarReader};
+use crate::rootfs::{Data, FileContent, FileSource, Metadata, belongs_in_layer};
+
+/// The first block of a tar, which is its first header.
+const HEADER_BYTES: usize = 512;
+
+/// What a file is to ADD.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Archive {
+    /// Copied.
+    No,
+    /// Unpacked.
+    Tar,
+    /// It may hold a tar, compressed in a way that this version does not read.
+    Unsupported(&'static str),
+}
+
+/// What is wrong with an archive.
+#[derive(Debug, Error)]
+pub(super) enum UnpackError {
+    /// The archive is damaged, or too much.
+    #[error(transparent)]
+    Archive(#[from] LayerError),
+    /// A hard link to nothing that came before it.
+    #[error("{path:?} is a hard link to {target:?}, which is not in the archive before it")]
+    Hardlink {
+        /// The link.
+        path: PathBuf,
+        /// What it names.
+        target: PathBuf,
+    },
+    /// An entry cannot be where it says.
+    #[error("unpacking {path:?}")]
+    Place {
+        /// The entry.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// Contents wait in files until the layer is written; that failed.
+    #[error("spooling {path:?}")]
+    Spool {
+        /// The entry.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Tells what `file` is.
+pub(super) fn detect(mut file: impl Read + Send) -> io::Result<Archive> {
+    let mut head = Vec::new();
+    (&mut file).take(HEADER_BYTES as u64).read_to_end(&mut head)?;
+    if head.starts_with(b"BZh") {
+        return Ok(Archive::Unsupported("bzip2"));
+    }
+    if head.starts_with(&[0xfd, b'7', b'z', b'X', b'Z', 0]) {
+        return Ok(Archive::Unsupported("xz"));
+    }
+    let whole = io::Cursor::new(head).chain(file);
+    let mut first = Vec::new();
+    // What cannot be decompressed is a file that happens to begin like an archive; one that
+    // breaks off later has a header, and its error comes when it is unpacked.
+    let Ok(decompressed) = layer::decompress(&MediaType::LAYER_TAR, whole) else { return Ok(Archive::No) };
+    let read = decompressed.take(HEADER_BYTES as u64).read_to_end(&mut first);
+    Ok(if read.is_ok() && is_header(&first) { Archive::Tar } else { Archive::No })
+}
+
+/// Whether a block is a tar header: its checksum is right. Not all tars have a magic.
+fn is_header(block: &[u8]) -> bool {
+    if block.len() != HEADER_BYTES || block[0] == 0 {
+        return false;
+    }
+    let digits = block[148..156].split(|b| *b == 0 || *b == b' ').find(|digits| !digits.is_empty());
+    let stored = digits.and_then(|digits| u32::from_str_radix(std::str::from_utf8(digits).ok()?, 8).ok());
+    let sum = block.iter().enumerate().map(|(at, byte)| match at {
+        148..156 => u32::from(b' '),
+        _ => u32::from(*byte),
+    });
+    stored == Some(sum.sum())
+}
+
+/// Adds the entries of `archive` below `destination`, a path without links.
+///
+/// Contents are written to files in `spool`, a directory that lives as long as the
+/// additions. `owner` is `--chown`; `index` tells this archive from other sources.
+pub(super) fn unpack(
+    archive: impl Read + Send,
+    destination: &Path,
+    owner: Option<(u32, u32)>,
+    index: usize,
+    spool: &Path,
+    additions: &mut Additions<'_>,
+) -> Result<(), UnpackError> {
+    let input = layer::decompress(&MediaType::LAYER_TAR, archive)?;
+    let mut reader = TarReader::new(BufReader::new(input), Limits::default());
+    let mut files: BTreeMap<PathBuf, Spooled> = BTreeMap::new();
+    let mut number = 0_u64;
+    while let Some(entry) = reader.next()? {
+        let place = |source| UnpackError::Place { path: entry.name.clone(), source };
+        let path = target(additions, destination, &entry.name).map_err(place)?;
+        if path == destination {
+            // The root of the archive: the destination is there and keeps its metadata.
+            continue;
+        }
+        let mut metadata = entry.metadata.clone();
+        if let Some((uid, gid)) = owner {
+            (metadata.uid, metadata.gid) = (uid, gid);
+        }
+        metadata.xattrs.retain(|name, _| belongs_in_layer(name));
+        let (data, identity) = match &entry.kind {
+            EntryKind::File(sparse) => {
+                number += 1;
+                let file = spool.join(format!("{index}-{number}"));
+                write_content(&mut reader, sparse.as_deref(), entry.size_bytes, &file)
+                    .map_err(|error| error.at(&entry.name))?;
+                let spooled = Spooled { file, size_bytes: entry.size_bytes, metadata: metadata.clone(), number };
+                let data = spooled.open();
+                files.insert(path.clone(), spooled);
+                (data, Some((index, 0, number)))
+            }
+            EntryKind::Hardlink(name) => {
+                let target = target(additions, destination, name).map_err(place)?;
+                let spooled = files
+                    .get(&target)
+                    .ok_or_else(|| UnpackError::Hardlink { path: entry.name.clone(), target: name.clone() })?
+                    .clone();
+                metadata.clone_from(&spooled.metadata);
+                let (data, number) = (spooled.open(), spooled.number);
+                files.insert(path.clone(), spooled);
+                (data, Some((index, 0, number)))
+            }
+            EntryKind::Directory => (Data::Directory { opaque: false }, None),
+            EntryKind::Symlink(target) => (Data::Symlink(target.clone()), None),
+            EntryKind::CharDevice { major, minor } => (Data::CharDevice { major: *major, minor: *minor }, None),
+            EntryKind::BlockDevice { major, minor } => (Data::BlockDevice { major: *major, minor: *minor }, None),
+            EntryKind::Fifo => (Data::Fifo, None),
+        };
+        if !matches!(data, Data::File(_)) {
+            files.remove(&path);
+        }
+        additions.replace(&path, Addition { metadata, data, identity }).map_err(place)?;
+    }
+    reader.finish()?;
+    Ok(())
+}
+
+/// A regular file of the archive.
+#[derive(Clone)]
+struct Spooled {
+    file: PathBuf,
+    size_bytes: u64,
+    metadata: Metadata,
+    number: u64,
+}
+
+impl Spooled {
+    fn open(&self) -> Data {
+        let file = self.file.clone();
+        let source = FileSource::Open(Box::new(move || File::open(file)));
+        Data::File(FileContent { size_bytes: self.size_bytes, source })
+    }
+}
+
+/// Where an entry goes: links in its parents are followed, its own name is not.
+fn target(additions: &Additions<'_>, destination: &Path, name: &Path) -> io::Result<PathBuf> {
+    let mut inside = PathBuf::new();
+    for component in name.components() {
+        match component {
+            Component::Normal(part) => inside.push(part),
+            Component::ParentDir => {
+                inside.pop();
+            }
+            Component::RootDir | Component::CurDir | Component::Prefix(_) => {}
+        }
+    }
+    let Some(last) = inside.file_name() else { return Ok(destination.to_owned()) };
+    let parent = destination.join(inside.parent().unwrap_or(Path::new("")));
+    Ok(additions.resolve(&parent)?.join(last))
+}
+
+enum ContentError {
+    Archive(LayerError),
+    Spool(io::Error),
+}
+
+impl ContentError {
+    fn at(self, path: &Path) -> UnpackError {
+        match self {
+            Self::Archive(error) => error.into(),
+            Self::Spool(source) => UnpackError::Spool { path: path.to_owned(), source },
+        }
+    }
+}
+
+/// Writes the content of the current entry to the new file `to`; holes stay holes.
+fn write_content(
+    reader: &mut TarReader<impl io::BufRead>,
+    sparse: Option<&[Segment]>,
+    size_bytes: u64,
+    to: &Path,
+) -> Result<(), ContentError> {
+    use std::os::unix::fs::FileExt;
+    let mut file = File::create_new(to).map_err(ContentError::Spool)?;
+    match sparse {
+        None => loop {
+            let chunk = reader.chunk().map_err(ContentError::Archive)?;
+            if chunk.is_empty() {
+                break;
+            }
+            file.write_all(chunk).map_err(ContentError::Spool)?;
+            let length = chunk.len();
+            reader.consume(length);
+        },
+        Some(segments) => {
+            for segment in segments {
+                let (mut at, mut left) = (segment.offset, segment.length);
+                while left > 0 {
+                    let chunk = reader.chunk().map_err(ContentError::Archive)?;
+                    let length = chunk.len().min(usize::try_from(left).unwrap_or(usize::MAX));
+                    if length == 0 {
+                        break;
+                    }
+                    file.write_all_at(&chunk[..length], at).map_err(ContentError::Spool)?;
+                    reader.consume(length);
+                    at += length as u64;
+                    left -= length as u64;
+                }
+            }
+            file.set_len(size_bytes).map_err(ContentError::Spool)?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tar_of(name: &str) -> Vec<u8> {
+        let mut builder = tar::Builder::new(Vec::new());
+        let mut header = tar::Header::new_ustar();
+        header.set_size(1);
+        header.set_cksum();
+        builder.append_data(&mut header, name, &b"x"[..]).unwrap();
+        builder.into_inner().unwrap()
+    }
+
+    #[test]
+    fn archives_are_told_by_content() {
+        let gzip = |bytes: &[u8]| {
+            let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+            encoder.write_all(bytes).unwrap();
+            encoder.finish().unwrap()
+        };
+        let tar = tar_of("a");
+        for (bytes, expected) in [
+            (tar.clone(), Archive::Tar),
+            (gzip(&tar), Archive::Tar),
+            (zstd::encode_all(&tar[..], 1).unwrap(), Archive::Tar),
+            (gzip(b"not a tar"), Archive::No),
+            (gzip(&tar)[..20].to_vec(), Archive::No),
+            (b"BZh9".to_vec(), Archive::Unsupported("bzip2")),
+            (b"text".to_vec(), Archive::No),
+            (vec![0; 1024], Archive::No),
+            (Vec::new(), Archive::No),
+        ] {
+            assert_eq!(detect(&bytes[..]).unwrap(), expected, "{bytes:02x?}");
+        }
+    }
+}
