@@ -341,6 +341,13 @@ fn sandbox_a_step_sees_nothing_of_the_builder() {
     needs!(namespaces());
     let listener = std::net::TcpListener::bind(("127.0.0.1", 0)).expect("a free port");
     let port = listener.local_addr().expect("bound").port();
+    // A network of the steps' own needs the device. Where it is closed, as it never is on hosts with
+    // udev, the build says that steps share the host's, and that is what they do.
+    let private = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/net/tun")
+        .is_ok();
     for sandbox in ["bwrap", "runc"] {
         if find_program(sandbox).is_none() {
             skip!("{sandbox} is not installed");
@@ -361,7 +368,7 @@ fn sandbox_a_step_sees_nothing_of_the_builder() {
             )],
         );
         let archive = place.dir.join("image.tar");
-        crate::support::process::run(
+        let ran = crate::support::process::run(
             place
                 .command()
                 .env("CANARY_VARIABLE", "seen")
@@ -380,7 +387,6 @@ fn sandbox_a_step_sees_nothing_of_the_builder() {
             "DOCKER_CONFIG",
             "config.json",
             "SOCKLESS",
-            "reached 42",
             "docker.io",
         ] {
             assert!(
@@ -390,9 +396,15 @@ fn sandbox_a_step_sees_nothing_of_the_builder() {
         }
         assert!(seen.contains("PATH=/usr/local/sbin"), "{seen}");
         listener.set_nonblocking(true).expect("a socket");
-        assert!(
-            listener.accept().is_err(),
-            "{sandbox}: a step reached the host's loopback"
+        let reached = seen.contains("reached 42") || listener.accept().is_ok();
+        let said = ran
+            .stderr
+            .contains("share the host's network, its loopback included");
+        assert_eq!(
+            (reached, said),
+            (!private, !private),
+            "{sandbox}: whether a step reached the host's loopback, and whether that was said:\n{}\n{seen}",
+            ran.stderr
         );
         // What a step leaves running ends with it.
         let ps = std::fs::read_dir("/proc")
