@@ -109,6 +109,28 @@ pub(super) fn close_from(first: RawFd) -> io::Result<()> {
     }
 }
 
+/// Keeps all descriptors from `first` on to this process: those that it starts do not get them.
+///
+/// # Errors
+/// `ENOSYS` before Linux 5.9, `EINVAL` before 5.11.
+pub(super) fn keep_from(first: RawFd) -> io::Result<()> {
+    let first = libc::c_uint::try_from(first).map_err(|_| rustix::io::Errno::BADF)?;
+    // SAFETY: no descriptor is closed or made; only their close-on-exec flag changes.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_close_range,
+            first,
+            libc::c_uint::MAX,
+            libc::CLOSE_RANGE_CLOEXEC,
+        )
+    };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
 /// Gives signals the state a fresh process expects: none blocked, none ignored.
 ///
 /// Rust's runtime ignores `SIGPIPE`, and that would be inherited: `yes | head` would

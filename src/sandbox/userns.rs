@@ -151,6 +151,12 @@ pub fn enter() -> Result<World, UsernsError> {
     if threads != 1 {
         return Err(UsernsError::Threads(threads));
     }
+    // What the caller had open is none of a step's business, and would be in the way of
+    // the descriptors that are handed to runtimes by number.
+    sys::keep_from(3).map_err(|source| UsernsError::Io {
+        doing: "keeping inherited descriptors to this process",
+        source,
+    })?;
     let world = if is_powerful_root() {
         if let Err(source) = sys::unshare(UnshareFlags::NEWNS) {
             let settings = forbidding_settings();

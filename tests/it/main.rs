@@ -25,13 +25,19 @@ mod binary;
 mod build;
 /// `compose.yaml` and `certs/make.sh`.
 mod compose;
+/// Dockerfiles in, typed instructions or exact messages out: `fixtures/dockerfiles`.
+mod dockerfile;
 /// How much memory a build takes.
 mod memory;
 /// Which module may use which.
 mod modules;
+/// What README says of settings is what the program has.
+mod readme;
 /// Registries: credentials, transport, what is sent and what is not.
 mod registry;
 /// A merged pull request becomes a pushed image whose Apache answers.
 mod scenario;
+/// One process in each sandbox, by each kind of user.
+mod sandbox;
 /// `sockless serve` over a real socket.
 mod service;

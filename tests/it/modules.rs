@@ -7,7 +7,7 @@ use crate::support::repository;
 
 /// A module, and the modules that it may name. Leaves that anyone may use are in [`ANYONE`].
 const MAY_USE: &[(&str, &[&str])] = &[
-    ("main", &["cli"]),
+    ("main", &["cli", "sandbox"]),
     (
         "cli",
         &[
@@ -24,7 +24,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ),
     (
         "service",
-        &["config", "context", "store", "image", "failure"],
+        &["config", "confined", "store", "image", "failure"],
     ),
     (
         "pipeline",
@@ -61,18 +61,18 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("layer", &["rootfs", "store", "image", "confined"]),
     ("registry", &["store", "image"]),
     ("plan", &["dockerfile", "image"]),
-    ("store", &["image"]),
-    ("context", &["confined", "image"]),
+    ("store", &["image", "confined"]),
+    ("context", &["confined", "image", "rootfs"]),
     ("rootfs", &["confined", "image"]),
     ("config", &["image", "sandbox", "registry"]),
     (
         "failure",
-        &["dockerfile", "registry", "sandbox", "store", "image"],
+        &["build", "context", "dockerfile", "registry", "sandbox"],
     ),
     ("confined", &[]),
     ("dockerfile", &[]),
     ("image", &[]),
-    ("sandbox", &[]),
+    ("sandbox", &["confined"]),
     ("io", &["image"]),
     ("secret", &[]),
     ("progress", &["image"]),

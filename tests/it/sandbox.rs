@@ -4,9 +4,6 @@
 //! `sockless __sandbox` enters the namespaces, which the tests' own process cannot, having
 //! threads.
 
-// A skipped test says so aloud.
-#![allow(clippy::print_stderr)]
-
 use std::fmt::Write as _;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::PermissionsExt;

@@ -2,7 +2,7 @@
 //!
 //! `fixtures/dockerfiles/good/NAME.Dockerfile` belongs to `NAME.dump`, what was parsed;
 //! `fixtures/dockerfiles/bad/NAME.Dockerfile` to `NAME.message`, the whole message. After an
-//! intended change `SOCKLESS_REGENERATE=1 cargo test --test dockerfile` writes them anew;
+//! intended change `SOCKLESS_REGENERATE=1 cargo test --test it dockerfile` writes them anew;
 //! read the difference before committing it.
 
 use std::fmt::Write as _;
