@@ -104,6 +104,8 @@ impl Place {
     /// Reads an archive by way of skopeo.
     #[track_caller]
     pub fn archive(&self, archive: &Path) -> super::oci::Image {
+        // skopeo leaves a directory behind when it finds no archive.
+        assert!(archive.is_file(), "no file {}", archive.display());
         let layout = self.dir.join("layout");
         let _ = std::fs::remove_dir_all(&layout);
         run(super::registry::skopeo()
