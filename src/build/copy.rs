@@ -20,7 +20,7 @@ use rustix::io::Errno;
 use thiserror::Error;
 
 use super::additions::{Addition, Additions, NewDirectory, inline, own_time};
-use super::unpack::{self, Archive, UnpackError};
+use super::unpack::{self, UnpackError};
 use crate::context::glob::Pattern;
 use crate::image::{Digest, Hasher};
 use crate::io::HashingReader;
@@ -79,14 +79,6 @@ pub(super) enum CopyError {
         pattern: String,
         /// What is wrong with it.
         reason: String,
-    },
-    /// An archive that `ADD` would unpack.
-    #[error("ADD of a file compressed with {compression} ({path:?}) is not supported yet; use COPY to copy the file itself")]
-    Compression {
-        /// As written.
-        path: String,
-        /// Such as `xz`.
-        compression: &'static str,
     },
     /// An archive cannot be unpacked.
     #[error("unpacking the archive {path:?}")]
@@ -177,19 +169,15 @@ pub(super) fn select(
                 )?;
                 items.push(Item::Directory { entries });
             } else {
-                let archive = if definition.unpack && node.file_type == FileType::RegularFile {
+                let is_archive = definition.unpack && node.file_type == FileType::RegularFile && {
                     let file = tree.open(&node.path).map_err(read_error)?;
-                    unpack::detect(file).map_err(read_error)?
-                } else {
-                    Archive::No
+                    unpack::is_archive(file).map_err(read_error)?
                 };
-                match archive {
-                    Archive::No => items.push(Item::File { name, node }),
-                    Archive::Tar => items.push(Item::Archive { node }),
-                    Archive::Unsupported(compression) => {
-                        return Err(CopyError::Compression { path: source.clone(), compression });
-                    }
-                }
+                items.push(if is_archive {
+                    Item::Archive { node }
+                } else {
+                    Item::File { name, node }
+                });
             }
         }
     }
@@ -435,13 +423,26 @@ pub(super) fn place(
             }
             Item::Archive { node } => {
                 placing.make_directory(&resolved)?;
-                let archive = placing.tree.open(&node.path).map_err(|source| CopyError::Read {
-                    path: node.path.clone(),
-                    place: placing.from,
+                let archive = placing
+                    .tree
+                    .open(&node.path)
+                    .map_err(|source| CopyError::Read {
+                        path: node.path.clone(),
+                        place: placing.from,
+                        source,
+                    })?;
+                unpack::unpack(
+                    archive,
+                    &resolved,
+                    owner,
+                    index,
+                    spool,
+                    &mut placing.additions,
+                )
+                .map_err(|source| CopyError::Unpack {
+                    path: node.path,
                     source,
                 })?;
-                unpack::unpack(archive, &resolved, owner, index, spool, &mut placing.additions)
-                    .map_err(|source| CopyError::Unpack { path: node.path, source })?;
             }
             Item::Inline { name, content } => {
                 let path = placing.target(&resolved, is_directory, OsStr::new(&name))?;

@@ -29,7 +29,7 @@ use crate::context::BuildContext;
 use crate::image::{Digest, ImageLayer, Platform, Reference, Repository};
 use crate::plan::{self, CopyFrom, Operation, Plan, Step, StepId};
 use crate::progress::{BuildEvent, Progress, millis};
-use crate::registry::{Client, Resolved};
+use crate::registry::{Client, RegistryError, Resolved};
 use crate::sandbox::{self, Cancel, Sandbox, SandboxError, UsernsError, World};
 use crate::store::Store;
 
@@ -329,6 +329,17 @@ impl Engine {
 #[error("stopped")]
 pub struct Cancelled;
 
+/// Pushing will not be allowed, so nothing is built.
+#[derive(Debug, Error)]
+#[error("checking that {repository} can be pushed to")]
+pub struct PushDenied {
+    /// Where.
+    pub repository: Repository,
+    /// What the registry says.
+    #[source]
+    pub source: RegistryError,
+}
+
 /// No sandbox works here.
 #[derive(Clone, Debug, Error)]
 #[error("{0}")]
@@ -383,6 +394,8 @@ async fn perform(
             engine.push.start(&engine, number, &filesystem);
             Ok(filesystem)
         }
+        // Not the step's fault, so neither its failure nor its place.
+        Err(error) if error.is::<PushDenied>() => Err(error),
         Err(error) => {
             let message = format!("{error:#}");
             engine.progress.event(BuildEvent::StepFailed {
@@ -719,7 +732,14 @@ async fn place_copy(
             None => None,
         };
         let spool = shared.store.tmp_dir("add-")?;
-        Ok(copy::place(selection, &what, &below, owner, shared.epoch, &spool)?)
+        Ok(copy::place(
+            selection,
+            &what,
+            &below,
+            owner,
+            shared.epoch,
+            &spool,
+        )?)
     });
     let sealing = seal::seal_changes(engine, changes.await?);
     Ok(Layer::sealing(sealing, None, engine.now()))

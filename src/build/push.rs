@@ -9,7 +9,7 @@ use tokio::sync::OnceCell;
 use tokio::task::JoinSet;
 
 use super::layer::{Filesystem, Layer};
-use super::{Engine, unshare};
+use super::{Engine, PushDenied, unshare};
 use crate::image::{Reference, Repository};
 use crate::progress::{BuildEvent, millis};
 use crate::registry::{BlobContent, PushedBlob};
@@ -48,7 +48,10 @@ impl Pusher {
         let check = || async {
             for repository in &self.repositories {
                 let allowed = engine.client.check_push(repository).await;
-                allowed.with_context(|| format!("checking that {repository} can be pushed to"))?;
+                allowed.map_err(|source| PushDenied {
+                    repository: repository.clone(),
+                    source,
+                })?;
             }
             anyhow::Ok(())
         };

@@ -12,7 +12,7 @@ use super::{Engine, StepFailed};
 use crate::confined::ConfinedDir;
 use crate::image::DEFAULT_PATH;
 use crate::plan::{Network, Run};
-use crate::progress::BuildEvent;
+use crate::progress::{BuildEvent, Stream};
 use crate::rootfs::{MountPoint, Rootfs, Stack, Tree};
 use crate::sandbox::{self, Outcome, Process};
 
@@ -65,16 +65,26 @@ pub(super) fn run(
 
     let running = Instant::now();
     let mut tail = Tail::default();
+    let say = |stream, bytes: &[u8]| {
+        let text = String::from_utf8_lossy(bytes).into_owned();
+        engine
+            .progress
+            .event(BuildEvent::StepOutput { step, stream, text });
+    };
+    let (mut stdout, mut stderr) = (Lines::default(), Lines::default());
     let outcome = {
         let mut sink = |stream, bytes: &[u8]| {
             tail.add(bytes);
-            let text = String::from_utf8_lossy(bytes).into_owned();
-            engine
-                .progress
-                .event(BuildEvent::StepOutput { step, stream, text });
+            let lines = match stream {
+                Stream::Stdout => &mut stdout,
+                Stream::Stderr => &mut stderr,
+            };
+            lines.add(bytes, |bytes| say(stream, bytes));
         };
         sandbox.run(&process, &mut sink, &engine.cancel)
     };
+    stdout.end(|bytes| say(Stream::Stdout, bytes));
+    stderr.end(|bytes| say(Stream::Stderr, bytes));
     engine.timings.add("run", running.elapsed());
     match outcome {
         Ok(Outcome::Exited(0)) => {}
@@ -119,6 +129,37 @@ fn make_cwd(root: &Path, cwd: &Path) -> anyhow::Result<()> {
         .with_context(|| format!("making the working directory {}", cwd.display()))
 }
 
+/// How long a line may be before its parts are passed on.
+const LINE_BYTES: usize = 4096;
+
+/// Holds back the begin of a line until its end comes: programs that write a line in
+/// pieces would otherwise have it torn apart between those of other steps.
+#[derive(Default)]
+struct Lines(Vec<u8>);
+
+impl Lines {
+    fn add(&mut self, bytes: &[u8], say: impl Fn(&[u8])) {
+        self.0.extend_from_slice(bytes);
+        // A carriage return ends a line that is drawn over, as progress bars are.
+        let end = self
+            .0
+            .iter()
+            .rposition(|b| matches!(b, b'\n' | b'\r'))
+            .map(|at| at + 1);
+        let ready = end.or((self.0.len() > LINE_BYTES).then_some(self.0.len()));
+        if let Some(ready) = ready {
+            let rest = self.0.split_off(ready);
+            say(&std::mem::replace(&mut self.0, rest));
+        }
+    }
+
+    fn end(&mut self, say: impl Fn(&[u8])) {
+        if !self.0.is_empty() {
+            say(&std::mem::take(&mut self.0));
+        }
+    }
+}
+
 /// How many bytes of a step's output its error repeats.
 const TAIL_BYTES: usize = 2048;
 
@@ -139,5 +180,43 @@ impl Tail {
         let text = String::from_utf8_lossy(&self.0);
         let lines: Vec<&str> = text.lines().collect();
         lines[lines.len().saturating_sub(10)..].join("\n")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+
+    use super::*;
+
+    #[test]
+    fn lines_come_whole() {
+        let said = RefCell::new(Vec::new());
+        let say = |bytes: &[u8]| {
+            said.borrow_mut()
+                .push(String::from_utf8_lossy(bytes).into_owned())
+        };
+        let mut lines = Lines::default();
+        for piece in ["E", ": ", "no\nne", "xt\n10%\r", "20%"] {
+            lines.add(piece.as_bytes(), say);
+        }
+        assert_eq!(*said.borrow(), ["E: no\n", "next\n10%\r"]);
+        lines.end(say);
+        lines.end(say);
+        assert_eq!(said.borrow().last().map(String::as_str), Some("20%"));
+        assert_eq!(said.borrow().len(), 3);
+        lines.add(&[b'x'; LINE_BYTES + 1], say);
+        assert_eq!(said.borrow().last().map(String::len), Some(LINE_BYTES + 1));
+    }
+
+    #[test]
+    fn the_tail_is_the_last_lines() {
+        let mut tail = Tail::default();
+        for number in 0..10_000 {
+            tail.add(format!("line {number}\n").as_bytes());
+        }
+        let text = tail.text();
+        assert_eq!(text.lines().count(), 10);
+        assert_eq!(text.lines().last(), Some("line 9999"));
     }
 }

@@ -19,16 +19,9 @@ use crate::rootfs::{Data, FileContent, FileSource, Metadata, belongs_in_layer};
 /// The first block of a tar, which is its first header.
 const HEADER_BYTES: usize = 512;
 
-/// What a file is to ADD.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Archive {
-    /// Copied.
-    No,
-    /// Unpacked.
-    Tar,
-    /// It may hold a tar, compressed in a way that this version does not read.
-    Unsupported(&'static str),
-}
+/// The most memory that an xz archive may take to decompress, in bytes: `xz -9` takes
+/// 65 MiB; a hostile header could ask for 4 GiB.
+const XZ_MEMORY_BYTES: u64 = 96 << 20;
 
 /// What is wrong with an archive.
 #[derive(Debug, Error)]
@@ -64,23 +57,42 @@ pub(super) enum UnpackError {
     },
 }
 
-/// Tells what `file` is.
-pub(super) fn detect(mut file: impl Read + Send) -> io::Result<Archive> {
-    let mut head = Vec::new();
-    (&mut file).take(HEADER_BYTES as u64).read_to_end(&mut head)?;
-    if head.starts_with(b"BZh") {
-        return Ok(Archive::Unsupported("bzip2"));
-    }
-    if head.starts_with(&[0xfd, b'7', b'z', b'X', b'Z', 0]) {
-        return Ok(Archive::Unsupported("xz"));
-    }
-    let whole = io::Cursor::new(head).chain(file);
+/// Whether ADD unpacks `file`.
+pub(super) fn is_archive(file: impl Read + Send + 'static) -> io::Result<bool> {
     let mut first = Vec::new();
     // What cannot be decompressed is a file that happens to begin like an archive; one that
     // breaks off later has a header, and its error comes when it is unpacked.
-    let Ok(decompressed) = layer::decompress(&MediaType::LAYER_TAR, whole) else { return Ok(Archive::No) };
-    let read = decompressed.take(HEADER_BYTES as u64).read_to_end(&mut first);
-    Ok(if read.is_ok() && is_header(&first) { Archive::Tar } else { Archive::No })
+    let Ok(decompressed) = decompress(file) else {
+        return Ok(false);
+    };
+    let read = decompressed
+        .take(HEADER_BYTES as u64)
+        .read_to_end(&mut first);
+    Ok(read.is_ok() && is_header(&first))
+}
+
+/// The bytes of `file`, decompressed if it is gzip, bzip2, xz or zstd.
+fn decompress(mut file: impl Read + Send + 'static) -> Result<Box<dyn Read + Send>, LayerError> {
+    let mut magic = Vec::new();
+    (&mut file)
+        .take(6)
+        .read_to_end(&mut magic)
+        .map_err(LayerError::Read)?;
+    let is_bzip2 = magic.starts_with(b"BZh");
+    let is_xz = magic == [0xfd, b'7', b'z', b'X', b'Z', 0];
+    let whole = io::Cursor::new(magic).chain(file);
+    Ok(if is_bzip2 {
+        Box::new(bzip2::read::MultiBzDecoder::new(whole))
+    } else if is_xz {
+        let stream = liblzma::stream::Stream::new_stream_decoder(
+            XZ_MEMORY_BYTES,
+            liblzma::stream::CONCATENATED,
+        );
+        let stream = stream.map_err(|error| LayerError::Read(error.into()))?;
+        Box::new(liblzma::read::XzDecoder::new_stream(whole, stream))
+    } else {
+        Box::new(layer::decompress(&MediaType::LAYER_TAR, whole)?)
+    })
 }
 
 /// Whether a block is a tar header: its checksum is right. Not all tars have a magic.
@@ -88,8 +100,11 @@ fn is_header(block: &[u8]) -> bool {
     if block.len() != HEADER_BYTES || block[0] == 0 {
         return false;
     }
-    let digits = block[148..156].split(|b| *b == 0 || *b == b' ').find(|digits| !digits.is_empty());
-    let stored = digits.and_then(|digits| u32::from_str_radix(std::str::from_utf8(digits).ok()?, 8).ok());
+    let digits = block[148..156]
+        .split(|b| *b == 0 || *b == b' ')
+        .find(|digits| !digits.is_empty());
+    let stored =
+        digits.and_then(|digits| u32::from_str_radix(std::str::from_utf8(digits).ok()?, 8).ok());
     let sum = block.iter().enumerate().map(|(at, byte)| match at {
         148..156 => u32::from(b' '),
         _ => u32::from(*byte),
@@ -102,19 +117,22 @@ fn is_header(block: &[u8]) -> bool {
 /// Contents are written to files in `spool`, a directory that lives as long as the
 /// additions. `owner` is `--chown`; `index` tells this archive from other sources.
 pub(super) fn unpack(
-    archive: impl Read + Send,
+    archive: impl Read + Send + 'static,
     destination: &Path,
     owner: Option<(u32, u32)>,
     index: usize,
     spool: &Path,
     additions: &mut Additions<'_>,
 ) -> Result<(), UnpackError> {
-    let input = layer::decompress(&MediaType::LAYER_TAR, archive)?;
+    let input = decompress(archive)?;
     let mut reader = TarReader::new(BufReader::new(input), Limits::default());
     let mut files: BTreeMap<PathBuf, Spooled> = BTreeMap::new();
     let mut number = 0_u64;
     while let Some(entry) = reader.next()? {
-        let place = |source| UnpackError::Place { path: entry.name.clone(), source };
+        let place = |source| UnpackError::Place {
+            path: entry.name.clone(),
+            source,
+        };
         let path = target(additions, destination, &entry.name).map_err(place)?;
         if path == destination {
             // The root of the archive: the destination is there and keeps its metadata.
@@ -131,7 +149,12 @@ pub(super) fn unpack(
                 let file = spool.join(format!("{index}-{number}"));
                 write_content(&mut reader, sparse.as_deref(), entry.size_bytes, &file)
                     .map_err(|error| error.at(&entry.name))?;
-                let spooled = Spooled { file, size_bytes: entry.size_bytes, metadata: metadata.clone(), number };
+                let spooled = Spooled {
+                    file,
+                    size_bytes: entry.size_bytes,
+                    metadata: metadata.clone(),
+                    number,
+                };
                 let data = spooled.open();
                 files.insert(path.clone(), spooled);
                 (data, Some((index, 0, number)))
@@ -140,7 +163,10 @@ pub(super) fn unpack(
                 let target = target(additions, destination, name).map_err(place)?;
                 let spooled = files
                     .get(&target)
-                    .ok_or_else(|| UnpackError::Hardlink { path: entry.name.clone(), target: name.clone() })?
+                    .ok_or_else(|| UnpackError::Hardlink {
+                        path: entry.name.clone(),
+                        target: name.clone(),
+                    })?
                     .clone();
                 metadata.clone_from(&spooled.metadata);
                 let (data, number) = (spooled.open(), spooled.number);
@@ -149,14 +175,35 @@ pub(super) fn unpack(
             }
             EntryKind::Directory => (Data::Directory { opaque: false }, None),
             EntryKind::Symlink(target) => (Data::Symlink(target.clone()), None),
-            EntryKind::CharDevice { major, minor } => (Data::CharDevice { major: *major, minor: *minor }, None),
-            EntryKind::BlockDevice { major, minor } => (Data::BlockDevice { major: *major, minor: *minor }, None),
+            EntryKind::CharDevice { major, minor } => (
+                Data::CharDevice {
+                    major: *major,
+                    minor: *minor,
+                },
+                None,
+            ),
+            EntryKind::BlockDevice { major, minor } => (
+                Data::BlockDevice {
+                    major: *major,
+                    minor: *minor,
+                },
+                None,
+            ),
             EntryKind::Fifo => (Data::Fifo, None),
         };
         if !matches!(data, Data::File(_)) {
             files.remove(&path);
         }
-        additions.replace(&path, Addition { metadata, data, identity }).map_err(place)?;
+        additions
+            .replace(
+                &path,
+                Addition {
+                    metadata,
+                    data,
+                    identity,
+                },
+            )
+            .map_err(place)?;
     }
     reader.finish()?;
     Ok(())
@@ -175,7 +222,10 @@ impl Spooled {
     fn open(&self) -> Data {
         let file = self.file.clone();
         let source = FileSource::Open(Box::new(move || File::open(file)));
-        Data::File(FileContent { size_bytes: self.size_bytes, source })
+        Data::File(FileContent {
+            size_bytes: self.size_bytes,
+            source,
+        })
     }
 }
 
@@ -191,7 +241,9 @@ fn target(additions: &Additions<'_>, destination: &Path, name: &Path) -> io::Res
             Component::RootDir | Component::CurDir | Component::Prefix(_) => {}
         }
     }
-    let Some(last) = inside.file_name() else { return Ok(destination.to_owned()) };
+    let Some(last) = inside.file_name() else {
+        return Ok(destination.to_owned());
+    };
     let parent = destination.join(inside.parent().unwrap_or(Path::new("")));
     Ok(additions.resolve(&parent)?.join(last))
 }
@@ -205,7 +257,10 @@ impl ContentError {
     fn at(self, path: &Path) -> UnpackError {
         match self {
             Self::Archive(error) => error.into(),
-            Self::Spool(source) => UnpackError::Spool { path: path.to_owned(), source },
+            Self::Spool(source) => UnpackError::Spool {
+                path: path.to_owned(),
+                source,
+            },
         }
     }
 }
@@ -238,7 +293,8 @@ fn write_content(
                     if length == 0 {
                         break;
                     }
-                    file.write_all_at(&chunk[..length], at).map_err(ContentError::Spool)?;
+                    file.write_all_at(&chunk[..length], at)
+                        .map_err(ContentError::Spool)?;
                     reader.consume(length);
                     at += length as u64;
                     left -= length as u64;
@@ -266,23 +322,42 @@ mod tests {
     #[test]
     fn archives_are_told_by_content() {
         let gzip = |bytes: &[u8]| {
-            let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+            let mut encoder =
+                flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+            encoder.write_all(bytes).unwrap();
+            encoder.finish().unwrap()
+        };
+        let bzip2 = |bytes: &[u8]| {
+            let level = bzip2::Compression::fast();
+            let mut encoder = bzip2::write::BzEncoder::new(Vec::new(), level);
+            encoder.write_all(bytes).unwrap();
+            encoder.finish().unwrap()
+        };
+        let xz = |bytes: &[u8]| {
+            let mut encoder = liblzma::write::XzEncoder::new(Vec::new(), 1);
             encoder.write_all(bytes).unwrap();
             encoder.finish().unwrap()
         };
         let tar = tar_of("a");
         for (bytes, expected) in [
-            (tar.clone(), Archive::Tar),
-            (gzip(&tar), Archive::Tar),
-            (zstd::encode_all(&tar[..], 1).unwrap(), Archive::Tar),
-            (gzip(b"not a tar"), Archive::No),
-            (gzip(&tar)[..20].to_vec(), Archive::No),
-            (b"BZh9".to_vec(), Archive::Unsupported("bzip2")),
-            (b"text".to_vec(), Archive::No),
-            (vec![0; 1024], Archive::No),
-            (Vec::new(), Archive::No),
+            (tar.clone(), true),
+            (gzip(&tar), true),
+            (bzip2(&tar), true),
+            (xz(&tar), true),
+            (zstd::encode_all(&tar[..], 1).unwrap(), true),
+            (gzip(b"not a tar"), false),
+            (xz(b"not a tar"), false),
+            (gzip(&tar)[..20].to_vec(), false),
+            (b"BZh9".to_vec(), false),
+            (b"text".to_vec(), false),
+            (vec![0; 1024], false),
+            (Vec::new(), false),
         ] {
-            assert_eq!(detect(&bytes[..]).unwrap(), expected, "{bytes:02x?}");
+            assert_eq!(
+                is_archive(io::Cursor::new(bytes.clone())).unwrap(),
+                expected,
+                "{bytes:02x?}"
+            );
         }
     }
 }

@@ -51,7 +51,10 @@ pub(crate) fn arguments(config: &ServiceConfig, root: &Path, prepared: &Prepared
         argument.push(value);
         arguments.push(argument);
     };
-    flag("file", prepared.dockerfile.clone().into());
+    // Relative to the context, which the child starts in: messages point into the
+    // repository, not into a directory that is gone when they are read.
+    let dockerfile = prepared.dockerfile.strip_prefix(&prepared.context);
+    flag("file", dockerfile.unwrap_or(&prepared.dockerfile).into());
     flag("tag", prepared.image.to_string().into());
     flag("progress", "rawjson".into());
     flag("root", root.into());
@@ -68,7 +71,7 @@ pub(crate) fn arguments(config: &ServiceConfig, root: &Path, prepared: &Prepared
     arguments.push("--push".into());
     // The build ends when this service does, however it does.
     arguments.push("--die-with-parent".into());
-    arguments.push(prepared.context.clone().into());
+    arguments.push(".".into());
     arguments
 }
 
@@ -262,7 +265,7 @@ mod tests {
         };
         let expected = [
             "build",
-            "--file=/job/context/Dockerfile",
+            "--file=Dockerfile",
             "--tag=r.example:5000/a:1",
             "--progress=rawjson",
             "--root=/store",
@@ -272,7 +275,7 @@ mod tests {
             "--registry-ca=/ca.pem",
             "--push",
             "--die-with-parent",
-            "/job/context",
+            ".",
         ];
         assert_eq!(arguments(&config, Path::new("/store"), &prepared), expected);
     }

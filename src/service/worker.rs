@@ -343,7 +343,7 @@ impl Worker {
             program,
             &child::arguments(&self.config, self.store.root(), &prepared),
             child::environment(&self.config, std::env::vars_os()),
-            dir,
+            &prepared.context,
         )
         .await
         .with_context(|| format!("starting {}", program.display()))?;

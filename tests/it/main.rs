@@ -35,9 +35,9 @@ mod modules;
 mod readme;
 /// Registries: credentials, transport, what is sent and what is not.
 mod registry;
-/// A merged pull request becomes a pushed image whose Apache answers.
-mod scenario;
 /// One process in each sandbox, by each kind of user.
 mod sandbox;
+/// A merged pull request becomes a pushed image whose Apache answers.
+mod scenario;
 /// `sockless serve` over a real socket.
 mod service;

@@ -233,7 +233,10 @@ async fn a_job_becomes_an_image() {
     assert_eq!(job.digest.as_deref(), Some(DIGEST));
 
     let arguments = running.read("arguments").await;
-    assert!(arguments.starts_with("build --file=/"), "{arguments}");
+    assert!(
+        arguments.starts_with("build --file=Dockerfile "),
+        "{arguments}"
+    );
     assert!(
         arguments.contains(" --tag=r.example:5000/shop:1.2.3 --progress=rawjson --root=/"),
         "{arguments}"
