@@ -216,7 +216,7 @@ async fn a_job_becomes_an_image() {
     };
     let script = [
         "echo \"$*\" > arguments; env > environment; for last; do :; done",
-        "(cd \"$last\"; find . | sort; cat Dockerfile; stat -c %Y Dockerfile) > context",
+        "(cd \"$OLDPWD/$last\"; find . | sort; cat Dockerfile; stat -c %Y Dockerfile) > context",
         "echo plain; echo; printf 'no \\377 json' >&2; echo >&2",
         &says(&output),
         &says(&published()),
@@ -386,7 +386,7 @@ async fn redirects_on_the_same_host_are_followed_with_the_token() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_archive_is_the_whole_context() {
     let script = [
-        "for last; do :; done; (cd \"$last\"; find . | sort; readlink link) > context",
+        "for last; do :; done; (cd \"$OLDPWD/$last\"; find . | sort; readlink link) > context",
         &says(&published()),
         &says(&finished(true, "")),
     ]
