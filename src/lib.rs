@@ -57,7 +57,7 @@
 //!
 //! # A build
 //!
-//! `main` asks [`sandbox::userns`] to enter the user and mount namespaces before any
+//! `main` asks [`sandbox::enter`] to enter the user and mount namespaces before any
 //! thread exists, then calls [`pipeline::build`]. That parses, asks [`plan::graph()`] which
 //! images are needed, resolves them, and lowers. [`build::build`] gives each step a task.
 //! A RUN step that is not in the cache unpacks the layers below it (each straight from
@@ -72,6 +72,14 @@
 //! in the database. `service::worker` claims it, fetches Dockerfile and `spec.json` at the
 //! merged commit, and runs `sockless build --progress rawjson` as a child; its events are
 //! the job's log.
+
+#![cfg_attr(
+    test,
+    allow(
+        clippy::disallowed_methods,
+        reason = "unit tests start the programs that they compare with"
+    )
+)]
 
 pub mod build;
 pub mod cli;

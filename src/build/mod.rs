@@ -1,7 +1,7 @@
 //! Performs a [`Plan`]: runs its graph, independent steps in parallel.
 //!
 //! Each step is a task that waits for the steps it needs. What a task gives is a
-//! [`Filesystem`]: a list of layers that may still be remote, or still being sealed.
+//! `Filesystem`: a list of layers that may still be remote, or still being sealed.
 
 mod additions;
 mod cache;

@@ -116,7 +116,7 @@ impl Accounts {
             groups.extend(
                 self.group
                     .iter()
-                    .filter(|g| g.members.iter().any(|m| *m == account.name))
+                    .filter(|g| g.members.contains(&account.name))
                     .map(|g| g.gid)
                     .filter(|group| *group != gid),
             );

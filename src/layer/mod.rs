@@ -1,7 +1,7 @@
 //! The layer archive, both directions: changes → tar → compressed blob, and back.
 //!
 //! [`seal`] turns a list of changes into a blob in the store, in one pass over every
-//! byte. [`apply`] turns the compressed stream of *one* layer into a tree in overlay
+//! byte. [`apply()`] turns the compressed stream of *one* layer into a tree in overlay
 //! form; lower layers are not looked at. Rules common to both directions:
 //!
 //! - Entries are in path order, a directory before what is in it, and no path twice.

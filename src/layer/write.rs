@@ -1,4 +1,4 @@
-//! [`write`]: changes → tar.
+//! [`write()`]: changes → tar.
 //!
 //! The archive is what containerd and BuildKit write with Go's `archive/tar`: a ustar
 //! header where one can say it, else a PAX header before it with only the records that

@@ -7,6 +7,11 @@
 //! <https://docs.docker.com/reference/cli/docker/login/#credential-stores>,
 //! <https://github.com/containers/image/blob/main/docs/containers-auth.json.5.md>
 
+#![allow(
+    clippy::disallowed_methods,
+    reason = "credential helpers are programs, started here"
+)]
+
 use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};

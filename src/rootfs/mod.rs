@@ -4,7 +4,7 @@
 //! devices 0/0, opaque directories carry `user.overlay.opaque=y`. A [`Stack`] is a
 //! list of trees looked at as one filesystem, without mounting anything. A
 //! [`Rootfs`] is a mounted, writable one; what was changed in it is a new tree, and
-//! [`changes`] says what that tree does to the stack below it. [`materialize`] is the
+//! [`changes`] says what that tree does to the stack below it. [`materialize()`] is the
 //! way back, from a list of changes to a tree.
 //!
 //! Overlay filesystems are mounted with `userxattr`, by root too, so that a tree is the

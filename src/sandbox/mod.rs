@@ -25,6 +25,11 @@
 //! or make mount points; [`mount_points`] tells the caller which are needed. Needs Linux
 //! 5.12 for `mount_setattr(2)`.
 
+#![allow(
+    clippy::disallowed_methods,
+    reason = "starting processes is what this module is for"
+)]
+
 mod bwrap;
 mod choose;
 mod enter;

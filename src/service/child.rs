@@ -5,6 +5,11 @@
 //! does: the kernel's "tell me when my parent dies" (which the child asks for when
 //! given `--die-with-parent`) is about the thread that started it, not the process.
 
+#![allow(
+    clippy::disallowed_methods,
+    reason = "each job is a child process, started here"
+)]
+
 use std::ffi::OsString;
 use std::io::{self, BufRead, BufReader, Read};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
