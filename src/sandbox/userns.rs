@@ -177,14 +177,16 @@ pub fn enter() -> Result<World, UsernsError> {
         }
     };
     // Slaves, not private: what the administrator unmounts must not stay busy here.
-    rustix::mount::mount_change(
-        "/",
-        MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC,
-    )
-    .map_err(|error| UsernsError::Io {
-        doing: "keeping mounts to this process",
-        source: error.into(),
-    })?;
+    let slave = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
+    if let Err(error) = rustix::mount::mount_change("/", slave) {
+        let source = error.into();
+        // After chroot(2) into an ordinary directory there is no mount to change, and
+        // what is mounted here could show up outside.
+        let doing = "keeping mounts to this process (the root directory must be a mount point)";
+        return Ok(World::None {
+            reason: UsernsError::Io { doing, source },
+        });
+    }
     if let Ok(text) = std::fs::read_to_string("/proc/self/mountinfo") {
         let _ = OLD_MOUNTS.set(mount_points_of(&text));
     }
