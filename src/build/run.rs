@@ -149,7 +149,8 @@ impl Lines {
         let ready = end.or((self.0.len() > LINE_BYTES).then_some(self.0.len()));
         if let Some(ready) = ready {
             let rest = self.0.split_off(ready);
-            say(&std::mem::replace(&mut self.0, rest));
+            let whole = std::mem::replace(&mut self.0, rest);
+            whole.split_inclusive(|b| *b == b'\n').for_each(say);
         }
     }
 
@@ -197,14 +198,14 @@ mod tests {
                 .push(String::from_utf8_lossy(bytes).into_owned())
         };
         let mut lines = Lines::default();
-        for piece in ["E", ": ", "no\nne", "xt\n10%\r", "20%"] {
+        for piece in ["E", ": ", "no\n\nne", "xt\n10%\r", "20%"] {
             lines.add(piece.as_bytes(), say);
         }
-        assert_eq!(*said.borrow(), ["E: no\n", "next\n10%\r"]);
+        assert_eq!(*said.borrow(), ["E: no\n", "\n", "next\n", "10%\r"]);
         lines.end(say);
         lines.end(say);
         assert_eq!(said.borrow().last().map(String::as_str), Some("20%"));
-        assert_eq!(said.borrow().len(), 3);
+        assert_eq!(said.borrow().len(), 5);
         lines.add(&[b'x'; LINE_BYTES + 1], say);
         assert_eq!(said.borrow().last().map(String::len), Some(LINE_BYTES + 1));
     }
