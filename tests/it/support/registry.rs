@@ -219,6 +219,8 @@ impl Registry {
 pub fn skopeo() -> Command {
     let mut command = Command::new("skopeo");
     command.arg("--insecure-policy").env_remove("DOCKER_CONFIG");
+    // Without it skopeo looks below /run/containers, which root may have closed to others.
+    command.env("XDG_RUNTIME_DIR", std::env::temp_dir());
     command
 }
 
