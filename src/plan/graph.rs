@@ -93,7 +93,13 @@ pub fn graph(dockerfile: &Dockerfile, settings: &Settings) -> Result<StageGraph,
 /// The variables that describe the platforms, as BuildKit names them.
 ///
 /// <https://docs.docker.com/reference/dockerfile/#automatic-platform-args-in-the-global-scope>
-pub(super) fn platform_args(settings: &Settings, target_stage: &str) -> Environment {
+pub(super) fn platform_args(dockerfile: &Dockerfile, settings: &Settings) -> Environment {
+    // The target as it was asked for, whatever the case of the stage's name.
+    let last = || dockerfile.stages.last()?.name.as_ref();
+    let target_stage = match &settings.target {
+        Some(target) => target,
+        None => last().map_or("default", |name| &name.raw),
+    };
     let mut args = Environment::new();
     for (prefix, platform) in [
         ("TARGET", &settings.platform),
@@ -128,11 +134,10 @@ struct Builder<'a> {
 
 impl<'a> Builder<'a> {
     fn new(dockerfile: &'a Dockerfile, settings: &'a Settings) -> Result<Self, DockerfileError> {
-        let target = settings.target.as_deref().unwrap_or("default");
         let mut builder = Self {
             dockerfile,
             settings,
-            args: platform_args(settings, target),
+            args: platform_args(dockerfile, settings),
             declared: Environment::new(),
             images: Vec::new(),
             problems: Vec::new(),

@@ -375,9 +375,7 @@ impl<'a> Lowering<'a> {
     }
 
     fn arg(&self, current: &mut Current<'_>, declarations: &[ArgDeclaration]) -> Lowered {
-        let target = &self.dockerfile.stages[self.graph.target];
-        let target = target.name.as_ref().map_or("default", |n| n.raw.as_str());
-        let platform_args = platform_args(self.settings, target);
+        let platform_args = platform_args(self.dockerfile, self.settings);
         let mut text = "ARG".to_owned();
         for declaration in declarations {
             let name = self.expand(current, &declaration.name)?;
