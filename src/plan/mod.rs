@@ -8,6 +8,8 @@ pub mod graph;
 pub mod lower;
 mod state;
 mod support;
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeMap;
 

@@ -1,0 +1,741 @@
+//! Whole Dockerfiles → plans, in a form that is easy to read; problems with their places.
+
+use std::fmt::Write as _;
+
+use super::*;
+use crate::dockerfile::{self, DockerfileError};
+use crate::image::{Platform, Reference};
+
+/// A Dockerfile with everything that planning it takes.
+struct Case {
+    text: String,
+    settings: Settings,
+    /// Configs of bases that differ from [`base`].
+    bases: Vec<(&'static str, ImageConfig)>,
+}
+
+fn case(text: &str) -> Case {
+    Case {
+        text: text.to_owned(),
+        settings: Settings {
+            build_args: BTreeMap::new(),
+            target: None,
+            platform: Platform::parse("linux/arm64").unwrap(),
+            build_platform: Platform::parse("linux/amd64").unwrap(),
+        },
+        bases: Vec::new(),
+    }
+}
+
+/// An image config with a bit of everything that is inherited.
+fn base() -> ImageConfig {
+    let mut image = ImageConfig::scratch(Platform::parse("linux/arm64").unwrap());
+    image.config.env = vec!["PATH=/bin".into(), "BASE=base".into()];
+    image.config.cmd = Some(vec!["/bin/sh".into()]);
+    image.config.working_dir = "/start".into();
+    image
+}
+
+impl Case {
+    fn arg(mut self, name: &str, value: &str) -> Self {
+        self.settings.build_args.insert(name.into(), value.into());
+        self
+    }
+
+    fn target(mut self, name: &str) -> Self {
+        self.settings.target = Some(name.into());
+        self
+    }
+
+    fn base(mut self, name: &'static str, change: impl FnOnce(&mut ImageConfig)) -> Self {
+        let mut image = base();
+        change(&mut image);
+        self.bases.push((name, image));
+        self
+    }
+
+    fn triggers(self, triggers: &[&str]) -> Self {
+        let triggers = triggers.iter().map(ToString::to_string).collect();
+        self.base("base", |image| image.config.on_build = Some(triggers))
+    }
+
+    fn graph(&self) -> Result<(dockerfile::Dockerfile, StageGraph), DockerfileError> {
+        let dockerfile = dockerfile::parse("Dockerfile", self.text.as_bytes())?;
+        let graph = graph(&dockerfile, &self.settings)?;
+        Ok((dockerfile, graph))
+    }
+
+    fn try_plan(&self) -> Result<Plan, DockerfileError> {
+        let (dockerfile, graph) = self.graph()?;
+        let config = |need: &ImageNeed| {
+            let is_it = |name| Reference::parse(name).unwrap() == need.reference;
+            let given = self.bases.iter().find(|(name, _)| is_it(name));
+            given.map_or_else(base, |(_, image)| image.clone())
+        };
+        let images: Vec<ImageConfig> = graph.images.iter().map(config).collect();
+        lower(&dockerfile, &graph, &self.settings, &images)
+    }
+
+    fn plan(&self) -> Plan {
+        self.try_plan()
+            .unwrap_or_else(|error| panic!("{}\n{error}", self.text))
+    }
+
+    /// One line for each step.
+    #[track_caller]
+    fn steps(&self, expected: &[&str]) {
+        let plan = self.plan();
+        let mut lines: Vec<String> = plan.steps.iter().enumerate().map(step_line).collect();
+        let result = plan.result.map_or("nothing".into(), |id| id.0.to_string());
+        lines.push(format!("result {result}"));
+        assert_eq!(lines, expected, "{}", self.text);
+    }
+
+    /// The config as JSON, without what [`base`] has.
+    #[track_caller]
+    fn config(&self, expected: &str) {
+        let mut config = serde_json::to_value(&self.plan().config.config).unwrap();
+        let inherited = serde_json::to_value(&base().config).unwrap();
+        let all = config.as_object_mut().unwrap();
+        all.retain(|key, value| inherited.get(key) != Some(value));
+        assert_eq!(config.to_string(), expected, "{}", self.text);
+    }
+
+    /// The history; entries without a layer in parentheses.
+    #[track_caller]
+    fn history(&self, expected: &[&str]) {
+        let lines: Vec<String> = (self.plan().history.iter())
+            .map(|entry| {
+                let text = entry.created_by.as_deref().unwrap();
+                if entry.empty_layer {
+                    format!("({text})")
+                } else {
+                    text.to_owned()
+                }
+            })
+            .collect();
+        assert_eq!(lines, expected, "{}", self.text);
+    }
+
+    /// What the last `RUN` has as environment, proxy settings after a `|`.
+    #[track_caller]
+    fn environment(&self, expected: &str) {
+        let plan = self.plan();
+        let run = plan
+            .steps
+            .iter()
+            .rev()
+            .find_map(|step| match &step.operation {
+                Operation::Run(run) => Some(run),
+                _ => None,
+            });
+        let run = run.unwrap();
+        let mut text = run.env.join(" ");
+        if !run.proxy_env.is_empty() {
+            let _ = write!(text, " | {}", run.proxy_env.join(" "));
+        }
+        assert_eq!(text, expected, "{}", self.text);
+    }
+
+    /// Everything that is wrong: place, message and hint.
+    #[track_caller]
+    fn problems(&self, expected: &[&str]) {
+        let Err(error) = self.try_plan() else {
+            panic!("nothing is wrong with\n{}", self.text);
+        };
+        let lines: Vec<String> = (error.problems.iter())
+            .map(|problem| {
+                let place = dockerfile::place(&error.name, &error.text, problem.span);
+                let hint = problem.hint.as_ref();
+                let hint = hint.map_or(String::new(), |hint| format!(" ({hint})"));
+                format!("{place}: {}{hint}", problem.message)
+            })
+            .collect();
+        assert_eq!(lines, expected, "{}", self.text);
+    }
+}
+
+fn step_line((number, step): (usize, &Step)) -> String {
+    let parent = step
+        .parent
+        .map_or(String::new(), |p| format!(" on {}", p.0));
+    let operation = match &step.operation {
+        Operation::Image(image) => format!("image {}", image.0),
+        Operation::Run(run) => {
+            let network = match run.network {
+                Network::Default => "",
+                Network::None => " offline",
+            };
+            let user = format!(
+                "{}{}",
+                if run.user.is_empty() { "" } else { " as " },
+                run.user
+            );
+            format!("run {:?} in {}{user}{network}", run.args, run.cwd)
+        }
+        Operation::Copy(copy) => {
+            let what = &copy.definition;
+            let from = match (copy.from, copy.source_step) {
+                (CopyFrom::Context, _) => "context".to_owned(),
+                (CopyFrom::Step, Some(step)) => step.0.to_string(),
+                (CopyFrom::Step, None) => "nothing".to_owned(),
+            };
+            let mut text = format!("copy {from} {:?}", what.sources);
+            for (name, content) in &what.inline {
+                let _ = write!(text, " {name}={content:?}");
+            }
+            let _ = write!(text, " to {}", what.destination);
+            if let Some(chown) = &what.chown {
+                let _ = write!(text, " chown {chown}");
+            }
+            if let Some(mode) = what.chmod {
+                let _ = write!(text, " chmod {mode:o}");
+            }
+            for (is_set, flag) in [(what.unpack, " unpack"), (what.keep_owner, " keep")] {
+                text.push_str(if is_set { flag } else { "" });
+            }
+            text
+        }
+        Operation::MakeDirectory(make) => format!("mkdir {} {:?}", make.path, make.user),
+    };
+    let place = step.place.strip_prefix("Dockerfile:").unwrap();
+    format!("{number}{parent} {place} {}: {operation}", step.name)
+}
+
+#[test]
+fn stages_that_the_target_needs_are_planned() {
+    let text = "FROM base AS one\nRUN a\nFROM other AS unused\nRUN --mount=type=cache,target=/c x\n\
+                FROM one AS Two\nRUN b\nFROM scratch\nCOPY --from=TWO /x /y/\n";
+    case(text).steps(&[
+        "0 1:6 [one 1/2] FROM base AS one: image 0",
+        "1 on 0 2:1 [one 2/2] RUN a: run [\"/bin/sh\", \"-c\", \"a\"] in /start",
+        "2 on 1 6:1 [two 2/2] RUN b: run [\"/bin/sh\", \"-c\", \"b\"] in /start",
+        "3 8:1 [stage-3 1/1] COPY --from=TWO /x /y/: copy 2 [\"/x\"] to /y/ keep",
+        "result 3",
+    ]);
+    for (target, result) in [("ONE", "result 1"), ("two", "result 2")] {
+        let plan = case(text).target(target).plan();
+        assert_eq!(format!("result {}", plan.result.unwrap().0), result);
+        assert_eq!(plan.steps.len(), plan.result.unwrap().0 + 1);
+    }
+    // What is not supported stops the build only where it is needed.
+    case(text).target("unused").problems(&[
+        "Dockerfile:4:13: RUN --mount is not supported yet (sockless stops here rather than build something else than was written)",
+    ]);
+    for target in ["three", "0", "3", ""] {
+        case(text).target(target).problems(&[&format!(
+            "Dockerfile:1:1: target stage {target:?} could not be found (the stages are: one, unused, two)"
+        )]);
+    }
+    case("FROM scratch").target("x").problems(&[
+        "Dockerfile:1:1: target stage \"x\" could not be found (no stage of this Dockerfile has a name (\"FROM image AS name\"))",
+    ]);
+    case("FROM scratch\nENV A=1").steps(&["result nothing"]);
+}
+
+#[test]
+fn images_are_needed_once_for_each_platform() {
+    let text = "FROM base AS a\nFROM --platform=$BUILDPLATFORM docker.io/library/base:latest AS b\n\
+                FROM base\nCOPY --from=a / /a\nCOPY --from=b / /b\nCOPY --from=Tool:1 /t /t\n";
+    // An image's name has no upper case.
+    case(text).problems(&[
+        "Dockerfile:6:13: invalid reference \"Tool:1\": the repository must be lower case",
+    ]);
+    let text = text.replace("Tool", "tool");
+    let (_, graph) = case(&text).graph().unwrap();
+    let images: Vec<String> = (graph.images.iter())
+        .map(|i| format!("{} {} {}", i.reference, i.platform, i.place))
+        .collect();
+    assert_eq!(
+        images,
+        [
+            "docker.io/library/base:latest linux/arm64 Dockerfile:3:6",
+            "docker.io/library/tool:1 linux/arm64 Dockerfile:6:13",
+            "docker.io/library/base:latest linux/amd64 Dockerfile:2:32",
+        ]
+    );
+    case(&text).steps(&[
+        "0 1:6 [a 1/1] FROM base AS a: image 0",
+        "1 2:32 [b 1/1] FROM --platform=$BUILDPLATFORM docker.io/library/base:latest AS b: image 2",
+        "2 on 0 4:1 [stage-2 2/4] COPY --from=a / /a: copy 0 [\"/\"] to /a keep",
+        "3 on 2 5:1 [stage-2 3/4] COPY --from=b / /b: copy 1 [\"/\"] to /b keep",
+        "4 6:13 FROM docker.io/library/tool:1: image 1",
+        "5 on 3 6:1 [stage-2 4/4] COPY --from=tool:1 /t /t: copy 4 [\"/t\"] to /t keep",
+        "result 5",
+    ]);
+}
+
+#[test]
+fn copy_from_names_stages_before_it() {
+    let ok = |from: &str, step: Option<&str>| {
+        let text = format!(
+            "FROM base AS s\nRUN 1\nFROM base AS user\nRUN 2\nFROM base AS s\nRUN 3\n\
+             FROM scratch\nCOPY --from={from} /f /f"
+        );
+        let plan = case(&text).plan();
+        let Operation::Copy(copy) = &plan.steps.last().unwrap().operation else {
+            panic!("the last step is no copy");
+        };
+        let source = match copy.source_step.map(|id| &plan.steps[id.0].operation) {
+            Some(Operation::Run(run)) => run.args.last().map(String::as_str),
+            _ => None,
+        };
+        assert_eq!(source, step, "{from}");
+    };
+    // The last of two stages with one name is meant; the first is reached by its number.
+    ok("s", Some("3"));
+    ok("S", Some("3"));
+    ok("\"s\"", Some("3"));
+    ok("0", Some("1"));
+    ok("2", Some("3"));
+    ok("user", Some("2"));
+    ok("scratch", None);
+    let fails = |from: &str, problem: &str| {
+        case(&format!(
+            "FROM base AS before\nFROM base AS here\nCOPY --from={from} /f /f\nFROM base AS later\nFROM here\n"
+        ))
+        .problems(&[&format!("Dockerfile:3:13: {problem}")]);
+    };
+    let hint = "(a stage can copy only from stages before it)";
+    fails(
+        "here",
+        &format!("cannot copy from stage \"here\": it is this stage itself {hint}"),
+    );
+    fails(
+        "Later",
+        &format!("cannot copy from stage \"Later\": it is a later stage {hint}"),
+    );
+    fails(
+        "1",
+        "invalid stage index 1: this is stage 1, counted from 0",
+    );
+    fails(
+        "7",
+        "invalid stage index 7: this is stage 1, counted from 0",
+    );
+    fails(
+        "$A",
+        "variables are not expanded in --from (name a stage (\"FROM $IMAGE AS source\") and copy from that)",
+    );
+}
+
+#[test]
+fn from_takes_global_arguments() {
+    let from = |text: &str, expected: &str| {
+        let (_, graph) = case(text).arg("GIVEN", "given").graph().unwrap();
+        let images: Vec<String> = (graph.images.iter())
+            .map(|i| i.reference.to_string())
+            .collect();
+        assert_eq!(images.join(" "), expected, "{text}");
+    };
+    from("ARG A=a\nARG B=$A/b\nFROM $B:${C:-1}", "docker.io/a/b:1");
+    from("ARG A=a B=${A}b\nFROM $B", "docker.io/library/ab:latest");
+    from(
+        "ARG GIVEN=default\nFROM $GIVEN",
+        "docker.io/library/given:latest",
+    );
+    from(
+        "ARG GIVEN\nFROM x-$GIVEN",
+        "docker.io/library/x-given:latest",
+    );
+    from(
+        "FROM base-$TARGETARCH-$BUILDARCH",
+        "docker.io/library/base-arm64-amd64:latest",
+    );
+    from(
+        "FROM base-$TARGETSTAGE AS Last",
+        "docker.io/library/base-last:latest",
+    );
+    from(
+        "FROM base-$TARGETSTAGE",
+        "docker.io/library/base-default:latest",
+    );
+    // An argument of a stage, or one that nobody declared, is not seen.
+    let blank = "(variables in FROM come from ARG instructions before the first FROM)";
+    case("FROM base\nARG A=x\nFROM $A").problems(&[&format!(
+        "Dockerfile:3:6: base name ($A) should not be blank {blank}"
+    )]);
+    case("FROM $GIVEN").arg("GIVEN", "x").problems(&[&format!(
+        "Dockerfile:1:6: base name ($GIVEN) should not be blank {blank}"
+    )]);
+}
+
+#[test]
+fn arguments_and_variables() {
+    // The later of ENV and ARG wins, for expansion and RUN; history says what RUN saw.
+    let text = "FROM base\nARG BASE=argument\nARG X=argument\nENV X=environment\nENV Y=environment\n\
+                ARG Y=argument\nRUN x\nLABEL seen=\"$BASE $X $Y\"";
+    let all = || {
+        case(text)
+            .arg("X", "given")
+            .arg("Y", "given")
+            .arg("BASE", "given")
+    };
+    all().environment("PATH=/bin BASE=given X=environment Y=given");
+    all().history(&[
+        "(ARG BASE=given)",
+        "(ARG X=given)",
+        "(ENV X=environment)",
+        "(ENV Y=environment)",
+        "(ARG Y=given)",
+        "RUN |3 BASE=given X=environment Y=given /bin/sh -c x # buildkit",
+        "(LABEL seen=given environment given)",
+    ]);
+    all().config(
+        r#"{"Env":["PATH=/bin","BASE=base","X=environment","Y=environment"],"Labels":{"seen":"given environment given"}}"#,
+    );
+    // Declared without a value: counted, not set. Declared again: counted once.
+    let text = "ARG GLOBAL=g\nFROM base\nARG ONE=1\nARG TWO THREE=\"x y\"\nARG GLOBAL\nRUN [\"/c\"]\n\
+                ARG THREE=\nRUN d\n";
+    case(text).history(&[
+        "(ARG ONE=1)",
+        "(ARG TWO THREE=x y)",
+        "(ARG GLOBAL=g)",
+        "RUN |4 ONE=1 TWO= THREE=x y GLOBAL=g /c # buildkit",
+        "(ARG THREE=)",
+        "RUN |4 ONE=1 TWO= THREE= GLOBAL=g /bin/sh -c d # buildkit",
+    ]);
+    case(text).environment("PATH=/bin BASE=base ONE=1 THREE= GLOBAL=g");
+    // Names of one ARG see each other, pairs of one ENV do not.
+    case("FROM base\nARG A=1 B=${A}2 C\nENV A=3 D=$A$B\nRUN x")
+        .arg("C", "c")
+        .history(&[
+            "(ARG A=1 B=12 C=c)",
+            "(ENV A=3 D=112)",
+            "RUN |3 A=3 B=12 C=c /bin/sh -c x # buildkit",
+        ]);
+    // A stage built on another has its arguments; one beside it has not.
+    case("FROM base AS a\nARG A=1\nFROM a\nRUN x$A").environment("PATH=/bin BASE=base A=1");
+    case("FROM base AS a\nARG A=1\nFROM base\nCOPY --from=a /x$A /x\nRUN x")
+        .environment("PATH=/bin BASE=base");
+    case("FROM base\nRUN x")
+        .arg("A", "1")
+        .environment("PATH=/bin BASE=base");
+    // Shell forms are the shell's to expand; everything else is done here.
+    case("FROM base\nENV A=\"a b\"\nRUN echo $A\nCOPY $A ${A#a} \"$A\" /$A/\n").history(&[
+        "(ENV A=a b)",
+        "RUN /bin/sh -c echo $A # buildkit",
+        "COPY a b  b a b /a b/ # buildkit",
+    ]);
+    case("FROM base\nENV A=${B:?missing}\nLABEL ${A:?no}=1").problems(&[
+        "Dockerfile:2:7: cannot expand \"${B:?missing}\": B: missing",
+        "Dockerfile:3:7: cannot expand \"${A:?no}\": A: no",
+    ]);
+}
+
+#[test]
+fn platform_arguments() {
+    let names =
+        "TARGETPLATFORM TARGETOS TARGETARCH TARGETVARIANT BUILDPLATFORM BUILDARCH TARGETSTAGE";
+    let text = format!("FROM base AS One\nARG {names}\nRUN x\nFROM base\n");
+    case(&text).target("oNE").environment(
+        "PATH=/bin BASE=base TARGETPLATFORM=linux/arm64 TARGETOS=linux TARGETARCH=arm64 \
+         TARGETVARIANT= BUILDPLATFORM=linux/amd64 BUILDARCH=amd64 TARGETSTAGE=oNE",
+    );
+    case("FROM base\nARG TARGETARCH\nARG TARGETOS=mine\nARG TARGETSTAGE\nRUN x")
+        .arg("TARGETARCH", "other")
+        .environment("PATH=/bin BASE=base TARGETARCH=other TARGETOS=mine TARGETSTAGE=default");
+    case("FROM base AS Last\nARG TARGETSTAGE\nRUN x")
+        .environment("PATH=/bin BASE=base TARGETSTAGE=last");
+    // Not declared, not seen.
+    case("FROM base\nLABEL a=[$TARGETARCH]").config(r#"{"Labels":{"a":"[]"}}"#);
+    case("FROM --platform=linux/nonsense/v1/x base").problems(&[
+        "Dockerfile:1:17: invalid platform \"linux/nonsense/v1/x\": expected OS/ARCHITECTURE[/VARIANT], such as \"linux/arm64\"",
+    ]);
+}
+
+#[test]
+fn proxies_reach_run_alone() {
+    let text = "FROM base\nRUN x\nENV E=[$HTTP_PROXY]";
+    let all = || {
+        case(text)
+            .arg("HTTP_PROXY", "http://p:1")
+            .arg("no_proxy", "h")
+    };
+    all().environment(
+        "PATH=/bin BASE=base | HTTP_PROXY=http://p:1 http_proxy=http://p:1 NO_PROXY=h no_proxy=h",
+    );
+    all().history(&["RUN /bin/sh -c x # buildkit", "(ENV E=[])"]);
+    // Declared or set, it is a variable as any other.
+    case("FROM base\nARG NO_PROXY\nENV http_proxy=own\nRUN x")
+        .arg("NO_PROXY", "a")
+        .arg("HTTP_PROXY", "b")
+        .environment("PATH=/bin BASE=base NO_PROXY=a http_proxy=own");
+}
+
+#[test]
+fn triggers_of_the_base_run_first() {
+    let all = || {
+        case("FROM base\nRUN own\nONBUILD RUN next")
+            .triggers(&["ARG F=plain", "RUN echo $F", "WORKDIR sub", "COPY a ."])
+            .arg("F", "given")
+    };
+    all().steps(&[
+        "0 1:6 [1/5] FROM base: image 0",
+        "1 on 0 1:6 [2/5] RUN echo $F: run [\"/bin/sh\", \"-c\", \"echo $F\"] in /start",
+        "2 on 1 1:6 [3/5] WORKDIR sub: mkdir /start/sub \"\"",
+        "3 on 2 1:6 [4/5] COPY a .: copy context [\"a\"] to /start/sub/",
+        "4 on 3 2:1 [5/5] RUN own: run [\"/bin/sh\", \"-c\", \"own\"] in /start/sub",
+        "result 4",
+    ]);
+    all().config(r#"{"OnBuild":["RUN next"],"WorkingDir":"/start/sub"}"#);
+    all().history(&[
+        "(ARG F=given)",
+        "RUN |1 F=given /bin/sh -c echo $F # buildkit",
+        "WORKDIR /start/sub",
+        "COPY a . # buildkit",
+        "RUN |1 F=given /bin/sh -c own # buildkit",
+    ]);
+    // Those of a stage run in its children, not in its grandchildren.
+    case("FROM base AS p\nONBUILD LABEL a=1\nFROM p AS c\nONBUILD LABEL b=1\nFROM c")
+        .history(&["(LABEL a=1)", "(LABEL b=1)"]);
+    case("FROM base AS b\nRUN ok").triggers(&[
+        "RUN --mount=type=tmpfs,target=/t x",
+        "COPY --from=x a b",
+        "STOPSIGNAL NONE",
+        "FROM x",
+    ]).problems(&[
+        "Dockerfile:1:6: ONBUILD \"RUN --mount=type=tmpfs,target=/t x\" of the base image: RUN --mount is not supported yet",
+        "Dockerfile:1:6: ONBUILD \"COPY --from=x a b\" of the base image: COPY --from is not supported yet in a trigger",
+        "Dockerfile:1:6: ONBUILD \"STOPSIGNAL NONE\" of the base image: invalid signal: NONE",
+        "Dockerfile:1:6: ONBUILD \"FROM x\" of the base image: FROM is not allowed as an ONBUILD trigger",
+    ]);
+}
+
+#[test]
+fn working_directories_and_users() {
+    let text = "FROM base\nENV D=deep\nWORKDIR a/../$D\nUSER app:staff\nWORKDIR //x//y/\nRUN --network=none r\n\
+                WORKDIR /\nRUN s\nCOPY --chown=$D:1 --chmod=4755 f g/\nADD a.tar ..\nUSER\n";
+    case(text.trim_end_matches("USER\n")).steps(&[
+        "0 1:6 [1/7] FROM base: image 0",
+        "1 on 0 3:1 [2/7] WORKDIR a/../$D: mkdir /start/deep \"\"",
+        "2 on 1 5:1 [3/7] WORKDIR //x//y/: mkdir /x/y \"app:staff\"",
+        "3 on 2 6:1 [4/7] RUN --network=none r: run [\"/bin/sh\", \"-c\", \"r\"] in /x/y as app:staff offline",
+        "4 on 3 8:1 [5/7] RUN s: run [\"/bin/sh\", \"-c\", \"s\"] in / as app:staff",
+        "5 on 4 9:1 [6/7] COPY --chown=$D:1 --chmod=4755 f g/: copy context [\"f\"] to /g/ chown deep:1 chmod 4755",
+        "6 on 5 10:1 [7/7] ADD a.tar ..: copy context [\"a.tar\"] to / unpack",
+        "result 6",
+    ]);
+    case(text.trim_end_matches("USER\n")).history(&[
+        "(ENV D=deep)",
+        "WORKDIR /start/deep",
+        "(USER app:staff)",
+        "WORKDIR /x/y",
+        "RUN /bin/sh -c r # buildkit",
+        "(WORKDIR /)",
+        "RUN /bin/sh -c s # buildkit",
+        "COPY --chown=deep:1 --chmod=4755 f g/ # buildkit",
+        "ADD a.tar .. # buildkit",
+    ]);
+    // A base without a working directory starts at the root.
+    case("FROM base\nWORKDIR x")
+        .base("base", |image| image.config.working_dir.clear())
+        .config(r#"{"WorkingDir":"/x"}"#);
+    case("FROM scratch\nWORKDIR w").steps(&["0 2:1 [1/1] WORKDIR w: mkdir /w \"\"", "result 0"]);
+}
+
+#[test]
+fn instructions_that_change_the_config() {
+    for (instructions, config, history) in [
+        (
+            "EXPOSE 80 443/tcp 53/UDP 7000-7001 80/tcp",
+            r#"{"ExposedPorts":{"443/tcp":{},"53/udp":{},"7000/tcp":{},"7001/tcp":{},"80/tcp":{}}}"#,
+            "(EXPOSE [443/tcp 53/udp 7000/tcp 7001/tcp 80/tcp 80/tcp])",
+        ),
+        (
+            "VOLUME /a b",
+            r#"{"Volumes":{"/a":{},"b":{}}}"#,
+            "(VOLUME [/a b])",
+        ),
+        (
+            "VOLUME [\"/a b\", \"/c\"]",
+            r#"{"Volumes":{"/a b":{},"/c":{}}}"#,
+            "(VOLUME [/a b /c])",
+        ),
+        (
+            "LABEL a=1 \"b c\"='d e' f=$BASE",
+            r#"{"Labels":{"a":"1","b c":"d e","f":"base"}}"#,
+            "(LABEL a=1 b c=d e f=base)",
+        ),
+        (
+            "STOPSIGNAL SIGUSR1",
+            r#"{"StopSignal":"SIGUSR1"}"#,
+            "(STOPSIGNAL SIGUSR1)",
+        ),
+        (
+            "HEALTHCHECK --interval=90s --timeout=500ms --retries=2 CMD curl x || exit 1",
+            r#"{"Healthcheck":{"Interval":90000000000,"Retries":2,"Test":["CMD-SHELL","curl x || exit 1"],"Timeout":500000000}}"#,
+            "(HEALTHCHECK {Test:[CMD-SHELL curl x || exit 1] Interval:1m30s Timeout:500ms StartPeriod:0s StartInterval:0s Retries:2})",
+        ),
+        (
+            "HEALTHCHECK --start-period=1h --start-interval=2.5s CMD [\"/c\", \"d e\"]",
+            r#"{"Healthcheck":{"StartInterval":2500000000,"StartPeriod":3600000000000,"Test":["CMD","/c","d e"]}}"#,
+            "(HEALTHCHECK {Test:[CMD /c d e] Interval:0s Timeout:0s StartPeriod:1h0m0s StartInterval:2.5s Retries:0})",
+        ),
+        (
+            "HEALTHCHECK NONE",
+            r#"{"Healthcheck":{"Test":["NONE"]}}"#,
+            "(HEALTHCHECK {Test:[NONE] Interval:0s Timeout:0s StartPeriod:0s StartInterval:0s Retries:0})",
+        ),
+        (
+            "SHELL [\"/bin/ash\", \"-e\"]",
+            r#"{"Shell":["/bin/ash","-e"]}"#,
+            "(SHELL [/bin/ash -e])",
+        ),
+        (
+            "CMD echo \"$HOME\"",
+            r#"{"ArgsEscaped":true,"Cmd":["/bin/sh","-c","echo \"$HOME\""]}"#,
+            r#"(CMD ["/bin/sh" "-c" "echo \"$HOME\""])"#,
+        ),
+        ("CMD []", r#"{"ArgsEscaped":true,"Cmd":[]}"#, "(CMD [])"),
+        ("USER $BASE:1", r#"{"User":"base:1"}"#, "(USER base:1)"),
+        ("MAINTAINER A B <c@d>", "{}", "(MAINTAINER A B <c@d>)"),
+    ] {
+        let case = case(&format!("FROM base\n{instructions}"));
+        case.config(config);
+        case.history(&[history]);
+    }
+    let author = case("FROM base\nMAINTAINER A B <c@d>").plan().config.author;
+    assert_eq!(author.as_deref(), Some("A B <c@d>"));
+}
+
+#[test]
+fn entrypoints_drop_what_the_base_runs() {
+    for (text, config) in [
+        // The base's CMD goes, also where the base is a stage; the stage's own stays.
+        ("FROM base\nENTRYPOINT [\"/e\"]", r#"{"Entrypoint":["/e"]}"#),
+        (
+            "FROM base AS a\nCMD [\"a\"]\nFROM a\nENTRYPOINT [\"/e\"]",
+            r#"{"ArgsEscaped":true,"Entrypoint":["/e"]}"#,
+        ),
+        (
+            "FROM base\nCMD [\"c\"]\nENTRYPOINT e",
+            r#"{"ArgsEscaped":true,"Cmd":["c"],"Entrypoint":["/bin/sh","-c","e"]}"#,
+        ),
+        (
+            "FROM base\nSHELL [\"/s\"]\nENTRYPOINT e\nCMD c",
+            r#"{"ArgsEscaped":true,"Cmd":["/s","c"],"Entrypoint":["/s","e"],"Shell":["/s"]}"#,
+        ),
+    ] {
+        case(text).config(config);
+    }
+}
+
+#[test]
+fn here_documents() {
+    let text = "FROM base\nENV A=1\nRUN <<X\necho $A\nX\nRUN <<-Y\n\t\ttabs\nY\nRUN cat <<Z\nin $A\nZ\n\
+                COPY <<one <<'two' f /d/\n$A\none\n$A\ntwo\n";
+    case(text).steps(&[
+        "0 1:6 [1/5] FROM base: image 0",
+        "1 on 0 3:1 [2/5] RUN <<X: run [\"/bin/sh\", \"-c\", \"echo $A\\n\"] in /start",
+        "2 on 1 6:1 [3/5] RUN <<-Y: run [\"/bin/sh\", \"-c\", \"tabs\\n\"] in /start",
+        "3 on 2 9:1 [4/5] RUN cat <<Z: run [\"/bin/sh\", \"-c\", \"cat <<Z\\nin $A\\nZ\"] in /start",
+        "4 on 3 12:1 [5/5] COPY <<one <<'two' f /d/: copy context [\"f\"] one=\"1\\n\" two=\"$A\\n\" to /d/",
+        "result 4",
+    ]);
+    case("FROM base\nRUN <<X\n#!/bin/python\nX\n").problems(&[
+        "Dockerfile:3:1: a here-document with an interpreter line (#!) is not supported yet (write \"RUN <interpreter> <<X\" instead)",
+    ]);
+}
+
+#[test]
+fn warnings_stop_nothing() {
+    let plan = case("FROM base\nCOPY a b c\nCOPY a b c/\nCOPY a b .\nEXPOSE 8080:80").plan();
+    assert_eq!(
+        plan.warnings,
+        [
+            "Dockerfile:2:10: several sources and a destination without a trailing slash: unless it is a directory, the last file wins",
+            "Dockerfile:5:8: EXPOSE 8080:80: only the container's port counts",
+        ]
+    );
+}
+
+#[test]
+fn what_is_not_supported_is_refused_at_its_place() {
+    for (instruction, column, what) in [
+        ("RUN --mount=type=cache,target=/c x", 13, "RUN --mount"),
+        ("RUN --security=insecure x", 16, "RUN --security=insecure"),
+        ("RUN --network=host x", 15, "RUN --network=host"),
+        ("COPY --link a b", 6, "COPY --link"),
+        ("COPY --chmod=644 --parents a b", 18, "COPY --parents"),
+        ("COPY --exclude=x a b", 6, "COPY --exclude"),
+        ("ADD --link a b", 5, "ADD --link"),
+        ("ADD --exclude=x a b", 5, "ADD --exclude"),
+        ("ADD --checksum=sha256:00 http://a/b c", 5, "ADD --checksum"),
+        ("ADD --keep-git-dir=true a c", 5, "ADD --keep-git-dir"),
+        ("ADD --unpack=false a c", 5, "ADD --unpack"),
+        ("ADD a https://h/f b", 7, "ADD of a URL"),
+        ("ADD git@github.com:a/b.git b", 5, "ADD of a git repository"),
+        ("ADD [\"ssh://h/r\", \"b\"]", 6, "ADD of a git repository"),
+    ] {
+        let text = format!("FROM base\n{instruction}");
+        let Err(error) = case(&text).try_plan() else {
+            panic!("{instruction} is accepted");
+        };
+        let first = &error.problems[0];
+        let place = dockerfile::place(&error.name, &error.text, first.span);
+        assert_eq!(
+            (place, first.message.clone()),
+            (
+                format!("Dockerfile:2:{column}"),
+                format!("{what} is not supported yet")
+            ),
+            "{instruction}"
+        );
+    }
+    for fine in [
+        "RUN --security=sandbox x",
+        "RUN --network=default x",
+        "COPY --link=false a b",
+    ] {
+        case(&format!("FROM base\n{fine}")).plan();
+    }
+}
+
+#[test]
+fn all_problems_are_told_at_once() {
+    case("FROM base\nRUN --network=host x\nADD http://a/b c\nCOPY --from=3 a b\n").problems(&[
+        "Dockerfile:2:15: RUN --network=host is not supported yet (sockless stops here rather than build something else than was written)",
+        "Dockerfile:3:5: ADD of a URL is not supported yet (sockless stops here rather than build something else than was written)",
+        "Dockerfile:4:13: invalid stage index 3: this is stage 0, counted from 0",
+    ]);
+    let signal = "(a signal is a number from 1 to 64 or a name such as SIGTERM)";
+    let range = "(expected a number from 0 to 65535 or a range)";
+    case(
+        "FROM base\nSTOPSIGNAL SIGNOTHING\nEXPOSE 80/carrier\nEXPOSE 70000\nEXPOSE 9-8\nCOPY --chmod=8 a b\n\
+         COPY --chmod=10000 a b\nCOPY --chmod=u+x a b\nVOLUME /a $NONE\n",
+    )
+    .problems(&[
+        &format!("Dockerfile:2:12: invalid signal: SIGNOTHING {signal}"),
+        "Dockerfile:3:8: invalid port: \"80/carrier\": invalid proto: carrier (expected tcp, udp or sctp)",
+        &format!("Dockerfile:4:8: invalid containerPort: 70000 {range}"),
+        &format!("Dockerfile:5:8: invalid containerPort: 9-8 {range}"),
+        "Dockerfile:6:14: invalid chmod parameter: \"8\": it should be octal and between 0 and 07777",
+        "Dockerfile:7:14: invalid chmod parameter: \"10000\": it should be octal and between 0 and 07777",
+        "Dockerfile:8:14: symbolic modes in --chmod are not supported yet (write the mode in octal, such as 755)",
+        "Dockerfile:9:11: VOLUME specified can not be an empty string",
+    ]);
+}
+
+#[test]
+fn the_image_keeps_what_is_still_true_of_its_base() {
+    let config = case("FROM base")
+        .base("base", |image| {
+            for key in ["container", "os.features"] {
+                image.other.insert(key.into(), "x".into());
+            }
+            for key in ["Hostname", "StopTimeout"] {
+                image.config.other.insert(key.into(), 5.into());
+            }
+            image.platform = Platform::parse("linux/386").unwrap();
+        })
+        .plan()
+        .config;
+    assert_eq!(config.other.keys().collect::<Vec<_>>(), ["os.features"]);
+    assert_eq!(
+        config.config.other.keys().collect::<Vec<_>>(),
+        ["StopTimeout"]
+    );
+    // The image is for what was asked for.
+    assert_eq!(config.platform.to_string(), "linux/arm64");
+}
