@@ -643,3 +643,6 @@ impl SourceTree for Stack {
         Self::xattrs(self, &node_at(self, path)?)
     }
 }
+
+#[cfg(test)]
+mod tests;

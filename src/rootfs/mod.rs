@@ -25,7 +25,7 @@ mod overlay;
 mod stack;
 mod stubs;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 mod tree;
 mod xattr;
 
