@@ -10,6 +10,7 @@ mod state;
 mod support;
 #[cfg(test)]
 mod tests;
+mod text;
 
 use std::collections::BTreeMap;
 
