@@ -163,11 +163,7 @@ mod tests {
                 .count(),
             1
         );
-        assert_eq!(
-            std::fs::read_dir(store.tmp()).unwrap().count(),
-            1,
-            "only the lock"
-        );
+        assert_eq!(std::fs::read_dir(store.tmp()).unwrap().count(), 0);
     }
 
     #[test]

@@ -13,7 +13,8 @@
 //! Whatever has a name outside `tmp/` is complete: it was written to `tmp/` on the
 //! same file system, synced where a crash could tear it, and renamed. A process that
 //! dies leaves its directory in `tmp/`, whose lock the kernel released with it; the
-//! next `open` removes it.
+//! next `open` removes it. It is the directory itself that is locked: a lock file could be
+//! the first thing that an interrupted removal takes away, and nobody would finish it.
 
 mod blob;
 
@@ -30,9 +31,6 @@ pub use blob::{BlobReader, BlobWriter};
 
 /// The layout's version; a store with another one is refused.
 const VERSION: &str = "1\n";
-
-/// Name of the lock file in each directory of `tmp/`.
-const LOCK: &str = "lock";
 
 /// A store, opened by this process.
 #[derive(Debug)]
@@ -217,7 +215,7 @@ impl Store {
             .map(|e| e.path())
             .filter(|p| *p != self.tmp)
         {
-            let Ok(lock) = File::open(dir.join(LOCK)) else {
+            let Ok(lock) = File::open(&dir) else {
                 continue;
             };
             match lock.try_lock() {
@@ -280,12 +278,17 @@ fn own_tmp(parent: &Path) -> Result<(PathBuf, File), StoreError> {
             .tempdir_in(parent)
             .map_err(StoreError::io("creating a directory in", parent))?
             .keep();
-        let path = dir.join(LOCK);
-        let Ok(lock) = File::create_new(&path) else {
-            continue;
+        let lock = match File::open(&dir) {
+            Ok(lock) => lock,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            Err(error) => return Err(StoreError::io("opening", &dir)(error)),
         };
-        if lock.try_lock().is_ok() && path.exists() {
-            return Ok((dir, lock));
+        match lock.try_lock() {
+            Ok(()) if dir.exists() => return Ok((dir, lock)),
+            Ok(()) | Err(TryLockError::WouldBlock) => {}
+            Err(TryLockError::Error(error)) => {
+                return Err(StoreError::io("locking", &dir)(error));
+            }
         }
     }
 }
@@ -307,7 +310,6 @@ mod tests {
         fs::write(live.tmp().join("half"), "x").unwrap();
         let dead = dir.path().join("tmp/build-dead");
         fs::create_dir_all(dead.join("sub")).unwrap();
-        fs::write(dead.join(LOCK), "").unwrap();
 
         let second = Store::open(dir.path()).unwrap();
         assert!(!dead.exists());
