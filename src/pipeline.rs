@@ -164,7 +164,7 @@ async fn run(
         push: push.clone(),
     };
     let built = build::build(&plan, settings, Arc::clone(timings)).await?;
-    let (origins, layer_bytes) = (built.origins.clone(), built.uploaded_bytes);
+    let (origins, mut layer_bytes) = (built.origins.clone(), built.uploaded_bytes.clone());
     let image = assemble(plan, built, epoch)?;
 
     let publishing = Instant::now();
@@ -189,7 +189,9 @@ async fn run(
         });
     }
     for tag in &push {
-        publish(&client, tag, &image, progress, layer_bytes)
+        // Several tags of one repository share what was sent; the first one's event has it.
+        let sent = layer_bytes.remove(tag.repository()).unwrap_or(0);
+        publish(&client, tag, &image, progress, sent)
             .await
             .with_context(|| format!("pushing {tag}"))?;
     }

@@ -24,6 +24,7 @@ use futures_util::FutureExt as _;
 use futures_util::future::{BoxFuture, Shared};
 use thiserror::Error;
 use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
 
 use crate::context::BuildContext;
 use crate::image::{Digest, ImageLayer, Platform, Reference, Repository};
@@ -95,8 +96,8 @@ pub struct Built {
     pub created: Vec<String>,
     /// For each layer, where its blob can be fetched, if the store may not have it.
     pub origins: Vec<Option<Repository>>,
-    /// Bytes of layers that were sent to registries.
-    pub uploaded_bytes: u64,
+    /// Bytes of layers that were sent, by where to.
+    pub uploaded_bytes: BTreeMap<Repository, u64>,
 }
 
 /// What all steps share.
@@ -117,6 +118,8 @@ pub(crate) struct Engine {
     unpacking: Semaphore,
     timings: Arc<Timings>,
     push: push::Pusher,
+    /// Each waits for a layer and records it in the cache.
+    records: Mutex<JoinSet<()>>,
 }
 
 /// The summed times of kinds of work.
@@ -162,7 +165,7 @@ pub async fn build(
         steps: plan.steps.len(),
     });
     let mut futures: Vec<StepFuture> = Vec::new();
-    let mut tasks = tokio::task::JoinSet::new();
+    let mut tasks = JoinSet::new();
     for (index, step) in plan.steps.iter().enumerate() {
         let parent = step.parent.map(|id| futures[id.0].clone());
         let source = match &step.operation {
@@ -185,20 +188,30 @@ pub async fn build(
         };
         // Later ones only repeat it, or say that they were stopped.
         if failure.is_none() {
+            let is_wanted = !engine.cancel.is_cancelled();
             engine.cancel.cancel();
-            failure = Some(error);
+            failure = Some((error, is_wanted));
         }
     }
-    if let Some(error) = failure {
+    if let Some((error, is_wanted)) = failure {
         engine.push.abandon().await;
+        // What went well need not be done again when the rest is mended; only a user who
+        // stops the build does not wait for that.
+        engine.finish_records(is_wanted).await;
         return Err(unshare(&error));
     }
     let filesystem = match plan.result {
         Some(StepId(result)) => futures[result].clone().await.map_err(|e| unshare(&e))?,
         None => Filesystem::default(),
     };
-    let layers = filesystem.names().await.map_err(|e| unshare(&e))?;
-    let uploaded_bytes = engine.push.finish(&engine, &filesystem).await?;
+    let layers = filesystem.names().await.map_err(|e| unshare(&e));
+    let uploaded = match &layers {
+        Ok(_) => engine.push.finish(&engine, &filesystem).await,
+        Err(_) => Ok(BTreeMap::new()),
+    };
+    engine.push.abandon().await;
+    engine.finish_records(!engine.cancel.is_cancelled()).await;
+    let (layers, uploaded_bytes) = (layers?, uploaded?);
     Ok(Built {
         created: filesystem
             .layers
@@ -263,6 +276,26 @@ impl Engine {
             keep_blobs: settings.keep_blobs,
             unpacking: Semaphore::new(PARALLEL_UNPACKS),
             timings,
+            records: Mutex::default(),
+        }
+    }
+
+    /// Ends what keeps the cache's records; where they are wanted, when all are written.
+    async fn finish_records(&self, wanted: bool) {
+        let mut records = std::mem::take(
+            &mut *self
+                .records
+                .lock()
+                .expect("nothing panics while it holds this lock"),
+        );
+        if wanted {
+            while let Some(joined) = records.join_next().await {
+                if let Err(error) = joined {
+                    self.warn(format!("a step is not cached: {error}"));
+                }
+            }
+        } else {
+            records.shutdown().await;
         }
     }
 
@@ -446,7 +479,8 @@ async fn dispatch(
             ))
         }
         Operation::Run(run) => {
-            let what = (run, engine.platform.to_string());
+            // The epoch clamps the times in the layer.
+            let what = (run, engine.platform.to_string(), engine.epoch);
             let cached =
                 Cached::look_up(engine, step, Definition::new("run", &what), parent, None).await?;
             started();
@@ -551,13 +585,14 @@ impl Cached {
 
     /// Records the layer when it is sealed.
     fn record_later(self, engine: &Arc<Engine>, parent: &Filesystem, layer: &Arc<Layer>) {
-        let (engine, parent, layer) = (Arc::clone(engine), parent.clone(), Arc::clone(layer));
-        engine.clone().push.spawn(async move {
+        let (shared, parent, layer) = (Arc::clone(engine), parent.clone(), Arc::clone(layer));
+        let recording = async move {
+            let engine = shared;
             // A failure to seal is the build's error; it needs no record.
-            let Ok(names) = layer.names().await else {
-                return Ok(0);
+            let (Ok(names), Ok(inputs)) = (layer.names().await, self.inputs(&parent).await) else {
+                return;
             };
-            for inputs in self.inputs(&parent).await? {
+            for inputs in inputs {
                 let record = Record::new(
                     &self.definition,
                     inputs,
@@ -574,8 +609,12 @@ impl Cached {
                     ));
                 }
             }
-            Ok(0)
-        });
+        };
+        engine
+            .records
+            .lock()
+            .expect("nothing panics while it holds this lock")
+            .spawn(recording);
     }
 }
 

@@ -1,6 +1,6 @@
 //! Layers go up while later steps still run.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -25,8 +25,8 @@ pub(super) struct Pusher {
     wanted: BTreeSet<usize>,
     allowed: OnceCell<()>,
     sending: tokio::sync::Semaphore,
-    /// Uploads, and other work that ends with the build; each gives the bytes it sent.
-    tasks: std::sync::Mutex<JoinSet<anyhow::Result<u64>>>,
+    /// Uploads; each gives the bytes it sent and where to.
+    tasks: std::sync::Mutex<JoinSet<anyhow::Result<(Repository, u64)>>>,
 }
 
 impl Pusher {
@@ -58,14 +58,6 @@ impl Pusher {
         self.allowed.get_or_try_init(check).await.map(|_| ())
     }
 
-    /// Runs `work` beside the steps; its failure is the build's.
-    pub(super) fn spawn(&self, work: impl Future<Output = anyhow::Result<u64>> + Send + 'static) {
-        self.tasks
-            .lock()
-            .expect("nothing panics while it holds this lock")
-            .spawn(work);
-    }
-
     /// Starts sending the layers of `filesystem`, the one that step `number` starts from
     /// or has made. Layers of base images wait: a later step may download them.
     pub(super) fn start(&self, engine: &Arc<Engine>, number: usize, filesystem: &Filesystem) {
@@ -86,35 +78,49 @@ impl Pusher {
         for repository in &self.repositories {
             let (engine, layer, repository) =
                 (Arc::clone(engine), Arc::clone(layer), repository.clone());
-            self.spawn(async move { push(&engine, &layer, &repository).await });
+            let upload = async move {
+                let sent = push(&engine, &layer, &repository).await?;
+                Ok((repository, sent))
+            };
+            self.tasks
+                .lock()
+                .expect("nothing panics while it holds this lock")
+                .spawn(upload);
         }
     }
 
-    /// Sends what is left of `filesystem`, waits for all, and returns the bytes sent.
+    /// Sends what is left of `filesystem`, waits for all, and returns the bytes sent to
+    /// each repository.
     pub(super) async fn finish(
         &self,
         engine: &Arc<Engine>,
         filesystem: &Filesystem,
-    ) -> anyhow::Result<u64> {
+    ) -> anyhow::Result<BTreeMap<Repository, u64>> {
         let started = Instant::now();
         for layer in &filesystem.layers {
             self.send(engine, layer);
         }
-        let mut sent = 0;
+        let mut sent = BTreeMap::new();
         let mut tasks = self.take_tasks();
         while let Some(joined) = tasks.join_next().await {
-            sent += joined.context("a task ended abnormally")??;
+            match joined.context("a task ended abnormally").flatten() {
+                Ok((repository, bytes)) => *sent.entry(repository).or_default() += bytes,
+                Err(error) => {
+                    tasks.shutdown().await;
+                    return Err(error);
+                }
+            }
         }
         engine.timings.add("push", started.elapsed());
         Ok(sent)
     }
 
-    /// Stops everything, because the build has failed.
+    /// Stops whatever is still being sent, because the build has failed.
     pub(super) async fn abandon(&self) {
         self.take_tasks().shutdown().await;
     }
 
-    fn take_tasks(&self) -> JoinSet<anyhow::Result<u64>> {
+    fn take_tasks(&self) -> JoinSet<anyhow::Result<(Repository, u64)>> {
         std::mem::take(
             &mut *self
                 .tasks

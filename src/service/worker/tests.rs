@@ -180,7 +180,6 @@ impl Running {
             .unwrap()
             .flat_map(|own| std::fs::read_dir(own.unwrap().path()).unwrap())
             .map(|entry| entry.unwrap().file_name())
-            .filter(|name| name != "lock")
             .count();
         assert_eq!(left, 0);
     }
