@@ -4,9 +4,10 @@
 //! `Failure` is attached as `anyhow` context. The kind decides the exit code and is
 //! asked of the error, never of its text.
 
+use std::error::Error;
 use std::fmt;
 
-use crate::build::{NoRootfs, SandboxUnavailable, StepFailed};
+use crate::build::{NoRootfs, SandboxUnavailable, Shared_, StepFailed};
 use crate::context::ContextError;
 use crate::dockerfile::DockerfileError;
 use crate::registry::RegistryError;
@@ -94,8 +95,14 @@ impl Failure {
     }
 }
 
+/// A cause, also where it came to several steps at once.
+fn unwrapped<'e>(cause: &'e (dyn Error + 'static)) -> &'e (dyn Error + 'static) {
+    cause.downcast_ref().map_or(cause, Shared_::cause)
+}
+
 /// What the type of one cause tells.
-fn kind_of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<Kind> {
+fn kind_of_cause(cause: &(dyn Error + 'static)) -> Option<Kind> {
+    let cause = unwrapped(cause);
     if cause.is::<DockerfileError>() {
         Some(Kind::Dockerfile)
     } else if cause.is::<ContextError>() {
@@ -114,7 +121,8 @@ fn kind_of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<Kind> {
     }
 }
 
-fn hint_of_cause(cause: &(dyn std::error::Error + 'static)) -> Option<String> {
+fn hint_of_cause(cause: &(dyn Error + 'static)) -> Option<String> {
+    let cause = unwrapped(cause);
     if let Some(NoRootfs { hint, .. }) = cause.downcast_ref() {
         return hint.clone();
     }
@@ -134,6 +142,8 @@ impl std::error::Error for Failure {}
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use anyhow::{Context as _, anyhow};
 
     use super::*;
@@ -163,6 +173,18 @@ mod tests {
         assert_eq!(Failure::kind_of(&error), Kind::Dockerfile);
         assert_eq!(Failure::kind_of(&anyhow!("x")), Kind::Internal);
         assert_eq!(Failure::hints_of(&anyhow!("x")), [] as [String; 0]);
+    }
+
+    #[test]
+    fn an_error_that_came_to_several_steps_keeps_its_kind_and_advice() {
+        let reason = NoRootfs {
+            reason: "no subordinate IDs".into(),
+            hint: Some("add some".into()),
+        };
+        let once = crate::build::unshare(&Arc::new(reason.into()));
+        let twice = crate::build::unshare(&Arc::new(once)).context("Dockerfile:2:1");
+        assert_eq!(Failure::kind_of(&twice), Kind::SandboxUnavailable);
+        assert_eq!(Failure::hints_of(&twice), ["add some"]);
     }
 
     #[test]

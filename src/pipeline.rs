@@ -290,7 +290,7 @@ async fn fetch_missing(
 ) -> anyhow::Result<()> {
     for (layer, origin) in image.layers.iter().zip(origins) {
         let digest = &layer.descriptor.digest;
-        if store.has_blob(digest) {
+        if store.has_blob_of(&layer.descriptor) {
             continue;
         }
         let origin = origin

@@ -104,7 +104,7 @@ pub(super) fn look_up(store: &Store, definition: &Definition, inputs: &Inputs) -
         }
     };
     let is_it = record.definition == definition.value && record.inputs == *inputs;
-    (is_it && store.has_blob(&record.descriptor.digest)).then_some(record)
+    (is_it && store.has_blob_of(&record.descriptor)).then_some(record)
 }
 
 /// Records what the step made.

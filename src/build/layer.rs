@@ -6,6 +6,7 @@
 //! tree     unpacked directory in the store, ready to be an overlay lower directory
 //! ```
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -19,7 +20,7 @@ use super::Engine;
 use crate::image::{DiffId, Digest, ImageLayer, Repository, chain_id};
 use crate::layer::{self, SealedLayer};
 use crate::progress::{BuildEvent, millis};
-use crate::rootfs::{Stack, Tree};
+use crate::rootfs::{self, Stack, Tree};
 
 /// An error that several waiting steps see.
 pub(super) type SharedError = Arc<anyhow::Error>;
@@ -113,18 +114,50 @@ impl Layer {
         !self.push_started.swap(true, Ordering::Relaxed)
     }
 
-    /// The layer as a tree, unpacked now if it is not yet.
-    pub(super) async fn tree(&self, engine: &Arc<Engine>) -> Result<Arc<Tree>, SharedError> {
-        let tree = self.tree.get_or_try_init(|| self.unpack(engine));
-        tree.await.cloned().map_err(Arc::new)
+    /// The layer as a tree, unpacked now if it is not yet. It lies on top of `below`, always
+    /// of the same layers.
+    pub(super) fn tree<'a>(
+        &'a self,
+        engine: &'a Arc<Engine>,
+        below: &'a [Arc<Layer>],
+    ) -> BoxFuture<'a, Result<Arc<Tree>, SharedError>> {
+        let tree = self.tree.get_or_try_init(|| self.unpack(engine, below));
+        tree.map(|tree| tree.cloned().map_err(Arc::new)).boxed()
     }
 
-    async fn unpack(&self, engine: &Arc<Engine>) -> anyhow::Result<Arc<Tree>> {
+    async fn unpack(
+        &self,
+        engine: &Arc<Engine>,
+        below: &[Arc<Layer>],
+    ) -> anyhow::Result<Arc<Tree>> {
         let names = self.names().await.map_err(|error| super::unshare(&error))?;
-        let path = engine.store.tree_path(&names.diff_id);
-        if path.is_dir() {
-            return Tree::open(&path).with_context(|| format!("opening {}", path.display()));
+        let chain = chain_of(below, &names.diff_id).await?;
+        let known = [
+            engine.store.tree_path(&names.diff_id),
+            engine.store.chained_tree_path(&chain),
+        ];
+        if let Some(path) = known.iter().find(|path| path.is_dir()) {
+            return open_tree(path);
         }
+        let unpacked = self.fetch(engine, &names).await?;
+        let store = Arc::clone(&engine.store);
+        if unpacked.implied.is_empty() {
+            return open_tree(&store.adopt_tree(&unpacked.tree, &names.diff_id)?);
+        }
+        let stack = stack(engine, below)
+            .await
+            .map_err(|error| super::unshare(&error))?;
+        let finish = move || {
+            let Unpacked { tree, implied } = unpacked;
+            rootfs::inherit_metadata(&tree, &implied, &stack)?;
+            open_tree(&store.adopt_chained_tree(&tree, &chain)?)
+        };
+        let finished = engine.blocking(finish).await;
+        finished.with_context(|| format!("unpacking layer {}", names.descriptor.digest))
+    }
+
+    /// Gets the layer's bytes and unpacks them, below the store's `tmp/`.
+    async fn fetch(&self, engine: &Arc<Engine>, names: &ImageLayer) -> anyhow::Result<Unpacked> {
         engine.check_world()?;
         let _permit = engine
             .unpacking
@@ -134,10 +167,10 @@ impl Layer {
         engine.check_cancelled()?;
         let digest = names.descriptor.digest.clone();
         let started = std::time::Instant::now();
-        let result = if engine.store.has_blob(&digest) {
-            self.unpack_blob(engine, &names).await
+        let result = if engine.store.has_blob_of(&names.descriptor) {
+            self.unpack_blob(engine, names).await
         } else {
-            self.unpack_remote(engine, &names).await
+            self.unpack_remote(engine, names).await
         };
         engine.timings.add("pull", started.elapsed());
         result.with_context(|| format!("unpacking layer {digest}"))
@@ -147,10 +180,31 @@ impl Layer {
         &self,
         engine: &Arc<Engine>,
         names: &ImageLayer,
-    ) -> anyhow::Result<Arc<Tree>> {
+    ) -> anyhow::Result<Unpacked> {
         let blob = engine.store.open_blob(&names.descriptor.digest)?;
-        let (shared, names) = (Arc::clone(engine), names.clone());
-        engine.blocking(move || shared.apply(blob, &names)).await
+        let (shared, of) = (Arc::clone(engine), names.clone());
+        let unpack = move || {
+            let error = match shared.apply(blob, &of) {
+                Err(error) => error,
+                unpacked => return unpacked.map(Ok),
+            };
+            // What is damaged may show long before the digest does.
+            match shared.check_blob(&of.descriptor.digest) {
+                Ok(()) => Err(error),
+                Err(damaged) => Ok(Err(damaged)),
+            }
+        };
+        match engine.blocking(unpack).await? {
+            Ok(unpacked) => Ok(unpacked),
+            Err(_) if self.origin.is_some() => {
+                engine.warn(format!(
+                    "the blob {} in the store was damaged; it is pulled again",
+                    names.descriptor.digest
+                ));
+                self.unpack_remote(engine, names).await
+            }
+            Err(damaged) => Err(damaged.into()),
+        }
     }
 
     /// From the network into the tree in one pass, and into the store too where the
@@ -159,7 +213,7 @@ impl Layer {
         &self,
         engine: &Arc<Engine>,
         names: &ImageLayer,
-    ) -> anyhow::Result<Arc<Tree>> {
+    ) -> anyhow::Result<Unpacked> {
         let Some(origin) = &self.origin else {
             anyhow::bail!(
                 "the blob {} is no longer in the store",
@@ -205,12 +259,23 @@ impl Layer {
 }
 
 impl Engine {
-    /// Unpacks one layer into the store.
+    /// Whether the store's blob is sound, asked after something failed with it. Blocking.
+    pub(super) fn check_blob(&self, digest: &Digest) -> Result<(), BlobDamaged> {
+        match self.store.verify_blob(digest) {
+            Ok(false) => Err(BlobDamaged {
+                digest: digest.clone(),
+            }),
+            // It is sound, or what is wrong is in the first failure too.
+            Ok(true) | Err(_) => Ok(()),
+        }
+    }
+
+    /// Unpacks one layer below the store's `tmp/`.
     fn apply(
         &self,
         compressed: impl std::io::Read + Send,
         names: &ImageLayer,
-    ) -> anyhow::Result<Arc<Tree>> {
+    ) -> anyhow::Result<Unpacked> {
         let tree = self.store.tmp_dir("tree-")?;
         let limits = layer::Limits::default();
         let applied = layer::apply(
@@ -237,9 +302,55 @@ impl Engine {
                 device.path.display()
             ));
         }
-        let path = self.store.adopt_tree(&tree, &names.diff_id)?;
-        Tree::open(&path).with_context(|| format!("opening {}", path.display()))
+        for xattr in &applied.skipped_xattrs {
+            self.warn(format!(
+                "{:?} in layer {} has the extended attribute {:?}, which the store's file system cannot hold: RUN steps do not see it, the image keeps it",
+                xattr.path, names.diff_id, xattr.name
+            ));
+        }
+        Ok(Unpacked {
+            tree,
+            implied: applied.implied_directories,
+        })
     }
+}
+
+/// A layer that is unpacked and has no name yet.
+struct Unpacked {
+    tree: PathBuf,
+    /// Directories that only the layers below say something about.
+    implied: Vec<PathBuf>,
+}
+
+/// A blob of the store was not what its name says. It has been removed.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "the blob {digest} in the store was damaged and has been removed; run the build again, which makes it anew"
+)]
+pub(super) struct BlobDamaged {
+    digest: Digest,
+}
+
+fn open_tree(path: &Path) -> anyhow::Result<Arc<Tree>> {
+    Tree::open(path).with_context(|| format!("opening {}", path.display()))
+}
+
+/// What `below` and one more layer are together.
+async fn chain_of(below: &[Arc<Layer>], top: &DiffId) -> anyhow::Result<Digest> {
+    let mut diff_ids = Vec::with_capacity(below.len() + 1);
+    for layer in below {
+        let names = layer.names().await;
+        diff_ids.push(names.map_err(|error| super::unshare(&error))?.diff_id);
+    }
+    diff_ids.push(top.clone());
+    chain_id(&diff_ids).context("a chain of at least one layer has an ID")
+}
+
+/// `layers` as trees; those that are missing are unpacked in parallel.
+async fn stack(engine: &Arc<Engine>, layers: &[Arc<Layer>]) -> Result<Stack, SharedError> {
+    let trees = layers.iter().enumerate();
+    let trees = trees.map(|(at, layer)| layer.tree(engine, &layers[..at]));
+    Ok(Stack::new(futures_util::future::try_join_all(trees).await?))
 }
 
 impl Filesystem {
@@ -263,8 +374,7 @@ impl Filesystem {
 
     /// All layers as trees; those that are missing are unpacked in parallel.
     pub(super) async fn stack(&self, engine: &Arc<Engine>) -> Result<Stack, SharedError> {
-        let trees = self.layers.iter().map(|layer| layer.tree(engine));
-        Ok(Stack::new(futures_util::future::try_join_all(trees).await?))
+        stack(engine, &self.layers).await
     }
 }
 
@@ -285,7 +395,7 @@ impl<R: std::io::Read, W: std::io::Write> std::io::Read for TeeReader<R, W> {
 /// How many bytes pass between two progress events.
 const PROGRESS_STEP_BYTES: u64 = 1 << 20;
 
-/// Says how far reading is.
+/// Says how far reading is, and ends it when the build is stopped.
 struct ProgressReader<'e, R> {
     inner: R,
     engine: &'e Engine,
@@ -308,6 +418,9 @@ impl<'e, R> ProgressReader<'e, R> {
 
 impl<R: std::io::Read> std::io::Read for ProgressReader<'_, R> {
     fn read(&mut self, buf: &mut [u8]) -> std::io::Result<usize> {
+        self.engine
+            .check_cancelled()
+            .map_err(std::io::Error::other)?;
         let read = self.inner.read(buf)?;
         self.done += read as u64;
         if self.done - self.said >= PROGRESS_STEP_BYTES {

@@ -233,9 +233,22 @@ pub(crate) fn unshare(error: &SharedError) -> anyhow::Error {
     anyhow::Error::new(Shared_(Arc::clone(error)))
 }
 
-/// Carries a shared error and its causes.
+/// Carries a shared error and its causes. The error's own type is not among those: ask
+/// [`Shared_::cause`] for it.
 #[derive(Debug)]
-pub(crate) struct Shared_(pub(crate) SharedError);
+pub(crate) struct Shared_(SharedError);
+
+impl Shared_ {
+    /// The error that is carried.
+    pub(crate) fn cause(&self) -> &(dyn std::error::Error + 'static) {
+        let error: &(dyn std::error::Error + 'static) = self.0.as_ref().as_ref();
+        // It may have been shared more than once.
+        match error.downcast_ref::<Self>() {
+            Some(inner) => inner.cause(),
+            None => error,
+        }
+    }
+}
 
 impl std::fmt::Display for Shared_ {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {

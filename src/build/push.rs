@@ -143,7 +143,8 @@ async fn push(engine: &Arc<Engine>, layer: &Layer, repository: &Repository) -> a
         .acquire()
         .await
         .expect("the semaphore is never closed");
-    let content = if engine.store.has_blob(&descriptor.digest) {
+    let is_file = engine.store.has_blob_of(&descriptor);
+    let content = if is_file {
         BlobContent::File(engine.store.blob_path(&descriptor.digest))
     } else if let Some(origin) = layer.origin() {
         BlobContent::Remote(origin.clone())
@@ -170,6 +171,14 @@ async fn push(engine: &Arc<Engine>, layer: &Layer, repository: &Repository) -> a
         .client
         .push_blob(repository, &descriptor, layer.origin(), content, progress)
         .await;
+    if pushed.is_err() && is_file {
+        // The registry refuses bytes that are not what the digest says, but cannot know
+        // whose fault that is.
+        let (shared, digest) = (Arc::clone(engine), descriptor.digest.clone());
+        engine
+            .blocking(move || shared.check_blob(&digest).map_err(Into::into))
+            .await?;
+    }
     let pushed =
         pushed.with_context(|| format!("pushing layer {} to {repository}", descriptor.digest))?;
     let (outcome, sent) = match pushed {

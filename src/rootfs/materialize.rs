@@ -211,7 +211,11 @@ fn open_made(parent: &OwnedFd, name: &OsStr) -> Result<OwnedFd, Errno> {
 
 /// Owner, attributes, mode, time: in this order, because a new owner takes away
 /// capabilities and the setuid bit, and the mode may forbid to set attributes.
-fn apply_metadata(fd: &OwnedFd, path: &Path, want: &Metadata) -> Result<(), RootfsError> {
+pub(super) fn apply_metadata(
+    fd: &OwnedFd,
+    path: &Path,
+    want: &Metadata,
+) -> Result<(), RootfsError> {
     let failed = |action| RootfsError::io(action, path);
     let stat = rustix::fs::fstat(fd).map_err(failed("reading"))?;
     let found = Attributes::from(&stat);

@@ -20,6 +20,7 @@
 
 mod change;
 mod diff;
+mod inherit;
 mod materialize;
 mod overlay;
 mod stack;
@@ -38,6 +39,7 @@ pub use change::{
     Change, ChangeKind, Data, Entry, FileContent, FileSource, Metadata, OpenFile, Time, order,
 };
 pub use diff::{Changes, changes};
+pub use inherit::inherit_metadata;
 pub use materialize::materialize;
 pub use overlay::{Changed, Rootfs};
 pub use stack::{Node, Stack};

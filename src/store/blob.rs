@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use tempfile::NamedTempFile;
 
@@ -19,10 +19,12 @@ pub struct BlobWriter<'s> {
     out: HashingWriter<NamedTempFile>,
 }
 
-/// Reads a blob and checks its digest; the check fails at the end of the bytes.
+/// Reads a blob and checks its digest; the check fails at the end of the bytes, and
+/// then the blob is removed, so that the next build fetches or makes it again.
 #[derive(Debug)]
 pub struct BlobReader {
     file: File,
+    path: PathBuf,
     hasher: Option<Hasher>,
     want: Digest,
     size: u64,
@@ -68,10 +70,24 @@ impl Store {
         let (file, size) = open(&path).map_err(StoreError::io("opening", &path))?;
         Ok(BlobReader {
             file,
+            path,
             hasher: Some(Hasher::new()),
             want: digest.clone(),
             size,
         })
+    }
+
+    /// Whether the blob is here and what its name says; one that is not is removed.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`]; a blob that is not there is `NotFound`.
+    pub fn verify_blob(&self, digest: &Digest) -> Result<bool, StoreError> {
+        let mut reader = self.open_blob(digest)?;
+        match io::copy(&mut reader, &mut io::sink()) {
+            Ok(_) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::InvalidData => Ok(false),
+            Err(error) => Err(StoreError::io("reading", &self.blob_path(digest))(error)),
+        }
     }
 }
 
@@ -127,6 +143,9 @@ impl Read for BlobReader {
         {
             let got = hasher.finish();
             if got != self.want {
+                if let Err(error) = std::fs::remove_file(&self.path) {
+                    tracing::warn!(path = %self.path.display(), %error, "a damaged blob stays");
+                }
                 let error = StoreError::Damaged {
                     got,
                     want: self.want.clone(),
@@ -141,6 +160,7 @@ impl Read for BlobReader {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::image::{Descriptor, MediaType};
 
     #[test]
     fn a_blob_is_named_by_its_bytes_or_not_at_all() {
@@ -167,12 +187,31 @@ mod tests {
     }
 
     #[test]
-    fn a_damaged_blob_is_an_error_at_its_end() {
+    fn a_damaged_blob_is_an_error_at_its_end_and_removed() {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(dir.path()).unwrap();
         let digest = store.put_blob(b"abc").unwrap();
         std::fs::write(store.blob_path(&digest), "abX").unwrap();
         let error = io::read_to_string(store.open_blob(&digest).unwrap()).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::InvalidData);
+        assert!(!store.has_blob(&digest));
+
+        let digest = store.put_blob(b"abc").unwrap();
+        assert!(store.verify_blob(&digest).unwrap());
+        std::fs::write(store.blob_path(&digest), "abX").unwrap();
+        assert!(!store.verify_blob(&digest).unwrap());
+        assert!(store.verify_blob(&digest).is_err(), "it is gone");
+    }
+
+    #[test]
+    fn a_blob_of_another_length_is_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let digest = store.put_blob(b"abc").unwrap();
+        let of = |size| Descriptor::new(MediaType::LAYER_GZIP, digest.clone(), size);
+        assert!(store.has_blob_of(&of(3)));
+        assert!(!store.has_blob_of(&of(4)));
+        std::fs::remove_file(store.blob_path(&digest)).unwrap();
+        assert!(!store.has_blob_of(&of(3)));
     }
 }

@@ -5,6 +5,7 @@
 //! ├── version             "1\n"
 //! ├── blobs/sha256/<hex>  compressed layers, configs, manifests
 //! ├── trees/<hex>/        unpacked layers, named by diff ID
+//! ├── trees/<hex>.chain/  those that depend on the layers below, named by chain ID
 //! ├── cache/steps/<definition>/<inputs>.json
 //! ├── jobs/               the service's database
 //! └── tmp/<random>/       everything unfinished, one locked directory per process
@@ -25,7 +26,7 @@ use std::path::{Path, PathBuf};
 use thiserror::Error;
 
 use crate::confined;
-use crate::image::{DiffId, Digest};
+use crate::image::{Descriptor, DiffId, Digest};
 
 pub use blob::{BlobReader, BlobWriter};
 
@@ -64,7 +65,7 @@ pub enum StoreError {
         found: String,
     },
     /// A blob is not what its name says.
-    #[error("blob in the store is damaged: got {got}, want {want}")]
+    #[error("the bytes of the blob are damaged: got {got}, want {want}")]
     Damaged {
         /// Digest of the bytes there.
         got: Digest,
@@ -142,6 +143,13 @@ impl Store {
         self.blob_path(digest).is_file()
     }
 
+    /// Whether the blob is here, and as long as `descriptor` says: after a crash of the
+    /// machine it may not be.
+    pub fn has_blob_of(&self, descriptor: &Descriptor) -> bool {
+        let found = fs::metadata(self.blob_path(&descriptor.digest));
+        found.is_ok_and(|found| found.is_file() && found.len() == descriptor.size)
+    }
+
     /// Where the tree of the layer `diff_id` is, or would be.
     pub fn tree_path(&self, diff_id: &DiffId) -> PathBuf {
         self.root.join("trees").join(diff_id.digest().hex())
@@ -152,14 +160,33 @@ impl Store {
         self.tree_path(diff_id).is_dir()
     }
 
+    /// Where the tree of the topmost layer of `chain` is, or would be, if that layer cannot
+    /// be unpacked without those below it.
+    pub fn chained_tree_path(&self, chain: &Digest) -> PathBuf {
+        self.root
+            .join("trees")
+            .join(format!("{}.chain", chain.hex()))
+    }
+
     /// Gives the complete directory `from` (in [`Store::tmp`]) its name as the tree of `diff_id`.
     ///
-    /// Where another process was faster, its tree stays and `from` is removed.
+    /// Where another process was faster, its tree stays, and `from` until the store is dropped.
     ///
     /// # Errors
     /// [`StoreError::Io`].
     pub fn adopt_tree(&self, from: &Path, diff_id: &DiffId) -> Result<PathBuf, StoreError> {
-        let to = self.tree_path(diff_id);
+        self.adopt(from, self.tree_path(diff_id))
+    }
+
+    /// Like [`Store::adopt_tree`], for [`Store::chained_tree_path`].
+    ///
+    /// # Errors
+    /// [`StoreError::Io`].
+    pub fn adopt_chained_tree(&self, from: &Path, chain: &Digest) -> Result<PathBuf, StoreError> {
+        self.adopt(from, self.chained_tree_path(chain))
+    }
+
+    fn adopt(&self, from: &Path, to: PathBuf) -> Result<PathBuf, StoreError> {
         match fs::rename(from, &to) {
             Ok(()) => Ok(to),
             Err(error)
