@@ -325,7 +325,7 @@ struct Unpacked {
 /// A blob of the store was not what its name says. It has been removed.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "the blob {digest} in the store was damaged and has been removed; run the build again, which makes it anew"
+    "the blob {digest} in the store was damaged and has been removed; run the build again, which fetches or makes it anew"
 )]
 pub(super) struct BlobDamaged {
     digest: Digest,

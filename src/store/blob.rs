@@ -146,7 +146,7 @@ impl Read for BlobReader {
                 if let Err(error) = std::fs::remove_file(&self.path) {
                     tracing::warn!(path = %self.path.display(), %error, "a damaged blob stays");
                 }
-                let error = StoreError::Damaged {
+                let error = StoreError::Removed {
                     got,
                     want: self.want.clone(),
                 };

@@ -64,10 +64,20 @@ pub enum StoreError {
         /// What its version file says.
         found: String,
     },
-    /// A blob is not what its name says.
+    /// What should become a blob is not what it was announced as.
     #[error("the bytes of the blob are damaged: got {got}, want {want}")]
     Damaged {
         /// Digest of the bytes there.
+        got: Digest,
+        /// The digest announced.
+        want: Digest,
+    },
+    /// A blob in the store was not what its name says.
+    #[error(
+        "the blob {want} in the store was damaged (its bytes were {got}) and has been removed; run the build again, which fetches or makes it anew"
+    )]
+    Removed {
+        /// Digest of the bytes that were there.
         got: Digest,
         /// Its name.
         want: Digest,
