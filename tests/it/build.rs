@@ -688,3 +688,83 @@ fn sandbox_output_and_events_follow_the_contract() {
     );
     quiet.success().does_not_say("a line");
 }
+
+#[test]
+fn sandbox_what_went_well_is_kept_when_another_step_fails() {
+    let upstream = upstream!();
+    needs!(programs(&["bwrap"]), namespaces());
+    let place = Place::new();
+    // Sealing the first step takes longer than the second one runs.
+    let context = place.context(
+        "context",
+        &[(
+            "Dockerfile",
+            "FROM busybox\n\
+             RUN head -c 60000000 /dev/urandom > /large\n\
+             RUN echo the last words && exit 7\n",
+        )],
+    );
+    for expected in [false, true] {
+        let ran = place.build(&upstream, &context, &["--sandbox", "bwrap"]);
+        let ran = ran
+            .failure()
+            .says("the last words")
+            .says("error: Dockerfile:3:1: process")
+            .says("exit code: 7");
+        assert_eq!(ran.stderr.contains("#2 CACHED"), expected, "{}", ran.stderr);
+        let left = std::fs::read_dir(place.dir.join("store/tmp")).expect("ours");
+        assert_eq!(left.count(), 0);
+    }
+}
+
+#[test]
+fn sandbox_another_epoch_makes_another_layer() {
+    let upstream = upstream!();
+    needs!(programs(&["bwrap"]), namespaces());
+    let place = Place::new();
+    let context = place.context(
+        "context",
+        &[("Dockerfile", "FROM busybox\nRUN echo x > /made\n")],
+    );
+    let build = |epoch: &str| {
+        let epoch = format!("SOURCE_DATE_EPOCH={epoch}");
+        place
+            .build(&upstream, &context, &["--build-arg", &epoch])
+            .success()
+    };
+    build("7").does_not_say("#2 CACHED");
+    build("8").does_not_say("#2 CACHED");
+    build("7").says("#2 CACHED");
+}
+
+#[test]
+fn sandbox_damaged_blobs_are_removed_and_the_next_build_is_right() {
+    let upstream = upstream!();
+    needs!(programs(&["bwrap"]), namespaces());
+    let place = Place::new();
+    let context = place.context(
+        "context",
+        &[("Dockerfile", "FROM busybox\nRUN echo x > /made\n")],
+    );
+    let registry = Registry::private();
+    place.docker_config(&registry.docker_config(Registry::USER, Registry::PASSWORD));
+    let tag = format!("{}/team/damaged:1", registry.host);
+    let ca = registry.ca().display().to_string();
+    let push = ["-t", &tag, "--push", "--registry-ca", &ca];
+    place.build(&upstream, &context, &[]).success();
+    let blobs = place.dir.join("store/blobs/sha256");
+    let mut damaged = 0;
+    for blob in std::fs::read_dir(&blobs).expect("ours") {
+        let blob = blob.expect("ours").path();
+        let mut bytes = std::fs::read(&blob).expect("ours");
+        bytes[30] ^= 0xff;
+        std::fs::write(&blob, bytes).expect("ours");
+        damaged += 1;
+    }
+    assert_eq!(damaged, 1, "the base's blob was not wanted");
+    place
+        .build(&upstream, &context, &push)
+        .failure()
+        .says("was damaged and has been removed; run the build again");
+    place.build(&upstream, &context, &push).success();
+}
