@@ -383,7 +383,8 @@ mod tests {
         assert_eq!(
             format!("{:#}", anyhow::Error::new(error)),
             format!(
-                "copying the blob {digest}: blob in the store is damaged: got {}, want {digest}",
+                "copying the blob {digest}: the blob {digest} in the store was damaged (its bytes were {}) \
+                 and has been removed; run the build again, which fetches or makes it anew",
                 Digest::of(&flipped)
             )
         );

@@ -179,7 +179,6 @@ impl Running {
         let left = std::fs::read_dir(tmp)
             .unwrap()
             .flat_map(|own| std::fs::read_dir(own.unwrap().path()).unwrap())
-            .map(|entry| entry.unwrap().file_name())
             .count();
         assert_eq!(left, 0);
     }
