@@ -95,6 +95,14 @@ impl Failure {
     }
 }
 
+/// The end of what the failed step printed, if a step failed.
+pub fn output_of_failed_step(error: &anyhow::Error) -> Option<&str> {
+    let step = error
+        .chain()
+        .find_map(|cause| unwrapped(cause).downcast_ref::<StepFailed>())?;
+    Some(step.tail.as_str()).filter(|tail| !tail.is_empty())
+}
+
 /// A cause, also where it came to several steps at once.
 fn unwrapped<'e>(cause: &'e (dyn Error + 'static)) -> &'e (dyn Error + 'static) {
     cause.downcast_ref().map_or(cause, Shared_::cause)
@@ -185,6 +193,18 @@ mod tests {
         let twice = crate::build::unshare(&Arc::new(once)).context("Dockerfile:2:1");
         assert_eq!(Failure::kind_of(&twice), Kind::SandboxUnavailable);
         assert_eq!(Failure::hints_of(&twice), ["add some"]);
+    }
+
+    #[test]
+    fn the_output_of_a_failed_step_is_found() {
+        let failed = StepFailed {
+            command: "make".into(),
+            status: 2,
+            tail: "no rule".into(),
+        };
+        let error = crate::build::unshare(&Arc::new(failed.into())).context("Dockerfile:2:1");
+        assert_eq!(output_of_failed_step(&error), Some("no rule"));
+        assert_eq!(output_of_failed_step(&anyhow!("x")), None);
     }
 
     #[test]

@@ -40,6 +40,7 @@ impl From<ContextNode> for SourceNode {
             },
             size_bytes: node.size_bytes,
             identity: node.inode,
+            changed: node.ctime,
             links: node.links,
             device: (rustix::fs::major(device), rustix::fs::minor(device)),
             path: node.path,

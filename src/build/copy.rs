@@ -25,7 +25,7 @@ use crate::context::glob::Pattern;
 use crate::image::{Digest, Hasher};
 use crate::io::HashingReader;
 use crate::plan::CopyDefinition;
-use crate::rootfs::{Change, Data, FileContent, FileSource, Metadata, Node, Stack};
+use crate::rootfs::{Change, Data, FileContent, FileSource, Metadata, Node, Stack, Time};
 
 /// A filesystem that COPY reads: a build context, or the layers of a stage or an image.
 pub(super) trait SourceTree: Send + Sync {
@@ -55,6 +55,8 @@ pub(super) struct SourceNode {
     pub(super) size_bytes: u64,
     /// Device and inode.
     pub(super) identity: (u64, u64),
+    /// When content or metadata last changed; the same for all files that cannot.
+    pub(super) changed: Time,
     /// The number of its names.
     pub(super) links: u64,
     /// Major and minor number of a device.
@@ -368,6 +370,49 @@ impl Selection {
     }
 }
 
+/// The files of a selection as they were when their digest was made.
+pub(super) struct Snapshot {
+    tree: Arc<dyn SourceTree>,
+    nodes: Vec<SourceNode>,
+}
+
+impl Selection {
+    /// The regular files as they were selected, to be compared when they have been read again.
+    pub(super) fn snapshot(&self) -> Snapshot {
+        let nodes = self.items.iter().flat_map(|item| match item {
+            Item::File { node, .. } | Item::Archive { node } => vec![node],
+            Item::Directory { entries } => entries.iter().map(|(_, node)| node).collect(),
+            Item::Inline { .. } => Vec::new(),
+        });
+        let nodes = nodes.filter(|node| node.file_type == FileType::RegularFile);
+        Snapshot {
+            tree: Arc::clone(&self.tree),
+            nodes: nodes.cloned().collect(),
+        }
+    }
+}
+
+impl Snapshot {
+    /// A file that is not what it was, if there is one.
+    pub(super) fn changed(&self) -> Option<&Path> {
+        let facts = |node: &SourceNode| {
+            let SourceNode {
+                size_bytes,
+                identity,
+                changed,
+                ..
+            } = *node;
+            (size_bytes, identity, changed, node.metadata.mtime)
+        };
+        let is_same = |node: &&SourceNode| {
+            let now = self.tree.lookup(&node.path, false);
+            now.is_ok_and(|now| now.is_some_and(|now| facts(&now) == facts(node)))
+        };
+        let changed = self.nodes.iter().find(|node| !is_same(node));
+        changed.map(|node| node.path.as_path())
+    }
+}
+
 /// Hashes fields so that no two lists of fields give the same bytes.
 fn hash_fields(hasher: &mut Hasher, fields: &[&[u8]]) {
     hasher.update(&(fields.len() as u64).to_le_bytes());
@@ -605,6 +650,7 @@ impl From<&Node> for SourceNode {
             metadata: node.metadata(),
             size_bytes: node.size(),
             identity: node.device_and_inode(),
+            changed: Time::default(),
             links: node.nlink(),
             device: (rustix::fs::major(device), rustix::fs::minor(device)),
         }

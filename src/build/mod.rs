@@ -519,6 +519,8 @@ struct Cached {
     name: String,
     /// The layers of the filesystem that is read, and the digest of what is read of it.
     content: Option<(Option<Digest>, Digest)>,
+    /// What `content` was made of, where it can change meanwhile.
+    snapshot: Option<copy::Snapshot>,
     record: Option<Record>,
 }
 
@@ -538,6 +540,7 @@ impl Cached {
             definition,
             name: step.name.clone(),
             content,
+            snapshot: None,
             record: None,
         };
         if engine.use_cache && cache::has_definition(&engine.store, &cached.definition) {
@@ -605,6 +608,14 @@ impl Cached {
             let (Ok(names), Ok(inputs)) = (layer.names().await, self.inputs(&parent).await) else {
                 return;
             };
+            // The bytes in the layer are not those of the digest that it would be found by.
+            if let Some(path) = self.snapshot.as_ref().and_then(copy::Snapshot::changed) {
+                engine.warn(format!(
+                    "{path:?} changed while it was copied; the step {:?} is not cached",
+                    self.name
+                ));
+                return;
+            }
             for inputs in inputs {
                 let record = Record::new(
                     &self.definition,
@@ -745,16 +756,18 @@ async fn copy_step(
             (Arc::new(stack), "the stage or image copied from")
         }
     };
-    let what = copy.definition.clone();
-    let (selection, content) = engine
+    let (what, copy_from) = (copy.definition.clone(), copy.from);
+    let (selection, snapshot, content) = engine
         .blocking(move || {
             let selection = copy::select(&what, tree, place)?;
+            let snapshot = (copy_from == CopyFrom::Context).then(|| selection.snapshot());
             let content = selection.content_digest(what.keep_owner)?;
-            Ok((selection, content))
+            Ok((selection, snapshot, content))
         })
         .await?;
     let content = Some((source_chain, content));
-    let cached = Cached::look_up(engine, step, definition, parent, content).await?;
+    let mut cached = Cached::look_up(engine, step, definition, parent, content).await?;
+    cached.snapshot = snapshot;
     cached
         .or_make(engine, parent, || {
             place_copy(engine, step, copy, selection, parent)

@@ -18,7 +18,7 @@ use super::report::{message, render};
 use super::signal::{Ended, Signals};
 use super::{Build, VERSION, log};
 use crate::config::ServiceConfig;
-use crate::failure::{Failure, Kind};
+use crate::failure::{self, Failure, Kind};
 use crate::pipeline::{self, BuildRequest, BuildResult};
 use crate::progress::{BuildEvent, Progress};
 use crate::sandbox::{Cancel, World};
@@ -86,6 +86,13 @@ pub fn build(build: Build, world: World) -> u8 {
     match outcome {
         Ok(()) => 0,
         Err(stopped) => {
+            // Whoever watched has seen it.
+            if settings.progress == ProgressArg::Quiet
+                && let Stopped::Failed(error) = &stopped
+                && let Some(output) = failure::output_of_failed_step(error)
+            {
+                eprintln!("{}", output.trim_end());
+            }
             // There the event said it, and every line is an event.
             if settings.progress != ProgressArg::Rawjson {
                 eprint!("{}", stopped.render());

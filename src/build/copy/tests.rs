@@ -328,6 +328,27 @@ fn wildcards() {
 }
 
 #[test]
+fn a_file_that_changes_after_it_was_selected_is_found() {
+    let fixture = fixture(&CONTEXT, &BASE);
+    let what = definition(&["a", "d"], "/to/");
+    let snapshot = fixture.select(&what).unwrap().snapshot();
+    assert_eq!(snapshot.changed(), None);
+
+    // The same size, and the time put back: only its change shows.
+    let path = fixture.context.path().join("d/sub/g");
+    let was = std::fs::metadata(&path).unwrap().modified().unwrap();
+    std::fs::write(&path, "G").unwrap();
+    let file = File::options().append(true).open(&path).unwrap();
+    file.set_modified(was).unwrap();
+    assert_eq!(snapshot.changed(), Some(Path::new("d/sub/g")));
+
+    let snapshot = fixture.select(&what).unwrap().snapshot();
+    assert_eq!(snapshot.changed(), None);
+    std::fs::remove_file(fixture.context.path().join("a")).unwrap();
+    assert_eq!(snapshot.changed(), Some(Path::new("a")));
+}
+
+#[test]
 fn ignored_files_are_not_there() {
     let mut fixture = fixture(&CONTEXT, &[]);
     fixture.ignore = "b\nd/sub\n!d/sub/g\nl";
