@@ -11,13 +11,13 @@ mod layer;
 mod push;
 mod run;
 mod seal;
+mod step;
 mod unpack;
 mod user;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::Context as _;
 use futures_util::FutureExt as _;
@@ -27,17 +27,14 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
 use crate::context::BuildContext;
-use crate::image::{Digest, ImageLayer, Platform, Reference, Repository};
-use crate::plan::{self, CopyFrom, Operation, Plan, Step, StepId};
+use crate::image::{ImageLayer, Platform, Reference, Repository};
+use crate::plan::{Operation, Plan, StepId};
 use crate::progress::{BuildEvent, Progress, millis};
 use crate::registry::{Client, RegistryError, Resolved};
 use crate::sandbox::{self, Cancel, Sandbox, SandboxError, UsernsError, World};
 use crate::store::Store;
 
-use additions::{Additions, NewDirectory, own_time};
-use cache::{Definition, Inputs, Record};
-use layer::{Filesystem, Layer, SharedError};
-use user::Accounts;
+use layer::{Filesystem, SharedError};
 
 /// How many layers are fetched and unpacked at once. Unpacking is bound by CPU and disk;
 /// more would only take memory.
@@ -68,7 +65,7 @@ pub struct Settings {
     pub cancel: Cancel,
     /// What COPY and ADD see.
     pub context: Arc<BuildContext>,
-    /// The base images, by [`plan::ImageId`].
+    /// The base images, by [`crate::plan::ImageId`].
     pub images: Vec<Resolved>,
     /// Which sandbox runs the steps.
     pub sandbox: sandbox::Choice,
@@ -172,7 +169,7 @@ pub async fn build(
             Operation::Copy(copy) => copy.source_step.map(|id| futures[id.0].clone()),
             _ => None,
         };
-        let task = perform(Arc::clone(&engine), index + 1, step.clone(), parent, source);
+        let task = step::perform(Arc::clone(&engine), index + 1, step.clone(), parent, source);
         let future = task.map(|result| result.map_err(Arc::new)).boxed().shared();
         futures.push(future.clone());
         tasks.spawn(future);
@@ -409,426 +406,4 @@ pub(crate) fn rfc3339(epoch: Option<i64>) -> String {
     time.unwrap_or_else(time::OffsetDateTime::now_utc)
         .format(&time::format_description::well_known::Rfc3339)
         .expect("years from 1970 on have a text")
-}
-
-/// Performs one step once the steps that it needs have ended.
-async fn perform(
-    engine: Arc<Engine>,
-    number: usize,
-    step: Step,
-    parent: Option<StepFuture>,
-    source: Option<StepFuture>,
-) -> anyhow::Result<Filesystem> {
-    let wait = |future: Option<StepFuture>| async move {
-        match future {
-            Some(future) => future.await.map_err(|error| unshare(&error)),
-            None => Ok(Filesystem::default()),
-        }
-    };
-    let (parent, source) = futures_util::future::try_join(wait(parent), wait(source)).await?;
-    engine.check_cancelled()?;
-    let started = Instant::now();
-    let result = dispatch(&engine, number, &step, &parent, &source).await;
-    let duration_ms = millis(started.elapsed());
-    match result {
-        Ok((filesystem, cached)) => {
-            engine.progress.event(BuildEvent::StepDone {
-                step: number,
-                cached,
-                duration_ms,
-            });
-            engine.push.start(&engine, number, &filesystem);
-            Ok(filesystem)
-        }
-        // Not the step's fault, so neither its failure nor its place.
-        Err(error) if error.is::<PushDenied>() => Err(error),
-        Err(error) => {
-            let message = format!("{error:#}");
-            engine.progress.event(BuildEvent::StepFailed {
-                step: number,
-                duration_ms,
-                message,
-            });
-            Err(error.context(step.place.clone()))
-        }
-    }
-}
-
-async fn dispatch(
-    engine: &Arc<Engine>,
-    number: usize,
-    step: &Step,
-    parent: &Filesystem,
-    source: &Filesystem,
-) -> anyhow::Result<(Filesystem, bool)> {
-    let started = || {
-        engine.progress.event(BuildEvent::StepStarted {
-            step: number,
-            name: step.name.clone(),
-        });
-    };
-    match &step.operation {
-        Operation::Image(image) => {
-            started();
-            let resolved = &engine.images[image.0];
-            let origin = resolved.reference.repository();
-            let layers = resolved
-                .manifest
-                .layers
-                .iter()
-                .zip(&resolved.config.rootfs.diff_ids);
-            let layers = layers.map(|(descriptor, diff_id)| {
-                let names = ImageLayer {
-                    diff_id: diff_id.clone(),
-                    descriptor: descriptor.clone(),
-                };
-                Arc::new(Layer::remote(names, origin.clone()))
-            });
-            Ok((
-                Filesystem {
-                    layers: layers.collect(),
-                },
-                false,
-            ))
-        }
-        Operation::Run(run) => {
-            // The epoch clamps the times in the layer.
-            let what = (run, engine.platform.to_string(), engine.epoch);
-            let cached =
-                Cached::look_up(engine, step, Definition::new("run", &what), parent, None).await?;
-            started();
-            cached
-                .or_make(engine, parent, || run_step(engine, number, run, parent))
-                .await
-        }
-        Operation::MakeDirectory(directory) => {
-            let definition = Definition::new("mkdir", &(directory, engine.epoch));
-            let cached = Cached::look_up(engine, step, definition, parent, None).await?;
-            started();
-            cached
-                .or_make(engine, parent, || make_directory(engine, directory, parent))
-                .await
-        }
-        Operation::Copy(copy) => copy_step(engine, number, step, copy, parent, source).await,
-    }
-}
-
-/// The state of a step's look-up in the cache.
-struct Cached {
-    definition: Definition,
-    name: String,
-    /// The layers of the filesystem that is read, and the digest of what is read of it.
-    content: Option<(Option<Digest>, Digest)>,
-    /// What `content` was made of, where it can change meanwhile.
-    snapshot: Option<copy::Snapshot>,
-    record: Option<Record>,
-}
-
-impl Cached {
-    /// Looks a step up by its definition and what is below it.
-    ///
-    /// Where no record has the definition, there is nothing to wait for: the step may run
-    /// while the layers below are still being sealed.
-    async fn look_up(
-        engine: &Arc<Engine>,
-        step: &Step,
-        definition: Definition,
-        parent: &Filesystem,
-        content: Option<(Option<Digest>, Digest)>,
-    ) -> anyhow::Result<Self> {
-        let mut cached = Self {
-            definition,
-            name: step.name.clone(),
-            content,
-            snapshot: None,
-            record: None,
-        };
-        if engine.use_cache && cache::has_definition(&engine.store, &cached.definition) {
-            let inputs = cached.inputs(parent).await?;
-            cached.record = inputs
-                .iter()
-                .find_map(|inputs| cache::look_up(&engine.store, &cached.definition, inputs));
-        }
-        Ok(cached)
-    }
-
-    /// The cached layer on top of `parent`, or what `make` makes, which is then recorded.
-    async fn or_make<F>(
-        self,
-        engine: &Arc<Engine>,
-        parent: &Filesystem,
-        make: impl FnOnce() -> F,
-    ) -> anyhow::Result<(Filesystem, bool)>
-    where
-        F: Future<Output = anyhow::Result<Layer>>,
-    {
-        if let Some(record) = self.record {
-            let names = ImageLayer {
-                diff_id: record.diff_id,
-                descriptor: record.descriptor,
-            };
-            let layer = Layer::sealed(names, Some(record.created));
-            return Ok((parent.with(Arc::new(layer)), true));
-        }
-        engine.push.check(engine).await?;
-        let layer = Arc::new(make().await?);
-        self.record_later(engine, parent, &layer);
-        Ok((parent.with(layer), false))
-    }
-
-    /// What the step is applied to, in the ways in which it may be found again.
-    async fn inputs(&self, parent: &Filesystem) -> anyhow::Result<Vec<Inputs>> {
-        let parent = parent.chain().await.map_err(|error| unshare(&error))?;
-        let Some((source, content)) = &self.content else {
-            return Ok(vec![Inputs {
-                parent,
-                source: None,
-                content: None,
-            }]);
-        };
-        let by_content = Inputs {
-            parent: parent.clone(),
-            source: None,
-            content: Some(content.clone()),
-        };
-        let by_source = source.clone().map(|source| Inputs {
-            parent,
-            source: Some(source),
-            content: None,
-        });
-        Ok(by_source.into_iter().chain([by_content]).collect())
-    }
-
-    /// Records the layer when it is sealed.
-    fn record_later(self, engine: &Arc<Engine>, parent: &Filesystem, layer: &Arc<Layer>) {
-        let (shared, parent, layer) = (Arc::clone(engine), parent.clone(), Arc::clone(layer));
-        let recording = async move {
-            let engine = shared;
-            // A failure to seal is the build's error; it needs no record.
-            let (Ok(names), Ok(inputs)) = (layer.names().await, self.inputs(&parent).await) else {
-                return;
-            };
-            // The bytes in the layer are not those of the digest that it would be found by.
-            if let Some(path) = self.snapshot.as_ref().and_then(copy::Snapshot::changed) {
-                engine.warn(format!(
-                    "{path:?} changed while it was copied; the step {:?} is not cached",
-                    self.name
-                ));
-                return;
-            }
-            for inputs in inputs {
-                let record = Record::new(
-                    &self.definition,
-                    inputs,
-                    self.name.clone(),
-                    layer.created.clone().unwrap_or_default(),
-                    names.diff_id.clone(),
-                    names.descriptor.clone(),
-                );
-                if let Err(error) = cache::record(&engine.store, &self.definition, &record) {
-                    engine.warn(format!(
-                        "the step {:?} is not cached: {:#}",
-                        self.name,
-                        anyhow::Error::new(error)
-                    ));
-                }
-            }
-        };
-        engine
-            .records
-            .lock()
-            .expect("nothing panics while it holds this lock")
-            .spawn(recording);
-    }
-}
-
-async fn run_step(
-    engine: &Arc<Engine>,
-    number: usize,
-    run: &plan::Run,
-    parent: &Filesystem,
-) -> anyhow::Result<Layer> {
-    // Before anything is pulled for it: without a sandbox it is all in vain.
-    let shared = Arc::clone(engine);
-    engine
-        .blocking(move || shared.sandbox().map(|_| ()))
-        .await?;
-    let below = parent
-        .stack(engine)
-        .await
-        .map_err(|error| unshare(&error))?;
-    engine.push.start(engine, number, parent);
-    let (shared, what, lower) = (Arc::clone(engine), run.clone(), below.clone());
-    let tree = engine
-        .blocking(move || run::run(&shared, &what, number, &lower))
-        .await?;
-    let sealing = seal::seal_tree(engine, &tree, below);
-    Ok(Layer::sealing(sealing, Some(tree), engine.now()))
-}
-
-async fn make_directory(
-    engine: &Arc<Engine>,
-    directory: &plan::MakeDirectory,
-    parent: &Filesystem,
-) -> anyhow::Result<Layer> {
-    let below = parent
-        .stack(engine)
-        .await
-        .map_err(|error| unshare(&error))?;
-    let (directory, epoch) = (directory.clone(), engine.epoch);
-    let changes = engine.blocking(move || {
-        let accounts = Accounts::read(&below).context("reading the image's accounts")?;
-        let account = accounts
-            .user(&directory.user)
-            .map_err(|reason| anyhow::anyhow!("USER {}: {reason}", directory.user))?;
-        let new_directory = NewDirectory {
-            owner: (account.user.uid, account.user.gid),
-            mode: 0o755,
-            mtime: own_time(epoch),
-        };
-        let mut additions = Additions::new(&below, new_directory);
-        let path = additions.resolve(Path::new(&directory.path))?;
-        let exists = additions
-            .file_type(&path)?
-            .is_some_and(|found| found.is_dir());
-        if !exists {
-            additions
-                .make_directory(&path)
-                .with_context(|| format!("making the directory {}", directory.path))?;
-        }
-        Ok(additions.into_changes())
-    });
-    let sealing = seal::seal_changes(engine, changes.await?);
-    Ok(Layer::sealing(sealing, None, engine.now()))
-}
-
-async fn copy_step(
-    engine: &Arc<Engine>,
-    number: usize,
-    step: &Step,
-    copy: &plan::Copy,
-    parent: &Filesystem,
-    source: &Filesystem,
-) -> anyhow::Result<(Filesystem, bool)> {
-    let definition = Definition::new("copy", &(&copy.definition, engine.epoch));
-    let started = || {
-        engine.progress.event(BuildEvent::StepStarted {
-            step: number,
-            name: step.name.clone(),
-        });
-    };
-    let source_chain = match copy.from {
-        CopyFrom::Context => None,
-        CopyFrom::Step => source.chain().await.map_err(|error| unshare(&error))?,
-    };
-    // Where the source's layers are those of last time, nothing needs to be read.
-    if let Some(source_chain) = &source_chain
-        && engine.use_cache
-        && cache::has_definition(&engine.store, &definition)
-    {
-        let parent_chain = parent.chain().await.map_err(|error| unshare(&error))?;
-        let inputs = Inputs {
-            parent: parent_chain,
-            source: Some(source_chain.clone()),
-            content: None,
-        };
-        if let Some(record) = cache::look_up(&engine.store, &definition, &inputs) {
-            started();
-            let names = ImageLayer {
-                diff_id: record.diff_id,
-                descriptor: record.descriptor,
-            };
-            let layer = Layer::sealed(names, Some(record.created));
-            return Ok((parent.with(Arc::new(layer)), true));
-        }
-    }
-    started();
-    let (tree, place): (Arc<dyn copy::SourceTree>, _) = match copy.from {
-        CopyFrom::Context => (
-            Arc::new(context_tree::ContextTree(Arc::clone(&engine.context))),
-            "the build context",
-        ),
-        CopyFrom::Step => {
-            let stack = source
-                .stack(engine)
-                .await
-                .map_err(|error| unshare(&error))?;
-            (Arc::new(stack), "the stage or image copied from")
-        }
-    };
-    let (what, copy_from) = (copy.definition.clone(), copy.from);
-    let (selection, snapshot, content) = engine
-        .blocking(move || {
-            let selection = copy::select(&what, tree, place)?;
-            let snapshot = (copy_from == CopyFrom::Context).then(|| selection.snapshot());
-            let content = selection.content_digest(what.keep_owner)?;
-            Ok((selection, snapshot, content))
-        })
-        .await?;
-    let content = Some((source_chain, content));
-    let mut cached = Cached::look_up(engine, step, definition, parent, content).await?;
-    cached.snapshot = snapshot;
-    cached
-        .or_make(engine, parent, || {
-            place_copy(engine, step, copy, selection, parent)
-        })
-        .await
-}
-
-async fn place_copy(
-    engine: &Arc<Engine>,
-    step: &Step,
-    copy: &plan::Copy,
-    selection: copy::Selection,
-    parent: &Filesystem,
-) -> anyhow::Result<Layer> {
-    let below = parent
-        .stack(engine)
-        .await
-        .map_err(|error| unshare(&error))?;
-    let (what, place, shared) = (
-        copy.definition.clone(),
-        step.place.clone(),
-        Arc::clone(engine),
-    );
-    let changes = engine.blocking(move || {
-        let owner = match &what.chown {
-            Some(chown) => Some(owner(&shared, &below, chown, &place)?),
-            None => None,
-        };
-        let spool = shared.store.tmp_dir("add-")?;
-        Ok(copy::place(
-            selection,
-            &what,
-            &below,
-            owner,
-            shared.epoch,
-            &spool,
-        )?)
-    });
-    let sealing = seal::seal_changes(engine, changes.await?);
-    Ok(Layer::sealing(sealing, None, engine.now()))
-}
-
-/// `--chown` in numbers.
-///
-/// A name that the image does not know is 0:0 in BuildKit; images are built that way
-/// today, so it stays so, but not silently.
-fn owner(
-    engine: &Engine,
-    below: &crate::rootfs::Stack,
-    chown: &str,
-    place: &str,
-) -> anyhow::Result<(u32, u32)> {
-    let accounts = Accounts::read(below).context("reading the image's accounts")?;
-    match accounts.owner(chown) {
-        Ok(owner) => Ok(owner),
-        Err(reason) if accounts.is_empty() => anyhow::bail!("--chown={chown}: {reason}"),
-        Err(reason) => {
-            engine.warn(format!(
-                "{place}: --chown={chown}: {reason}; the files belong to 0:0"
-            ));
-            Ok((0, 0))
-        }
-    }
 }
