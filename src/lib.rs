@@ -34,6 +34,8 @@
 //! | [`pipeline`] | a whole build, read top to bottom | |
 //! | [`service`] | the webhook, the queue, the page | how an image is built |
 //! | [`cli`] | arguments and terminal | everything but requests and events |
+//! | [`config`] | the service's settings, as one table | what they are used for |
+//! | [`failure`] | which kind of failure an error is, and advice | |
 //!
 //! Shared by all: [`io`], [`secret`], [`confined`], [`progress`].
 //!
@@ -41,8 +43,8 @@
 //!
 //! - `dockerfile`, `plan` and `image` do no I/O, start no process, read no clock and no
 //!   environment variable. Time and platform arrive as values.
-//! - Only `sandbox` and `service::worker` start processes, and `registry` credential helpers.
-//!   Only `registry` and `service` open sockets.
+//! - Only `sandbox` and `service::child` start processes, and `registry::credentials`
+//!   credential helpers. Only `registry` and `service` open sockets.
 //! - Nothing depends on `service` or `cli`. `registry` and `layer` reach blobs only
 //!   through `store`.
 //! - Only `cli` and `main` print. Everything else emits a [`progress::BuildEvent`] or a
