@@ -167,12 +167,7 @@ impl Cached {
         F: Future<Output = anyhow::Result<Layer>>,
     {
         if let Some(record) = self.record {
-            let names = ImageLayer {
-                diff_id: record.diff_id,
-                descriptor: record.descriptor,
-            };
-            let layer = Layer::sealed(names, Some(record.created));
-            return Ok((parent.with(Arc::new(layer)), true));
+            return Ok((parent.with(recorded(record)), true));
         }
         engine.push.check(engine).await?;
         let layer = Arc::new(make().await?);
@@ -244,6 +239,15 @@ impl Cached {
             .expect("nothing panics while it holds this lock")
             .spawn(recording);
     }
+}
+
+/// The layer that a record is of.
+fn recorded(record: Record) -> Arc<Layer> {
+    let names = ImageLayer {
+        diff_id: record.diff_id,
+        descriptor: record.descriptor,
+    };
+    Arc::new(Layer::sealed(names, Some(record.created)))
 }
 
 async fn run_step(
@@ -338,12 +342,7 @@ async fn copy_step(
         };
         if let Some(record) = cache::look_up(&engine.store, &definition, &inputs) {
             started();
-            let names = ImageLayer {
-                diff_id: record.diff_id,
-                descriptor: record.descriptor,
-            };
-            let layer = Layer::sealed(names, Some(record.created));
-            return Ok((parent.with(Arc::new(layer)), true));
+            return Ok((parent.with(recorded(record)), true));
         }
     }
     started();

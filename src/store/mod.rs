@@ -12,7 +12,9 @@
 //! ```
 //!
 //! Whatever has a name outside `tmp/` is complete: it was written to `tmp/` on the
-//! same file system, synced where a crash could tear it, and renamed. A process that
+//! same file system and renamed. Nothing is synced, so that holds for the death of a
+//! process, not of the machine: a blob that a power loss tore is found by its length
+//! when it is looked up and by its digest when it is read. A process that
 //! dies leaves its directory in `tmp/`, whose lock the kernel released with it; the
 //! next `open` removes it. It is the directory itself that is locked: a lock file could be
 //! the first thing that an interrupted removal takes away, and nobody would finish it.
