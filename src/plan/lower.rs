@@ -69,6 +69,7 @@ pub fn lower(
     if !lowering.problems.is_empty() {
         return Err(error(dockerfile, lowering.problems));
     }
+    lowering.warnings.extend(lowering.unused_args());
     let state = lowering
         .states
         .remove(&graph.target)
@@ -162,6 +163,37 @@ impl<'a> Lowering<'a> {
                 step.name = format!("[{label}{}/{total}] {text}", number + 1);
             }
         }
+    }
+
+    /// Says which values of `--build-arg` no `ARG` takes, of triggers neither, and nothing else uses.
+    fn unused_args(&self) -> Option<String> {
+        let stages = self.dockerfile.stages.iter().flat_map(|s| &s.instructions);
+        let instructions = self.dockerfile.global_args.iter().chain(stages);
+        let written: Vec<&str> = instructions
+            .filter_map(|instruction| match &instruction.kind {
+                InstructionKind::Arg(declarations) => Some(declarations),
+                _ => None,
+            })
+            .flatten()
+            .map(|declaration| declaration.name.raw.as_str())
+            .collect();
+        let platform_args = platform_args(self.dockerfile, self.settings);
+        let is_used = |name: &&String| {
+            written.contains(&name.as_str())
+                || self.states.values().any(|state| state.args.contains(name))
+                || platform_args.contains_key(*name)
+                || PROXY_ARGS
+                    .iter()
+                    .any(|proxy| proxy.eq_ignore_ascii_case(name))
+                || *name == "SOURCE_DATE_EPOCH"
+        };
+        let given = self.settings.build_args.keys();
+        let unused: Vec<&str> = given
+            .filter(|name| !is_used(name))
+            .map(String::as_str)
+            .collect();
+        let list = unused.join(", ");
+        (!unused.is_empty()).then(|| format!("build arguments that no ARG takes: {list}"))
     }
 
     fn image_step(&mut self, image: ImageId, span: Span) -> StepId {

@@ -651,6 +651,27 @@ fn warnings_stop_nothing() {
 }
 
 #[test]
+fn build_arguments_that_nothing_takes_are_named() {
+    let given = |text: &str| {
+        let names = ["A", "B", "HTTP_PROXY", "TARGETARCH", "SOURCE_DATE_EPOCH"];
+        let case = names
+            .iter()
+            .fold(case(text), |case, name| case.arg(name, "amd64"));
+        case.plan().warnings
+    };
+    assert_eq!(given("FROM base\nARG A B"), [] as [String; 0]);
+    // A stage that is not built takes it all the same.
+    assert_eq!(
+        given("ARG A\nFROM base\nARG B\nFROM base"),
+        [] as [String; 0]
+    );
+    assert_eq!(
+        given("FROM base\nENV A=1"),
+        ["build arguments that no ARG takes: A, B"]
+    );
+}
+
+#[test]
 fn what_is_not_supported_is_refused_at_its_place() {
     for (instruction, column, what) in [
         ("RUN --mount=type=cache,target=/c x", 13, "RUN --mount"),
