@@ -1,5 +1,7 @@
 //! Comma-separated options, as `--mount` and `--device` take them.
 
+use std::ops::Range;
+
 use super::error::quoted;
 
 /// What is wrong with comma-separated options.
@@ -16,23 +18,47 @@ pub enum CommaError {
     AfterQuote(String),
 }
 
+/// One of several comma-separated fields.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct CommaField {
+    /// The text without the quotes around it.
+    pub(super) text: String,
+    /// Where it stands in the line, quotes included.
+    pub(super) range: Range<usize>,
+}
+
 /// Splits one line of comma-separated values: fields may be quoted with `"`, which is
 /// doubled inside. Blanks count. No fields if `line` is empty.
 ///
 /// # Errors
 /// [`CommaError`] for quotes in the wrong place.
 pub fn comma_fields(line: &str) -> Result<Vec<String>, CommaError> {
+    match placed_fields(line) {
+        Ok(fields) => Ok(fields.into_iter().map(|field| field.text).collect()),
+        Err((error, _)) => Err(error),
+    }
+}
+
+/// As [`comma_fields`], with the places of the fields, or of what is wrong.
+pub(super) fn placed_fields(line: &str) -> Result<Vec<CommaField>, (CommaError, Range<usize>)> {
     let mut fields = Vec::new();
     if line.is_empty() {
         return Ok(fields);
     }
+    let mut start = 0;
     let mut rest = Some(line);
     while let Some(text) = rest {
         let (field, after) = match text.strip_prefix('"') {
-            Some(text) => quoted_field(text)?,
-            None => plain_field(text)?,
-        };
-        fields.push(field);
+            Some(text) => quoted_field(text),
+            None => plain_field(text),
+        }
+        .map_err(|error| (error, start..line.len()))?;
+        let next = after.map_or(line.len() + 1, |after| line.len() - after.len());
+        fields.push(CommaField {
+            text: field,
+            range: start..next - 1,
+        });
+        start = next;
         rest = after;
     }
     Ok(fields)
@@ -93,6 +119,18 @@ mod tests {
         check("a,,", &["a", "", ""]);
         check(r#""a","#, &["a", ""]);
         check(" a, b", &[" a", " b"]);
+    }
+
+    #[test]
+    fn places_include_the_quotes() {
+        let line = r#"a,"b,""c",,d"#;
+        let fields = placed_fields(line).unwrap();
+        let places: Vec<&str> = (fields.iter().map(|f| &line[f.range.clone()])).collect();
+        assert_eq!(places, ["a", r#""b,""c""#, "", "d"]);
+        let (_, range) = placed_fields("a,b\"c").unwrap_err();
+        assert_eq!(range, 2..5);
+        let empty_last = placed_fields("a,").unwrap();
+        assert_eq!(empty_last[1].range, 2..2);
     }
 
     #[test]

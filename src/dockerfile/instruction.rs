@@ -7,6 +7,7 @@
 //! <https://docs.docker.com/reference/dockerfile/>
 
 use std::fmt;
+use std::ops::Range;
 
 /// A range of bytes in the Dockerfile's text.
 #[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -30,6 +31,30 @@ pub struct Word {
     pub raw: String,
     /// Where it stands.
     pub span: Span,
+}
+
+impl Word {
+    /// Where the bytes `range` of [`Self::raw`] stand in `text`, which the word is from; all
+    /// of the word where quotes, escapes or continuation lines make that unclear.
+    pub fn span_of(&self, text: &str, range: Range<usize>) -> Span {
+        let Some(part) = self.raw.get(range.clone()) else {
+            return self.span;
+        };
+        let source = text.get(self.span.start..self.span.end).unwrap_or_default();
+        let at = if source == self.raw {
+            range.start
+        } else {
+            match (source.find(part), source.rfind(part)) {
+                (Some(first), Some(last)) if first == last => first,
+                _ => return self.span,
+            }
+        };
+        let start = self.span.start + at;
+        Span {
+            start,
+            end: start + part.len(),
+        }
+    }
 }
 
 /// A parsed Dockerfile.
@@ -270,5 +295,39 @@ impl InstructionKind {
             Self::Volume(_) => "VOLUME",
             Self::Workdir(_) => "WORKDIR",
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_of_words_are_found() {
+        let check = |source: &str, raw: &str, part: &str, expected: &str| {
+            let text = format!("RUN {source} x");
+            let word = Word {
+                raw: raw.to_owned(),
+                span: Span {
+                    start: 4,
+                    end: 4 + source.len(),
+                },
+            };
+            let at = raw.find(part).unwrap();
+            let span = word.span_of(&text, at..at + part.len());
+            assert_eq!(&text[span.start..span.end], expected, "{source}");
+        };
+        check("a=b,c=d", "a=b,c=d", "c=d", "c=d");
+        check("\"a=b,c=d\"", "a=b,c=d", "c=d", "c=d");
+        check("a\\ b,c", "a b,c", "c", "c");
+        // In two places, or in none.
+        check("'a a,b'", "a a,b", "a", "'a a,b'");
+        check("a\\ b,c", "a b,c", "a b", "a\\ b,c");
+        let word = Word {
+            raw: "a".to_owned(),
+            span: Span { start: 0, end: 1 },
+        };
+        assert_eq!(word.span_of("", 0..1), word.span);
+        assert_eq!(word.span_of("a", 0..9), word.span);
     }
 }

@@ -24,6 +24,7 @@ mod heredoc;
 mod instruction;
 mod json;
 mod lines;
+mod mount;
 mod pattern;
 mod run;
 mod split;
@@ -36,6 +37,8 @@ pub use instruction::{
     ArgDeclaration, CommandLine, Copy, Directives, Dockerfile, Healthcheck, Heredoc, Instruction,
     InstructionKind, KeyValue, Run, Span, Stage, Word,
 };
+
+pub use mount::{Mount, MountError, MountFault, MountKind, Sharing, check_mount, parse_mount};
 
 use lines::Reader;
 use statement::Statement;
@@ -172,7 +175,7 @@ fn each_statement(
             start: line.span.start,
             end: line.span.end.max(reader.end_of_last()),
         };
-        let statement = statement::parse(&line, heredocs, span, escape, problems);
+        let statement = statement::parse(text, &line, heredocs, span, escape, problems);
         take(&line, statement, problems);
     }
 }

@@ -3,7 +3,7 @@
 use super::error::quoted;
 use super::split::{FlagKind, Split};
 use super::statement::{Parser, command};
-use super::{CommandLine, Problem, Run, Word, csv, suggest};
+use super::{CommandLine, Problem, Run, Word, csv, mount, suggest};
 
 const RUN_FLAGS: &[(&str, FlagKind)] = &[
     ("device", FlagKind::Many),
@@ -32,7 +32,7 @@ impl Parser<'_> {
             devices: flags.many("device"),
         };
         for mount in &run.mounts {
-            self.problems.extend(mount_problem(mount));
+            self.problems.extend(mount_problem(mount, self.source));
         }
         for device in &run.devices {
             self.problems.extend(device_problem(device));
@@ -62,29 +62,12 @@ impl Parser<'_> {
 }
 
 /// What is wrong with a `--mount` before variables are known.
-fn mount_problem(mount: &Word) -> Option<Problem> {
-    let fields = match csv::comma_fields(&mount.raw) {
-        Ok(fields) => fields,
-        Err(fault) => {
-            return Some(Problem::new(
-                mount.span,
-                format!("invalid --mount: {fault}"),
-            ));
-        }
-    };
-    fields.iter().find_map(|field| {
-        let (key, value) = field.split_once('=')?;
-        let variable = value.find('$').is_some_and(|at| at + 1 < value.len());
-        (key.eq_ignore_ascii_case("from") && variable).then(|| {
-            Problem::new(
-                mount.span,
-                format!(
-                    "\"from\" of --mount does not support variables, got {}",
-                    quoted(value)
-                ),
-            )
-            .with_hint("define a stage with FROM and name that")
-        })
+fn mount_problem(mount: &Word, source: &str) -> Option<Problem> {
+    let error = mount::check_mount(&mount.raw).err()?;
+    Some(Problem {
+        message: error.to_string(),
+        hint: error.hint,
+        span: mount.span_of(source, error.range),
     })
 }
 
@@ -100,6 +83,9 @@ fn device_problem(device: &Word) -> Option<Problem> {
         Ok(fields) => fields,
         Err(fault) => return problem(fault.to_string()),
     };
+    if fields.is_empty() {
+        return problem("it has no name".to_owned());
+    }
     let mut named = false;
     for field in &fields {
         match field.split_once('=') {
@@ -108,7 +94,7 @@ fn device_problem(device: &Word) -> Option<Problem> {
                 return problem(format!("a second name in {}", quoted(field)));
             }
             Some((key, value)) if key.eq_ignore_ascii_case("required") => {
-                if !is_go_bool(value) {
+                if mount::parse_bool(value).is_none() {
                     return problem(format!("invalid value {} for required", quoted(value)));
                 }
             }
@@ -122,14 +108,6 @@ fn device_problem(device: &Word) -> Option<Problem> {
         }
     }
     None
-}
-
-/// What Go's `strconv.ParseBool` takes.
-fn is_go_bool(text: &str) -> bool {
-    matches!(
-        text,
-        "1" | "t" | "T" | "true" | "TRUE" | "True" | "0" | "f" | "F" | "false" | "FALSE" | "False"
-    )
 }
 
 #[cfg(test)]
@@ -185,13 +163,18 @@ mod tests {
         );
         check(
             "--mount=FROM=$A,target=/x x",
-            "\"from\" of --mount does not support variables, got \"$A\"",
+            "invalid --mount: \"from\" does not support variables, got \"$A\"",
         );
         check(
             "--mount='a\"b' x",
             "invalid --mount: \"a\\\"b\" has a quote inside: quote the whole field and double \
              the quote",
         );
+        check(
+            "--mount= x",
+            "invalid --mount: it has no fields, such as type=cache,target=/var/cache",
+        );
+        check("--device= x", "invalid --device: it has no name");
         check(
             "--device=a,name=b x",
             "invalid --device: a second name in \"name=b\"",

@@ -84,8 +84,9 @@ fn find_name(written: &str) -> Option<&'static str> {
     names.find(|name| name.eq_ignore_ascii_case(written))
 }
 
-/// Types an instruction. `None` if `problems` got longer.
+/// Types an instruction, `line` of `source`. `None` if `problems` got longer.
 pub(super) fn parse(
+    source: &str,
     line: &Line,
     heredocs: Vec<Heredoc>,
     span: Span,
@@ -93,6 +94,7 @@ pub(super) fn parse(
     problems: &mut Vec<Problem>,
 ) -> Option<Statement> {
     Parser {
+        source,
         escape,
         heredocs,
         span,
@@ -103,6 +105,8 @@ pub(super) fn parse(
 
 /// Types one statement; `run` and `healthcheck` add to it.
 pub(super) struct Parser<'p> {
+    /// The text that spans refer to.
+    pub(super) source: &'p str,
     escape: char,
     pub(super) heredocs: Vec<Heredoc>,
     /// The whole statement; where it starts is not where a trigger in it does.
@@ -556,7 +560,7 @@ mod tests {
     fn parsed(text: &str) -> Result<Statement, Vec<String>> {
         let line = Reader::new(text, '\\').logical().unwrap();
         let mut problems = Vec::new();
-        parse(&line, Vec::new(), line.span, '\\', &mut problems).ok_or_else(|| {
+        parse(text, &line, Vec::new(), line.span, '\\', &mut problems).ok_or_else(|| {
             let place = |span: Span| &text[span.start..span.end];
             let problems = problems.iter();
             problems
