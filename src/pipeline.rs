@@ -1,6 +1,5 @@
 //! A whole build read top to bottom: parse, graph, resolve, lower, execute, assemble, export.
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
@@ -10,8 +9,9 @@ use futures_util::future::try_join_all;
 
 use crate::build::{self, Built, Timings};
 use crate::context::{self, BuildContext, IgnoreRules};
-use crate::image::{self, Digest, History, Image, Platform, Reference};
-use crate::plan::{self, ImageNeed, Plan};
+use crate::dockerfile::Dockerfile;
+use crate::image::{self, Digest, History, Image, Reference};
+use crate::plan::{self, ContextId, ImageNeed, ImageSource, Plan, StageGraph};
 use crate::progress::{BuildEvent, Progress};
 use crate::registry::{self, BlobContent, Client, Resolved};
 use crate::sandbox::{self, Cancel, World};
@@ -31,14 +31,8 @@ pub struct BuildRequest {
     pub push: bool,
     /// Files that are written.
     pub outputs: Vec<Output>,
-    /// `--build-arg`: values by name.
-    pub build_args: BTreeMap<String, String>,
-    /// `--target`: the stage to build; absent: the last.
-    pub target: Option<String>,
-    /// `--platform`.
-    pub platform: Platform,
-    /// `--no-cache`: no step is looked up in the cache.
-    pub no_cache: bool,
+    /// What the Dockerfile is planned with: arguments, target, platform, labels, …
+    pub plan: plan::Settings,
     /// `SOURCE_DATE_EPOCH`, in seconds since 1970 UTC.
     pub epoch: Option<i64>,
     /// How registries are reached.
@@ -118,13 +112,8 @@ async fn run(
         std::io::stdin(),
     )?;
     let dockerfile = dockerfile::parse(&source.name, &source.text)?;
-    let settings = plan::Settings {
-        build_args: request.build_args.clone(),
-        target: request.target.clone(),
-        platform: request.platform.clone(),
-        build_platform: Platform::host(),
-    };
-    let graph = plan::graph(&dockerfile, &settings)?;
+    let settings = request.plan.clone();
+    let graph = plan::graph(&dockerfile, &settings, &|_| None)?;
     let epoch = epoch(request)?;
     let rules = IgnoreRules::parse(&source.ignore)?;
     let context = Arc::new(BuildContext::directory(&request.context, rules)?);
@@ -132,7 +121,7 @@ async fn run(
     let client = Client::new(request.registry.clone())?;
 
     let resolving = Instant::now();
-    let images = try_join_all(graph.images.iter().map(|need| resolve(&client, need))).await?;
+    let (graph, images) = resolve_all(&client, &dockerfile, &settings, graph).await?;
     timings.add("resolve", resolving.elapsed());
 
     let configs: Vec<_> = images.iter().map(|image| image.config.clone()).collect();
@@ -154,13 +143,12 @@ async fn run(
         client: client.clone(),
         progress: Arc::clone(progress),
         cancel: cancel.clone(),
-        context,
+        contexts: [(ContextId::MAIN, context)].into(),
         images,
         sandbox: request.sandbox,
         world,
-        platform: request.platform.clone(),
+        platform: request.plan.platform.clone(),
         epoch,
-        use_cache: !request.no_cache,
         push: push.clone(),
     };
     let built = build::build(&plan, settings, Arc::clone(timings)).await?;
@@ -203,14 +191,52 @@ async fn run(
     })
 }
 
+/// Resolves the images that `graph` needs. Their triggers may need more.
+async fn resolve_all(
+    client: &Client,
+    dockerfile: &Dockerfile,
+    settings: &plan::Settings,
+    mut graph: StageGraph,
+) -> anyhow::Result<(StageGraph, Vec<Resolved>)> {
+    let mut known: Vec<(ImageNeed, Resolved)> = Vec::new();
+    loop {
+        let is_known = |need: &ImageNeed| known.iter().any(|(known, _)| known.is_same(need));
+        let missing: Vec<ImageNeed> = graph
+            .images
+            .iter()
+            .filter(|n| !is_known(n))
+            .cloned()
+            .collect();
+        if missing.is_empty() {
+            break;
+        }
+        let resolved = try_join_all(missing.iter().map(|need| resolve(client, need))).await?;
+        known.extend(missing.into_iter().zip(resolved));
+        let config = |need: &ImageNeed| {
+            let known = known.iter().find(|(known, _)| known.is_same(need));
+            known.map(|(_, resolved)| resolved.config.clone())
+        };
+        graph = plan::graph(dockerfile, settings, &config)?;
+    }
+    let find = |need: &ImageNeed| {
+        let known = known.iter().find(|(known, _)| known.is_same(need));
+        known.map(|(_, resolved)| resolved.clone())
+    };
+    let images = graph.images.iter().filter_map(find).collect();
+    Ok((graph, images))
+}
+
 async fn resolve(client: &Client, need: &ImageNeed) -> anyhow::Result<Resolved> {
+    let ImageSource::Registry(reference) = &need.source else {
+        anyhow::bail!("{}: OCI layouts are not supported yet", need.place);
+    };
     client
-        .resolve(&need.reference, &need.platform)
+        .resolve(reference, &need.platform)
         .await
         .with_context(|| {
             format!(
-                "{}: resolving {} for {}",
-                need.place, need.reference, need.platform
+                "{}: resolving {reference} for {}",
+                need.place, need.platform
             )
         })
 }
@@ -218,6 +244,7 @@ async fn resolve(client: &Client, need: &ImageNeed) -> anyhow::Result<Resolved> 
 /// `SOURCE_DATE_EPOCH`: the build argument, else the environment's.
 fn epoch(request: &BuildRequest) -> anyhow::Result<Option<i64>> {
     match request
+        .plan
         .build_args
         .get(EPOCH_ARG)
         .filter(|text| !text.is_empty())

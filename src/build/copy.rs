@@ -24,7 +24,7 @@ use super::unpack::{self, UnpackError};
 use crate::context::glob::Pattern;
 use crate::image::{Digest, Hasher};
 use crate::io::HashingReader;
-use crate::plan::CopyDefinition;
+use crate::plan::{Chmod, CopyDefinition, CopySource};
 use crate::rootfs::{Change, Data, FileContent, FileSource, Metadata, Node, Stack, Time};
 
 /// A filesystem that COPY reads: a build context, or the layers of a stage or an image.
@@ -113,6 +113,9 @@ pub(super) enum CopyError {
         reason: String,
     },
     /// A socket or something unknown.
+    #[error("{0} is not supported yet")]
+    Unsupported(String),
+    /// A socket or something unknown.
     #[error("{0:?} is neither file, directory, link, pipe nor device")]
     Type(PathBuf),
 }
@@ -143,6 +146,19 @@ pub(super) fn select(
 ) -> Result<Selection, CopyError> {
     let mut items = Vec::new();
     for source in &definition.sources {
+        let source = match source {
+            CopySource::Path(path) => path,
+            CopySource::Inline { name, content } => {
+                items.push(Item::Inline {
+                    name: name.clone(),
+                    content: content.clone(),
+                });
+                continue;
+            }
+            CopySource::Url { .. } | CopySource::Git { .. } => {
+                return Err(CopyError::Unsupported(format!("{source:?}")));
+            }
+        };
         let read_error = |source_error| CopyError::Read {
             path: source.into(),
             place,
@@ -182,12 +198,6 @@ pub(super) fn select(
                 });
             }
         }
-    }
-    for (name, content) in &definition.inline {
-        items.push(Item::Inline {
-            name: name.clone(),
-            content: content.clone(),
-        });
     }
     Ok(Selection { tree, place, items })
 }
@@ -436,7 +446,7 @@ pub(super) fn place(
 ) -> Result<Vec<Change>, CopyError> {
     let new_directory = NewDirectory {
         owner: owner.unwrap_or_default(),
-        mode: definition.chmod.unwrap_or(0o755),
+        mode: octal(definition).unwrap_or(0o755),
         mtime: own_time(epoch),
     };
     let mut placing = Placing {
@@ -448,7 +458,7 @@ pub(super) fn place(
         } else {
             Some(owner.unwrap_or_default())
         },
-        mode: definition.chmod,
+        mode: octal(definition),
         epoch,
     };
     let destination = Path::new(&definition.destination);
@@ -496,6 +506,14 @@ pub(super) fn place(
         }
     }
     Ok(placing.additions.into_changes())
+}
+
+/// `--chmod` as a mode.
+fn octal(definition: &CopyDefinition) -> Option<u32> {
+    match definition.chmod {
+        Some(Chmod::Mode(mode)) => Some(mode),
+        _ => None,
+    }
 }
 
 struct Placing<'s> {

@@ -28,7 +28,7 @@ use tokio::task::JoinSet;
 
 use crate::context::BuildContext;
 use crate::image::{ImageLayer, Platform, Reference, Repository};
-use crate::plan::{Operation, Plan, StepId};
+use crate::plan::{ContextId, Plan, StepId};
 use crate::progress::{BuildEvent, Progress, millis};
 use crate::registry::{Client, RegistryError, Resolved};
 use crate::sandbox::{self, Cancel, Sandbox, SandboxError, UsernsError, World};
@@ -63,8 +63,8 @@ pub struct Settings {
     pub progress: Arc<dyn Progress>,
     /// Ends the build when set.
     pub cancel: Cancel,
-    /// What COPY and ADD see.
-    pub context: Arc<BuildContext>,
+    /// What COPY, ADD and mounts see, by [`ContextId`]; absent are those that no step reads.
+    pub contexts: BTreeMap<ContextId, Arc<BuildContext>>,
     /// The base images, by [`crate::plan::ImageId`].
     pub images: Vec<Resolved>,
     /// Which sandbox runs the steps.
@@ -75,8 +75,6 @@ pub struct Settings {
     pub platform: Platform,
     /// Clamps times; seconds since 1970 UTC.
     pub epoch: Option<i64>,
-    /// Whether steps are looked up in the cache.
-    pub use_cache: bool,
     /// Whether the blobs of base images are kept when they are unpacked, because an
     /// output needs the bytes.
     pub keep_blobs: bool,
@@ -103,14 +101,13 @@ pub(crate) struct Engine {
     client: Client,
     progress: Arc<dyn Progress>,
     cancel: Cancel,
-    context: Arc<BuildContext>,
+    contexts: BTreeMap<ContextId, Arc<BuildContext>>,
     images: Vec<Resolved>,
     sandbox_choice: sandbox::Choice,
     world: World,
     sandbox: OnceLock<Result<Box<dyn Sandbox>, Arc<SandboxError>>>,
     platform: Platform,
     epoch: Option<i64>,
-    use_cache: bool,
     keep_blobs: bool,
     unpacking: Semaphore,
     timings: Arc<Timings>,
@@ -165,11 +162,15 @@ pub async fn build(
     let mut tasks = JoinSet::new();
     for (index, step) in plan.steps.iter().enumerate() {
         let parent = step.parent.map(|id| futures[id.0].clone());
-        let source = match &step.operation {
-            Operation::Copy(copy) => copy.source_step.map(|id| futures[id.0].clone()),
-            _ => None,
-        };
-        let task = step::perform(Arc::clone(&engine), index + 1, step.clone(), parent, source);
+        let sources = step.sources().iter().map(|id| futures[id.0].clone());
+        let sources = sources.collect();
+        let task = step::perform(
+            Arc::clone(&engine),
+            index + 1,
+            step.clone(),
+            parent,
+            sources,
+        );
         let future = task.map(|result| result.map_err(Arc::new)).boxed().shared();
         futures.push(future.clone());
         tasks.spawn(future);
@@ -275,14 +276,13 @@ impl Engine {
             client: settings.client,
             progress: settings.progress,
             cancel: settings.cancel,
-            context: settings.context,
+            contexts: settings.contexts,
             images: settings.images,
             sandbox_choice: settings.sandbox,
             world: settings.world,
             sandbox: OnceLock::new(),
             platform: settings.platform,
             epoch: settings.epoch,
-            use_cache: settings.use_cache,
             keep_blobs: settings.keep_blobs,
             unpacking: Semaphore::new(PARALLEL_UNPACKS),
             timings,
@@ -307,6 +307,12 @@ impl Engine {
         } else {
             records.shutdown().await;
         }
+    }
+
+    /// A build context.
+    fn context(&self, id: ContextId) -> anyhow::Result<Arc<BuildContext>> {
+        let context = self.contexts.get(&id).cloned();
+        context.with_context(|| format!("the build context {} was not opened", id.0))
     }
 
     /// The sandbox, chosen when the first step needs it. Blocking.

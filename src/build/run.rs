@@ -16,9 +16,6 @@ use crate::progress::{BuildEvent, Stream};
 use crate::rootfs::{MountPoint, Rootfs, Stack, Tree};
 use crate::sandbox::{self, Outcome, Process};
 
-/// The host name that steps see, as in BuildKit.
-const HOSTNAME: &str = "buildkitsandbox";
-
 /// Runs `run` on top of `below` and returns the tree of what it changed. Blocking.
 pub(super) fn run(
     engine: &Arc<Engine>,
@@ -26,6 +23,7 @@ pub(super) fn run(
     step: usize,
     below: &Stack,
 ) -> anyhow::Result<Arc<Tree>> {
+    anyhow::ensure!(run.mounts.is_empty(), "RUN --mount is not supported yet");
     let sandbox = engine.sandbox()?;
     let accounts = Accounts::read(below).context("reading the image's accounts")?;
     let account = accounts
@@ -48,8 +46,9 @@ pub(super) fn run(
         network: match run.network {
             Network::Default => sandbox::Network::Private,
             Network::None => sandbox::Network::None,
+            Network::Host => anyhow::bail!("RUN --network=host is not supported yet"),
         },
-        hostname: HOSTNAME.to_owned(),
+        hostname: run.hostname.clone(),
         extra_hosts: Vec::new(),
     };
     make_cwd(rootfs.path(), &process.cwd)?;

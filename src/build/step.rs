@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::Context as _;
+use futures_util::future::{try_join, try_join_all};
 
 use super::additions::{Additions, NewDirectory, own_time};
 use super::cache::{self, Definition, Inputs, Record};
@@ -21,7 +22,7 @@ pub(super) async fn perform(
     number: usize,
     step: Step,
     parent: Option<StepFuture>,
-    source: Option<StepFuture>,
+    sources: Vec<StepFuture>,
 ) -> anyhow::Result<Filesystem> {
     let wait = |future: Option<StepFuture>| async move {
         match future {
@@ -29,10 +30,11 @@ pub(super) async fn perform(
             None => Ok(Filesystem::default()),
         }
     };
-    let (parent, source) = futures_util::future::try_join(wait(parent), wait(source)).await?;
+    let sources = try_join_all(sources.into_iter().map(|source| wait(Some(source))));
+    let (parent, sources) = try_join(wait(parent), sources).await?;
     engine.check_cancelled()?;
     let started = Instant::now();
-    let result = dispatch(&engine, number, &step, &parent, &source).await;
+    let result = dispatch(&engine, number, &step, &parent, &sources).await;
     let duration_ms = millis(started.elapsed());
     match result {
         Ok((filesystem, cached)) => {
@@ -63,7 +65,7 @@ async fn dispatch(
     number: usize,
     step: &Step,
     parent: &Filesystem,
-    source: &Filesystem,
+    sources: &[Filesystem],
 ) -> anyhow::Result<(Filesystem, bool)> {
     let started = || {
         engine.progress.event(BuildEvent::StepStarted {
@@ -113,7 +115,11 @@ async fn dispatch(
                 .or_make(engine, parent, || make_directory(engine, directory, parent))
                 .await
         }
-        Operation::Copy(copy) => copy_step(engine, number, step, copy, parent, source).await,
+        Operation::Copy(copy) => {
+            let nothing = Filesystem::default();
+            let source = sources.first().unwrap_or(&nothing);
+            copy_step(engine, number, step, copy, parent, source).await
+        }
     }
 }
 
@@ -147,7 +153,7 @@ impl Cached {
             snapshot: None,
             record: None,
         };
-        if engine.use_cache && cache::has_definition(&engine.store, &cached.definition) {
+        if step.use_cache && cache::has_definition(&engine.store, &cached.definition) {
             let inputs = cached.inputs(parent).await?;
             cached.record = inputs
                 .iter()
@@ -326,12 +332,12 @@ async fn copy_step(
         });
     };
     let source_chain = match copy.from {
-        CopyFrom::Context => None,
+        CopyFrom::Context(_) => None,
         CopyFrom::Step => source.chain().await.map_err(|error| unshare(&error))?,
     };
     // Where the source's layers are those of last time, nothing needs to be read.
     if let Some(source_chain) = &source_chain
-        && engine.use_cache
+        && step.use_cache
         && cache::has_definition(&engine.store, &definition)
     {
         let parent_chain = parent.chain().await.map_err(|error| unshare(&error))?;
@@ -347,8 +353,8 @@ async fn copy_step(
     }
     started();
     let (tree, place): (Arc<dyn copy::SourceTree>, _) = match copy.from {
-        CopyFrom::Context => (
-            Arc::new(context_tree::ContextTree(Arc::clone(&engine.context))),
+        CopyFrom::Context(context) => (
+            Arc::new(context_tree::ContextTree(engine.context(context)?)),
             "the build context",
         ),
         CopyFrom::Step => {
@@ -363,7 +369,7 @@ async fn copy_step(
     let (selection, snapshot, content) = engine
         .blocking(move || {
             let selection = copy::select(&what, tree, place)?;
-            let snapshot = (copy_from == CopyFrom::Context).then(|| selection.snapshot());
+            let snapshot = matches!(copy_from, CopyFrom::Context(_)).then(|| selection.snapshot());
             let content = selection.content_digest(what.keep_owner)?;
             Ok((selection, snapshot, content))
         })

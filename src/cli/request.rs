@@ -13,6 +13,7 @@ use super::output::{OutputError, Wanted};
 use super::unsupported::UnsupportedFlag;
 use crate::image::{Platform, PlatformError, Reference, ReferenceError};
 use crate::pipeline::{BuildRequest, Output};
+use crate::plan::{self, NoCache};
 use crate::secret::RedactedUrl;
 
 /// The last second of the year 9999, beyond which RFC 3339 cannot write a time.
@@ -253,10 +254,16 @@ impl BuildSettings {
             tags: parse_tags(&tags)?,
             push,
             outputs,
-            build_args,
-            target: args.target.filter(|target| !target.is_empty()),
-            platform: platform(&args.platforms, machine)?,
-            no_cache: args.no_cache,
+            plan: plan::Settings {
+                build_args,
+                target: args.target.filter(|target| !target.is_empty()),
+                no_cache: if args.no_cache {
+                    NoCache::Everything
+                } else {
+                    NoCache::Nothing
+                },
+                ..plan::Settings::new(platform(&args.platforms, machine)?, Platform::host())
+            },
             epoch,
             registry: super::registry::options(
                 &args.registry_mirrors,
@@ -475,10 +482,10 @@ pub(super) mod tests {
         assert_eq!(request.context, Path::new("dir"));
         assert_eq!(request.dockerfile, None);
         assert_eq!(request.tags, []);
-        assert!(!request.push && !request.no_cache);
+        assert!(!request.push && request.plan.no_cache == NoCache::Nothing);
         assert_eq!(request.outputs, []);
-        assert_eq!(request.build_args, BTreeMap::new());
-        assert_eq!(request.platform, Platform::host());
+        assert_eq!(request.plan.build_args, BTreeMap::new());
+        assert_eq!(request.plan.platform, Platform::host());
         assert_eq!(request.epoch, None);
         assert_eq!(request.sandbox, Choice::Auto);
         assert_eq!(request.root, Path::new("/home/u/.local/share/sockless"));
@@ -535,7 +542,7 @@ pub(super) mod tests {
         let settings = convert(&args, &[("B", "from env")]).unwrap();
         let expected = [("A", "3"), ("B", "from env"), ("D", "")]
             .map(|(name, value)| (name.to_owned(), value.to_owned()));
-        assert_eq!(settings.request.build_args, BTreeMap::from(expected));
+        assert_eq!(settings.request.plan.build_args, BTreeMap::from(expected));
         check_error(
             &["--build-arg", "=x", "."],
             &[],
@@ -548,7 +555,7 @@ pub(super) mod tests {
         let env = [("SOURCE_DATE_EPOCH", "1")];
         let settings = convert(&["."], &env).unwrap();
         assert_eq!(settings.request.epoch, Some(1));
-        assert_eq!(settings.request.build_args[EPOCH], "1");
+        assert_eq!(settings.request.plan.build_args[EPOCH], "1");
         let settings = convert(&["--build-arg", "SOURCE_DATE_EPOCH=2", "."], &env).unwrap();
         assert_eq!(settings.request.epoch, Some(2));
         assert_eq!(convert(&["."], &[(EPOCH, "")]).unwrap().request.epoch, None);
@@ -624,7 +631,12 @@ pub(super) mod tests {
     fn platforms_and_words_of_the_environment_are_checked() {
         let platform = |args: &[&str]| {
             let env = [("DOCKER_DEFAULT_PLATFORM", "linux/s390x")];
-            convert(args, &env).unwrap().request.platform.to_string()
+            convert(args, &env)
+                .unwrap()
+                .request
+                .plan
+                .platform
+                .to_string()
         };
         assert_eq!(platform(&["."]), "linux/s390x");
         assert_eq!(

@@ -2,10 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use super::{ImageId, Settings, support};
+use super::{ContextId, ImageId, NamedContextKind, Settings, support};
 use crate::dockerfile::expand::{Environment, expand_word};
-use crate::dockerfile::{Dockerfile, DockerfileError, InstructionKind, Problem, Span, Stage, Word};
-use crate::image::{Platform, Reference};
+use crate::dockerfile::{
+    self, Dockerfile, DockerfileError, Instruction, InstructionKind, Problem, Span, Stage, Word,
+};
+use crate::image::{ImageConfig, Platform, Reference};
 
 /// The stages that the target needs, and the images that those need.
 #[derive(Clone, Debug)]
@@ -29,8 +31,20 @@ pub struct StageNode {
     pub base: Base,
     /// Its platform.
     pub platform: Platform,
-    /// For each `COPY --from` of it, by the index of the instruction: what it reads.
-    pub copies: BTreeMap<usize, Base>,
+    /// What it does, the triggers of its base first. Nothing where a named context stands
+    /// in for it.
+    pub instructions: Vec<StageInstruction>,
+}
+
+/// An instruction of a stage.
+#[derive(Clone, Debug)]
+pub struct StageInstruction {
+    /// The instruction.
+    pub instruction: Instruction,
+    /// The text of the `ONBUILD` that it comes from, where it stands in no line of the stage.
+    pub trigger: Option<String>,
+    /// What it reads: of `COPY` its `--from`; of `RUN` the `from` of each mount.
+    pub reads: Vec<Option<Base>>,
 }
 
 /// Something that has a filesystem.
@@ -42,26 +56,51 @@ pub enum Base {
     Stage(usize),
     /// An image.
     Image(ImageId),
+    /// A named context.
+    Context(ContextId),
 }
 
 /// An image that is needed, once for each platform.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ImageNeed {
-    /// Its name.
-    pub reference: Reference,
+    /// Where it is.
+    pub source: ImageSource,
     /// The platform wanted.
     pub platform: Platform,
     /// `file:line:column` of the first place that names it.
     pub place: String,
 }
 
+impl ImageNeed {
+    /// Whether it is the same image, wherever that was named.
+    pub fn is_same(&self, other: &Self) -> bool {
+        self.source == other.source && self.platform == other.platform
+    }
+}
+
+/// Where an image is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ImageSource {
+    /// At a registry.
+    Registry(Reference),
+    /// In the OCI layout that is this named context.
+    Layout(ContextId),
+}
+
 /// Says what building `settings.target` of `dockerfile` needs.
+///
+/// `known` gives the configs of images that are resolved already. An image's triggers
+/// may name more images: ask again until none is missing.
 ///
 /// # Errors
 /// [`DockerfileError`] with everything that is wrong with the needed stages as far as
 /// the text alone shows it: unknown stages, cycles, references that are none, and
-/// constructs that this version does not support.
-pub fn graph(dockerfile: &Dockerfile, settings: &Settings) -> Result<StageGraph, DockerfileError> {
+/// what the settings do not allow.
+pub fn graph(
+    dockerfile: &Dockerfile,
+    settings: &Settings,
+    known: &dyn Fn(&ImageNeed) -> Option<ImageConfig>,
+) -> Result<StageGraph, DockerfileError> {
     let mut builder = Builder::new(dockerfile, settings)?;
     let target = builder.target()?;
     let mut pending = vec![target];
@@ -70,16 +109,15 @@ pub fn graph(dockerfile: &Dockerfile, settings: &Settings) -> Result<StageGraph,
         if nodes.contains_key(&index) {
             continue;
         }
-        let node = builder.stage(index);
-        pending.extend(
-            node.copies
-                .values()
-                .chain([&node.base])
-                .filter_map(|base| match base {
-                    Base::Stage(index) => Some(*index),
-                    Base::Scratch | Base::Image(_) => None,
-                }),
-        );
+        let node = builder.stage(index, known);
+        let reads = node
+            .instructions
+            .iter()
+            .flat_map(|i| i.reads.iter().flatten());
+        pending.extend(reads.chain([&node.base]).filter_map(|base| match base {
+            Base::Stage(index) => Some(*index),
+            Base::Scratch | Base::Image(_) | Base::Context(_) => None,
+        }));
         nodes.insert(index, node);
     }
     builder.finish(StageGraph {
@@ -226,25 +264,111 @@ impl<'a> Builder<'a> {
         })
     }
 
-    fn stage(&mut self, index: usize) -> StageNode {
+    fn stage(
+        &mut self,
+        index: usize,
+        known: &dyn Fn(&ImageNeed) -> Option<ImageConfig>,
+    ) -> StageNode {
         let stage = &self.dockerfile.stages[index];
-        self.problems.extend(support::unsupported(stage));
         let platform = self.platform(stage);
+        let name = stage.name.as_ref().map(|name| name.raw.as_str());
+        if let Some(context) = name.and_then(|name| self.context_named(name, &platform)) {
+            let span = stage.name.as_ref().map_or(stage.span, |name| name.span);
+            return StageNode {
+                index,
+                base: self.context(context, span, &platform),
+                platform,
+                instructions: Vec::new(),
+            };
+        }
         let base = self.base(index, stage, &platform);
-        let mut copies = BTreeMap::new();
-        for (at, instruction) in stage.instructions.iter().enumerate() {
-            if let InstructionKind::Copy(copy) = &instruction.kind
-                && let Some(from) = &copy.from
-                && let Some(base) = self.copy_from(index, from, &platform)
-            {
-                copies.insert(at, base);
+        let mut instructions = Vec::new();
+        for expression in self.triggers(base, known) {
+            match dockerfile::parse_trigger(&expression) {
+                Ok(instruction) => {
+                    let reads = self.reads(index, &instruction, &platform, Some(stage.base.span));
+                    instructions.push(StageInstruction {
+                        instruction,
+                        trigger: Some(expression),
+                        reads,
+                    });
+                }
+                Err(error) => {
+                    let messages: Vec<String> =
+                        error.problems.into_iter().map(|p| p.message).collect();
+                    let message = messages.join("; ");
+                    self.problems
+                        .push(trigger_problem(stage.base.span, &expression, &message));
+                }
             }
+        }
+        for instruction in &stage.instructions {
+            instructions.push(StageInstruction {
+                reads: self.reads(index, instruction, &platform, None),
+                instruction: instruction.clone(),
+                trigger: None,
+            });
         }
         StageNode {
             index,
             base,
             platform,
-            copies,
+            instructions,
+        }
+    }
+
+    /// The `ONBUILD` expressions that a stage on top of `base` executes.
+    fn triggers(
+        &self,
+        base: Base,
+        known: &dyn Fn(&ImageNeed) -> Option<ImageConfig>,
+    ) -> Vec<String> {
+        match base {
+            Base::Scratch | Base::Context(_) => Vec::new(),
+            Base::Image(image) => known(&self.images[image.0])
+                .and_then(|config| config.config.on_build)
+                .unwrap_or_default(),
+            Base::Stage(base) => {
+                let instructions = self.dockerfile.stages[base].instructions.iter();
+                let expressions = instructions.filter_map(|i| match &i.kind {
+                    InstructionKind::Onbuild { expression, .. } => Some(expression.clone()),
+                    _ => None,
+                });
+                expressions.collect()
+            }
+        }
+    }
+
+    /// What an instruction reads. `from` is where problems point for one that stands in no
+    /// line of the file.
+    fn reads(
+        &mut self,
+        stage: usize,
+        instruction: &Instruction,
+        platform: &Platform,
+        from: Option<Span>,
+    ) -> Vec<Option<Base>> {
+        let problems = support::refused(instruction, &self.settings.allowed);
+        self.problems
+            .extend(problems.into_iter().map(|problem| match from {
+                Some(span) => trigger_problem(span, &instruction.original, &problem.message),
+                None => problem,
+            }));
+        match &instruction.kind {
+            InstructionKind::Copy(copy) => vec![copy.from.as_ref().and_then(|word| {
+                let span = from.unwrap_or(word.span);
+                self.copy_from(stage, word.raw.trim_matches(['"', '\'']), span, platform)
+            })],
+            InstructionKind::Run(run) => {
+                let mounts = run.mounts.iter();
+                mounts
+                    .map(|word| {
+                        let name = mount_from(&word.raw)?;
+                        self.read_from(stage, &name, from.unwrap_or(word.span), platform)
+                    })
+                    .collect()
+            }
+            _ => Vec::new(),
         }
     }
 
@@ -282,7 +406,7 @@ impl<'a> Builder<'a> {
         if name == "scratch" {
             return Base::Scratch;
         }
-        self.image(&name, stage.base.span, platform)
+        self.outside(&name, stage.base.span, platform)
     }
 
     /// The last stage before `before` that has the name, which is lower case.
@@ -291,72 +415,148 @@ impl<'a> Builder<'a> {
         self.dockerfile.stages[..before].iter().rposition(named)
     }
 
-    fn copy_from(&mut self, index: usize, from: &Word, platform: &Platform) -> Option<Base> {
-        let name = from.raw.trim_matches(['"', '\'']);
+    /// What `--from` of a `COPY` names: as [`Builder::read_from`], or a stage by its number.
+    fn copy_from(
+        &mut self,
+        stage: usize,
+        name: &str,
+        span: Span,
+        platform: &Platform,
+    ) -> Option<Base> {
         if name.contains('$') {
             self.problems.push(
-                Problem::new(from.span, "variables are not expanded in --from")
+                Problem::new(span, "variables are not expanded in --from")
                     .with_hint("name a stage (\"FROM $IMAGE AS source\") and copy from that"),
             );
             return None;
         }
+        let Ok(number) = name.parse::<usize>() else {
+            return self.read_from(stage, name, span, platform);
+        };
+        if number < stage {
+            return Some(Base::Stage(number));
+        }
+        self.problems.push(Problem::new(
+            span,
+            format!("invalid stage index {number}: this is stage {stage}, counted from 0"),
+        ));
+        None
+    }
+
+    /// A stage, a named context or an image.
+    fn read_from(
+        &mut self,
+        stage: usize,
+        name: &str,
+        span: Span,
+        platform: &Platform,
+    ) -> Option<Base> {
         // The last of several stages with one name is meant, even where it comes too late.
         match self.stage_named(&name.to_ascii_lowercase(), self.dockerfile.stages.len()) {
-            Some(stage) if stage < index => return Some(Base::Stage(stage)),
-            Some(stage) => {
-                let what = if stage == index {
+            Some(found) if found < stage => return Some(Base::Stage(found)),
+            Some(found) => {
+                let what = if found == stage {
                     "this stage itself"
                 } else {
                     "a later stage"
                 };
                 self.problems.push(
                     Problem::new(
-                        from.span,
+                        span,
                         format!("cannot copy from stage {name:?}: it is {what}"),
                     )
-                    .with_hint("a stage can copy only from stages before it"),
+                    .with_hint("a stage can read only from stages before it"),
                 );
                 return None;
             }
             None => {}
         }
-        if let Ok(number) = name.parse::<usize>() {
-            if number < index {
-                return Some(Base::Stage(number));
-            }
-            self.problems.push(Problem::new(
-                from.span,
-                format!("invalid stage index {number}: this is stage {index}, counted from 0"),
-            ));
-            return None;
-        }
         if name == "scratch" {
             return Some(Base::Scratch);
         }
-        Some(self.image(name, from.span, platform))
+        Some(self.outside(name, span, platform))
     }
 
-    fn image(&mut self, name: &str, span: Span, platform: &Platform) -> Base {
-        let reference = match Reference::parse(name) {
-            Ok(reference) => reference,
+    /// A named context, else an image.
+    fn outside(&mut self, name: &str, span: Span, platform: &Platform) -> Base {
+        if let Some(context) = self.context_named(name, platform) {
+            return self.context(context, span, platform);
+        }
+        match Reference::parse(name) {
+            Ok(reference) => self.image(ImageSource::Registry(reference), span, platform),
             Err(error) => {
                 self.problems.push(Problem::new(span, error.to_string()));
-                return Base::Scratch;
+                Base::Scratch
             }
+        }
+    }
+
+    /// The named context that stands in for a stage or an image of this name.
+    ///
+    /// Names are compared as names of images, so that `docker.io/library/alpine:latest` and
+    /// `alpine` are one; a name may be for one platform only (`alpine::linux/arm64`).
+    fn context_named(&self, name: &str, platform: &Platform) -> Option<ContextId> {
+        if name.eq_ignore_ascii_case("scratch") || name.eq_ignore_ascii_case("context") {
+            return None;
+        }
+        let normal = |name: &str| Reference::parse(name).map_or(name.to_owned(), |r| r.to_string());
+        let wanted = normal(name);
+        let find = |platform: Option<&Platform>| {
+            self.settings.contexts.iter().rposition(|context| {
+                let (name, of) = match context.name.split_once("::") {
+                    Some((name, of)) => (name, Platform::parse(of).ok()),
+                    None => (context.name.as_str(), None),
+                };
+                of.as_ref() == platform && normal(name) == wanted
+            })
         };
+        let found = find(Some(platform)).or_else(|| find(None));
+        found.map(|index| ContextId(index + 1))
+    }
+
+    fn context(&mut self, context: ContextId, span: Span, platform: &Platform) -> Base {
+        match &self.settings.contexts[context.0 - 1].kind {
+            NamedContextKind::Scratch => Base::Scratch,
+            NamedContextKind::Files => Base::Context(context),
+            NamedContextKind::Layout => self.image(ImageSource::Layout(context), span, platform),
+            NamedContextKind::Image(reference) => {
+                self.image(ImageSource::Registry(reference.clone()), span, platform)
+            }
+        }
+    }
+
+    fn image(&mut self, source: ImageSource, span: Span, platform: &Platform) -> Base {
         let known = self
             .images
             .iter()
-            .position(|i| i.reference == reference && i.platform == *platform);
+            .position(|i| i.source == source && i.platform == *platform);
         Base::Image(ImageId(known.unwrap_or_else(|| {
             self.images.push(ImageNeed {
-                reference,
+                source,
                 platform: platform.clone(),
-                place: crate::dockerfile::place(&self.dockerfile.name, &self.dockerfile.text, span),
+                place: dockerfile::place(&self.dockerfile.name, &self.dockerfile.text, span),
             });
             self.images.len() - 1
         })))
     }
+}
+
+/// The `from` of a mount, which has no variables. Whatever else is wrong with the mount is
+/// said when it is lowered.
+fn mount_from(mount: &str) -> Option<String> {
+    let fields = dockerfile::comma_fields(mount).ok()?;
+    fields.iter().rev().find_map(|field| {
+        let (key, value) = field.split_once('=')?;
+        (key.eq_ignore_ascii_case("from") && !value.is_empty()).then(|| value.to_owned())
+    })
+}
+
+/// A problem of a trigger, which points at the `FROM` that brought it.
+pub(super) fn trigger_problem(from: Span, expression: &str, message: &str) -> Problem {
+    Problem::new(
+        from,
+        format!("ONBUILD {expression:?} of the base image: {message}"),
+    )
 }
 
 /// Joins problems of `dockerfile` into its error, in the order of their places.

@@ -5,22 +5,24 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
-use super::graph::{Base, StageNode, error, platform_args};
+use super::graph::{Base, StageNode, error, platform_args, trigger_problem};
+use super::mounts;
 use super::state::State;
 use super::text::{
     absolute, copy_destination, healthcheck_text, is_only_heredoc, is_signal, joined, parse_mode,
     parse_ports, quoted, without_tabs,
 };
 use super::{
-    Copy, CopyDefinition, CopyFrom, ImageId, MakeDirectory, Network, Operation, Plan, Run,
-    Settings, StageGraph, Step, StepId, support,
+    ContextId, Copy, CopyDefinition, CopyFrom, CopySource, Device, ImageId, ImageSource,
+    MakeDirectory, Mount, MountFrom, MountKind, Network, NoCache, Operation, Plan, Run, Security,
+    Settings, StageGraph, Step, StepId,
 };
 use crate::dockerfile::expand::{expand_text, expand_word, expand_words};
 use crate::dockerfile::{
     self, ArgDeclaration, CommandLine, Dockerfile, DockerfileError, Healthcheck, Instruction,
     InstructionKind, KeyValue, Problem, Span, Word,
 };
-use crate::image::{Empty, Healthcheck as ImageHealthcheck, ImageConfig};
+use crate::image::{Digest, Empty, Healthcheck as ImageHealthcheck, ImageConfig};
 
 /// Proxy settings that `RUN` gets from `--build-arg` without an `ARG`.
 ///
@@ -36,6 +38,27 @@ const PROXY_ARGS: [&str; 10] = [
     "no_proxy",
     "ALL_PROXY",
     "all_proxy",
+];
+
+/// The host name that steps see, as in BuildKit.
+const HOSTNAME: &str = "buildkitsandbox";
+
+/// Where the scripts of here-documents are while they run, as in BuildKit.
+const SCRIPTS: &str = "/dev/pipes";
+
+/// Build arguments that say how to build, whether an `ARG` takes them or not.
+///
+/// <https://docs.docker.com/reference/dockerfile/#buildkit-built-in-build-args>
+const SPECIAL_ARGS: [&str; 9] = [
+    "BUILDKIT_BUILD_NAME",
+    "BUILDKIT_CACHE_MOUNT_NS",
+    "BUILDKIT_CONTEXT_KEEP_GIT_DIR",
+    "BUILDKIT_DOCKERFILE_CHECK",
+    "BUILDKIT_INLINE_CACHE",
+    "BUILDKIT_MULTI_PLATFORM",
+    "BUILDKIT_SANDBOX_HOSTNAME",
+    "BUILDKIT_SYNTAX",
+    "SOURCE_DATE_EPOCH",
 ];
 
 /// Turns the needed stages of `dockerfile` into steps and the image's config.
@@ -58,6 +81,7 @@ pub fn lower(
         images,
         steps: Vec::new(),
         image_steps: BTreeMap::new(),
+        context_steps: BTreeMap::new(),
         states: BTreeMap::new(),
         problems: Vec::new(),
         warnings: Vec::new(),
@@ -77,6 +101,7 @@ pub fn lower(
     let mut config = state.image;
     // The image is for what was asked for, whatever its base says of itself.
     config.platform = settings.platform.clone();
+    config.config.labels.extend(settings.labels.clone());
     Ok(Plan {
         steps: lowering.steps,
         result: state.step,
@@ -93,6 +118,7 @@ struct Lowering<'a> {
     images: &'a [ImageConfig],
     steps: Vec<Step>,
     image_steps: BTreeMap<ImageId, StepId>,
+    context_steps: BTreeMap<ContextId, StepId>,
     states: BTreeMap<usize, State>,
     problems: Vec<Problem>,
     warnings: Vec<String>,
@@ -106,6 +132,8 @@ struct Current<'a> {
     steps: Vec<(StepId, String)>,
     /// Where a problem points for instructions that are not in the file: triggers.
     trigger_of: Option<Span>,
+    /// Whether steps may be looked up in the cache.
+    use_cache: bool,
 }
 
 type Lowered = Result<(), Problem>;
@@ -125,28 +153,103 @@ impl<'a> Lowering<'a> {
                 let step = self.image_step(image, stage.base.span);
                 State::from_image(self.images[image.0].clone(), Some(step))
             }
+            Base::Context(context) => {
+                let mut state = State::scratch(node.platform.clone());
+                state.step = Some(self.context_step(context, stage.base.span));
+                state.record(format!("FROM {}", self.context_name(context)), false);
+                state
+            }
         };
         if let Some(step) = state.step {
             steps.push((step, stage.original.clone()));
         }
-        let triggers = state.image.config.on_build.take().unwrap_or_default();
+        // Triggers run once: in the stages right on top of the image.
+        state.image.config.on_build = None;
         let mut current = Current {
             node,
             state,
             steps,
-            trigger_of: Some(stage.base.span),
+            trigger_of: None,
+            use_cache: self.uses_cache(stage.name.as_ref()),
         };
-        for trigger in &triggers {
-            self.trigger(&mut current, trigger, stage.base.span);
-        }
-        current.trigger_of = None;
-        for (at, instruction) in stage.instructions.iter().enumerate() {
-            if let Err(problem) = self.instruction(&mut current, instruction, Some(at)) {
-                self.problems.push(problem);
+        for planned in &node.instructions {
+            current.trigger_of = planned.trigger.as_ref().map(|_| stage.base.span);
+            let lowered = self.instruction(&mut current, &planned.instruction, &planned.reads);
+            if let Err(problem) = lowered {
+                self.problems.push(match &planned.trigger {
+                    Some(trigger) => trigger_problem(stage.base.span, trigger, &problem.message),
+                    None => problem,
+                });
             }
         }
         self.name_steps(&current, stage.name.as_ref());
         current.state
+    }
+
+    fn uses_cache(&self, stage: Option<&Word>) -> bool {
+        match &self.settings.no_cache {
+            NoCache::Nothing => true,
+            NoCache::Everything => false,
+            NoCache::Stages(names) => {
+                !stage.is_some_and(|stage| names.iter().any(|n| n.eq_ignore_ascii_case(&stage.raw)))
+            }
+        }
+    }
+
+    /// The step whose filesystem is that of `base`; absent for an empty one.
+    fn base_step(&mut self, base: Base, span: Span) -> Option<StepId> {
+        match base {
+            Base::Scratch => None,
+            Base::Stage(index) => self.states.get(&index).and_then(|state| state.step),
+            Base::Image(image) => {
+                let is_new = !self.image_steps.contains_key(&image);
+                let step = self.image_step(image, span);
+                if is_new {
+                    self.steps[step.0].name = format!("FROM {}", self.image_name(image));
+                }
+                Some(step)
+            }
+            Base::Context(context) => Some(self.context_step(context, span)),
+        }
+    }
+
+    fn image_name(&self, image: ImageId) -> String {
+        match &self.graph.images[image.0].source {
+            ImageSource::Registry(reference) => reference.to_string(),
+            ImageSource::Layout(context) => self.context_name(*context).to_owned(),
+        }
+    }
+
+    fn context_name(&self, context: ContextId) -> &str {
+        let named = context.0.checked_sub(1);
+        named.map_or("context", |index| &self.settings.contexts[index].name)
+    }
+
+    /// All files of a named context as one layer, for stages that start from it.
+    fn context_step(&mut self, context: ContextId, span: Span) -> StepId {
+        if let Some(step) = self.context_steps.get(&context) {
+            return *step;
+        }
+        let operation = Operation::Copy(Copy {
+            from: CopyFrom::Context(context),
+            definition: CopyDefinition {
+                sources: vec![CopySource::Path(".".to_owned())],
+                destination: "/".to_owned(),
+                chown: None,
+                chmod: None,
+                unpack: false,
+                unpack_remote: false,
+                keep_owner: false,
+                link: false,
+                parents: false,
+                excludes: Vec::new(),
+            },
+            source_step: None,
+        });
+        let step = self.push(None, span, true, operation);
+        self.steps[step.0].name = format!("[context {}] load files", self.context_name(context));
+        self.context_steps.insert(context, step);
+        step
     }
 
     /// `[build 2/5] RUN make`; without a name where there is one stage only.
@@ -185,7 +288,7 @@ impl<'a> Lowering<'a> {
                 || PROXY_ARGS
                     .iter()
                     .any(|proxy| proxy.eq_ignore_ascii_case(name))
-                || *name == "SOURCE_DATE_EPOCH"
+                || SPECIAL_ARGS.contains(&name.as_str())
         };
         let given = self.settings.build_args.keys();
         let unused: Vec<&str> = given
@@ -200,17 +303,24 @@ impl<'a> Lowering<'a> {
         if let Some(step) = self.image_steps.get(&image) {
             return *step;
         }
-        let step = self.push(None, span, Operation::Image(image));
+        let step = self.push(None, span, true, Operation::Image(image));
         self.image_steps.insert(image, step);
         step
     }
 
-    fn push(&mut self, parent: Option<StepId>, span: Span, operation: Operation) -> StepId {
+    fn push(
+        &mut self,
+        parent: Option<StepId>,
+        span: Span,
+        use_cache: bool,
+        operation: Operation,
+    ) -> StepId {
         let place = dockerfile::place(&self.dockerfile.name, &self.dockerfile.text, span);
         self.steps.push(Step {
             parent,
             name: String::new(),
             place,
+            use_cache,
             operation,
         });
         StepId(self.steps.len() - 1)
@@ -219,7 +329,7 @@ impl<'a> Lowering<'a> {
     /// Adds a step on top of the stage's filesystem.
     fn step(&mut self, current: &mut Current<'_>, instruction: &Instruction, operation: Operation) {
         let span = current.trigger_of.unwrap_or(instruction.span);
-        let step = self.push(current.state.step, span, operation);
+        let step = self.push(current.state.step, span, current.use_cache, operation);
         current.state.step = Some(step);
         current.steps.push((step, instruction.original.clone()));
     }
@@ -229,52 +339,20 @@ impl<'a> Lowering<'a> {
         self.warnings.push(format!("{place}: {message}"));
     }
 
-    /// Executes a trigger that the base image brought.
-    fn trigger(&mut self, current: &mut Current<'_>, expression: &str, from: Span) {
-        let at_from = |message: String| {
-            Problem::new(
-                from,
-                format!("ONBUILD {expression:?} of the base image: {message}"),
-            )
-        };
-        let instruction = match dockerfile::parse_trigger(expression) {
-            Ok(instruction) => instruction,
-            Err(error) => {
-                let messages: Vec<String> = error.problems.into_iter().map(|p| p.message).collect();
-                self.problems.push(at_from(messages.join("; ")));
-                return;
-            }
-        };
-        let mut problems = support::unsupported_instruction(&instruction);
-        if matches!(&instruction.kind, InstructionKind::Copy(copy) if copy.from.is_some()) {
-            problems.push(Problem::new(
-                from,
-                "COPY --from is not supported yet in a trigger",
-            ));
-        }
-        if problems.is_empty()
-            && let Err(problem) = self.instruction(current, &instruction, None)
-        {
-            problems.push(problem);
-        }
-        self.problems
-            .extend(problems.into_iter().map(|p| at_from(p.message)));
-    }
-
     fn instruction(
         &mut self,
         current: &mut Current<'_>,
         instruction: &Instruction,
-        at: Option<usize>,
+        reads: &[Option<Base>],
     ) -> Lowered {
         match &instruction.kind {
             InstructionKind::Add(copy) => self.copy(current, instruction, copy, None, true),
             InstructionKind::Copy(copy) => {
-                let from = at.and_then(|at| current.node.copies.get(&at).copied());
+                let from = reads.first().copied().flatten();
                 self.copy(current, instruction, copy, from, false)
             }
             InstructionKind::Arg(declarations) => self.arg(current, declarations),
-            InstructionKind::Run(run) => self.run(current, instruction, run),
+            InstructionKind::Run(run) => self.run(current, instruction, run, reads),
             InstructionKind::Workdir(path) => self.workdir(current, instruction, path),
             InstructionKind::Env(pairs) => {
                 let pairs = self.pairs(current, pairs)?;
@@ -438,18 +516,40 @@ impl<'a> Lowering<'a> {
         current: &mut Current<'_>,
         instruction: &Instruction,
         run: &dockerfile::Run,
+        reads: &[Option<Base>],
     ) -> Lowered {
-        let args = self.run_args(current, instruction, run)?;
+        let mut mounts = Vec::new();
+        let args = self.run_args(current, instruction, run, &mut mounts)?;
+        let mut sources = Vec::new();
+        for (at, word) in run.mounts.iter().enumerate() {
+            let from = match reads.get(at).copied().flatten() {
+                None => None,
+                Some(Base::Context(context)) => Some(MountFrom::Context(context)),
+                Some(base) => Some(
+                    match self.base_step(base, current.trigger_of.unwrap_or(word.span)) {
+                        None => MountFrom::Scratch,
+                        Some(step) => {
+                            sources.push(step);
+                            MountFrom::Step(sources.len() - 1)
+                        }
+                    },
+                ),
+            };
+            let sockets = mounts
+                .iter()
+                .filter(|m| matches!(m.kind, MountKind::Ssh { .. }));
+            let sockets = sockets.count();
+            mounts.push(self.mount(current, word, from, sockets)?);
+        }
         let network = match run.network.as_ref().map(|n| n.raw.as_str()) {
-            None | Some("default") => Network::Default,
             Some("none") => Network::None,
-            Some(other) => {
-                let span = run.network.as_ref().map_or(instruction.span, |n| n.span);
-                return Err(
-                    Problem::new(span, format!("invalid network mode {other:?}"))
-                        .with_hint("the modes are default, none and host"),
-                );
-            }
+            Some("host") => Network::Host,
+            // The parser knows no others.
+            _ => self.settings.run.network,
+        };
+        let security = match run.security.as_ref().map(|s| s.raw.as_str()) {
+            Some("insecure") => Security::Insecure,
+            _ => Security::Sandbox,
         };
         let state = &current.state;
         let env = state
@@ -463,6 +563,8 @@ impl<'a> Lowering<'a> {
                 .iter()
                 .any(|(known, _)| known.eq_ignore_ascii_case(name))
         };
+        let hostname = self.settings.build_args.get("BUILDKIT_SANDBOX_HOSTNAME");
+        let hostname = hostname.filter(|name| !name.is_empty()).cloned();
         let operation = Operation::Run(Run {
             args: args.clone(),
             env,
@@ -470,6 +572,14 @@ impl<'a> Lowering<'a> {
             cwd: state.working_dir().to_owned(),
             user: state.image.config.user.clone(),
             network,
+            security,
+            devices: run.devices.iter().map(|word| device(&word.raw)).collect(),
+            mounts,
+            sources,
+            hostname: hostname.unwrap_or_else(|| HOSTNAME.to_owned()),
+            extra_hosts: self.settings.run.extra_hosts.clone(),
+            shm_size: self.settings.run.shm_size,
+            ulimits: self.settings.run.ulimits.clone(),
         });
         let history = format!("RUN {}{} # buildkit", state.history_args(), args.join(" "));
         self.step(current, instruction, operation);
@@ -477,11 +587,34 @@ impl<'a> Lowering<'a> {
         Ok(())
     }
 
+    fn mount(
+        &self,
+        current: &Current<'_>,
+        word: &Word,
+        from: Option<MountFrom>,
+        sockets: usize,
+    ) -> Result<Mount, Problem> {
+        let environment = current.state.environment();
+        let context = mounts::Context {
+            escape: self.dockerfile.directives.escape,
+            environment: &environment,
+            directory: current.state.working_dir(),
+            cache_namespace: self
+                .settings
+                .build_args
+                .get("BUILDKIT_CACHE_MOUNT_NS")
+                .map_or("", String::as_str),
+            sockets,
+        };
+        mounts::mount(word, from, &context)
+    }
+
     fn run_args(
         &self,
         current: &Current<'_>,
         instruction: &Instruction,
         run: &dockerfile::Run,
+        mounts: &mut Vec<Mount>,
     ) -> Result<Vec<String>, Problem> {
         let line = match (&run.command, run.heredocs.as_slice()) {
             (CommandLine::Exec(args), []) => return Ok(args.clone()),
@@ -498,17 +631,19 @@ impl<'a> Lowering<'a> {
                 } else {
                     heredoc.content.clone()
                 };
+                // A script with an interpreter of its own is a file that is run.
                 if content.starts_with("#!") {
-                    return Err(Problem::new(
-                        heredoc.span,
-                        "a here-document with an interpreter line (#!) is not supported yet",
-                    )
-                    .with_hint(format!(
-                        "write \"RUN <interpreter> <<{}\" instead",
-                        heredoc.name
-                    )));
+                    mounts.push(Mount {
+                        target: Some(SCRIPTS.to_owned()),
+                        kind: MountKind::Script {
+                            name: heredoc.name.clone(),
+                            content,
+                        },
+                    });
+                    format!("{SCRIPTS}/{}", heredoc.name)
+                } else {
+                    content
                 }
-                content
             }
             (CommandLine::Shell(line), heredocs) => {
                 let mut full = line.clone();
@@ -584,61 +719,62 @@ impl<'a> Lowering<'a> {
         from: Option<Base>,
         is_add: bool,
     ) -> Lowered {
+        let keep_git_dir = copy.keep_git_dir;
         let mut sources = Vec::new();
+        let mut texts = Vec::new();
         for word in &copy.sources {
-            sources.push(self.expand(current, word)?);
+            let text = self.expand(current, word)?;
+            sources.push(copy_source(&text, word, is_add, keep_git_dir)?);
+            texts.push(text);
         }
-        let mut inline = Vec::new();
+        if let Some(word) = &copy.checksum {
+            let checksum = self.expand(current, word)?;
+            set_checksum(&mut sources, &checksum, word, copy)?;
+        }
         for heredoc in &copy.heredocs {
-            inline.push((heredoc.name.clone(), self.heredoc(current, heredoc)?));
+            texts.push(format!("<<{}", heredoc.name));
+            sources.push(CopySource::Inline {
+                name: heredoc.name.clone(),
+                content: self.heredoc(current, heredoc)?,
+            });
         }
         let destination = self.expand(current, &copy.destination)?;
-        let chown = copy
-            .chown
-            .as_ref()
-            .map(|word| self.expand(current, word))
-            .transpose()?;
-        let chmod_text = copy
-            .chmod
-            .as_ref()
-            .map(|word| self.expand(current, word))
-            .transpose()?;
+        let optional = |word: &Option<Word>| {
+            word.as_ref()
+                .map(|word| self.expand(current, word))
+                .transpose()
+        };
+        let (chown, chmod_text) = (optional(&copy.chown)?, optional(&copy.chmod)?);
         let chmod = match (&chmod_text, &copy.chmod) {
-            (Some(text), Some(word)) => Some(parse_mode(text, word.span)?),
+            (Some(text), Some(word)) if !text.is_empty() => Some(parse_mode(text, word.span)?),
             _ => None,
         };
-        let (source, source_step) = match from {
-            None => (CopyFrom::Context, None),
-            Some(Base::Scratch) => (CopyFrom::Step, None),
-            Some(Base::Stage(index)) => {
-                (CopyFrom::Step, self.states.get(&index).and_then(|s| s.step))
-            }
-            Some(Base::Image(image)) => {
-                let span = copy.from.as_ref().map_or(instruction.span, |f| f.span);
-                let is_new = !self.image_steps.contains_key(&image);
-                let step = self.image_step(image, span);
-                if is_new {
-                    let reference = &self.graph.images[image.0].reference;
-                    self.steps[step.0].name = format!("FROM {reference}");
-                }
-                (CopyFrom::Step, Some(step))
-            }
+        let excludes = copy.excludes.iter();
+        let excludes = excludes
+            .map(|word| self.expand(current, word))
+            .collect::<Result<Vec<_>, _>>()?;
+        let from_span = copy.from.as_ref().map_or(instruction.span, |f| f.span);
+        let from_span = current.trigger_of.unwrap_or(from_span);
+        let (from, source_step) = match from {
+            None => (CopyFrom::Context(ContextId::MAIN), None),
+            Some(Base::Context(context)) => (CopyFrom::Context(context), None),
+            Some(base) => (CopyFrom::Step, self.base_step(base, from_span)),
         };
         let mut history = (if is_add { "ADD" } else { "COPY" }).to_owned();
+        if copy.parents {
+            history.push_str(" --parents");
+        }
         for (flag, text) in [("chown", &chown), ("chmod", &chmod_text)] {
-            if let Some(text) = text {
+            if let Some(text) = text.as_ref().filter(|text| !text.is_empty()) {
                 let _ = write!(history, " --{flag}={text}");
             }
         }
-        for source in sources
-            .iter()
-            .cloned()
-            .chain(inline.iter().map(|(name, _)| format!("<<{name}")))
-        {
-            let _ = write!(history, " {source}");
+        for text in &texts {
+            let _ = write!(history, " {text}");
         }
         let _ = write!(history, " {destination} # buildkit");
-        if sources.len() + inline.len() > 1
+        if sources.len() > 1
+            && !copy.parents
             && !destination.ends_with('/')
             && !destination.ends_with("/.")
             && destination != "."
@@ -649,15 +785,19 @@ impl<'a> Lowering<'a> {
             );
         }
         let operation = Operation::Copy(Copy {
-            from: source,
+            from,
             definition: CopyDefinition {
                 sources,
-                inline,
                 destination: copy_destination(current.state.working_dir(), &destination),
-                chown,
+                chown: chown.filter(|chown| !chown.is_empty()),
+                // As BuildKit: a changed mode is a reason not to make an independent layer.
+                link: copy.link && chmod.is_none(),
                 chmod,
-                unpack: is_add,
-                keep_owner: source == CopyFrom::Step,
+                unpack: copy.unpack.unwrap_or(is_add),
+                unpack_remote: copy.unpack.unwrap_or(false),
+                keep_owner: from == CopyFrom::Step,
+                parents: copy.parents,
+                excludes,
             },
             source_step,
         });
@@ -682,6 +822,110 @@ impl<'a> Lowering<'a> {
         expand_text(&content, &current.state.environment())
             .map_err(|error| Problem::new(heredoc.span, error.to_string()))
     }
+}
+
+/// Whether a source of `ADD` is a git repository and not a path or a file at a URL.
+fn is_git(text: &str) -> bool {
+    let repository = text.split(['#', '?']).next().unwrap_or_default();
+    let is_http = text.starts_with("http://") || text.starts_with("https://");
+    (is_http && repository.ends_with(".git"))
+        || ["git@", "git://", "ssh://"]
+            .iter()
+            .any(|scheme| text.starts_with(scheme))
+}
+
+/// What one source of `COPY` or `ADD` is.
+fn copy_source(
+    text: &str,
+    word: &Word,
+    is_add: bool,
+    keep_git_dir: Option<bool>,
+) -> Result<CopySource, Problem> {
+    let refuse = |what: &str| {
+        Err(Problem::new(
+            word.span,
+            format!("source can't be {what} for COPY: {text:?}"),
+        )
+        .with_hint("ADD fetches; COPY takes files of the context, of a stage or of an image"))
+    };
+    if is_git(text) {
+        if !is_add {
+            return refuse("a git ref");
+        }
+        return Ok(CopySource::Git {
+            reference: text.to_owned(),
+            checksum: None,
+            keep_git_dir,
+        });
+    }
+    if text.starts_with("http://") || text.starts_with("https://") {
+        if !is_add {
+            return refuse("a URL");
+        }
+        return Ok(CopySource::Url {
+            url: text.to_owned(),
+            checksum: None,
+        });
+    }
+    Ok(CopySource::Path(text.to_owned()))
+}
+
+/// `ADD --checksum`, which is for one source that is fetched.
+fn set_checksum(
+    sources: &mut [CopySource],
+    text: &str,
+    word: &Word,
+    copy: &dockerfile::Copy,
+) -> Lowered {
+    let [source] = sources else {
+        return Err(Problem::new(
+            word.span,
+            "checksum can't be specified for multiple sources",
+        ));
+    };
+    if !copy.heredocs.is_empty() {
+        return Err(Problem::new(
+            word.span,
+            "checksum can't be specified for multiple sources",
+        ));
+    }
+    match source {
+        CopySource::Git { checksum, .. } => *checksum = Some(text.to_owned()),
+        CopySource::Url { checksum, .. } => {
+            let digest = Digest::parse(text).map_err(|error| {
+                Problem::new(word.span, format!("invalid checksum {text:?}: {error}"))
+            })?;
+            *checksum = Some(digest);
+        }
+        CopySource::Path(_) | CopySource::Inline { .. } => {
+            return Err(Problem::new(
+                word.span,
+                "checksum requires HTTP(S) or Git sources",
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// `--device`, whose form the parser has checked.
+fn device(raw: &str) -> Device {
+    let mut device = Device {
+        name: String::new(),
+        required: true,
+    };
+    for field in dockerfile::comma_fields(raw).unwrap_or_default() {
+        match field.split_once('=') {
+            _ if field.eq_ignore_ascii_case("required") => device.required = true,
+            Some((key, value)) if key.eq_ignore_ascii_case("required") => {
+                device.required = matches!(value, "1" | "t" | "T" | "true" | "TRUE" | "True");
+            }
+            Some((key, value)) if key.eq_ignore_ascii_case("name") => {
+                device.name = value.to_owned();
+            }
+            _ => device.name = field,
+        }
+    }
+    device
 }
 
 fn command_args(state: &State, command: &CommandLine) -> Vec<String> {

@@ -6,19 +6,20 @@
 
 pub mod graph;
 pub mod lower;
+mod mounts;
 mod state;
 mod support;
 #[cfg(test)]
 mod tests;
 mod text;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
-use crate::image::{History, ImageConfig};
+use crate::image::{Digest, History, ImageConfig, Platform, Reference};
 
-pub use graph::{ImageNeed, StageGraph, graph};
+pub use graph::{ImageNeed, ImageSource, StageGraph, graph};
 pub use lower::lower;
 
 /// What the user gave beside the Dockerfile.
@@ -29,9 +30,126 @@ pub struct Settings {
     /// `--target`.
     pub target: Option<String>,
     /// `--platform`: what the image is for.
-    pub platform: crate::image::Platform,
+    pub platform: Platform,
     /// What this machine is.
-    pub build_platform: crate::image::Platform,
+    pub build_platform: Platform,
+    /// `--label`: labels that win over those of the Dockerfile.
+    pub labels: BTreeMap<String, String>,
+    /// `--build-context`, in the order of the command line: what stands in for a stage, an
+    /// image or a `--from`.
+    pub contexts: Vec<NamedContext>,
+    /// `--no-cache` and `--no-cache-filter`.
+    pub no_cache: NoCache,
+    /// `--allow`: what steps may ask for beyond the sandbox.
+    pub allowed: BTreeSet<Entitlement>,
+    /// What every RUN step gets.
+    pub run: RunSettings,
+}
+
+impl Settings {
+    /// The settings of a build that nothing else was said about.
+    pub fn new(platform: Platform, build_platform: Platform) -> Self {
+        Self {
+            build_args: BTreeMap::new(),
+            target: None,
+            platform,
+            build_platform,
+            labels: BTreeMap::new(),
+            contexts: Vec::new(),
+            no_cache: NoCache::default(),
+            allowed: BTreeSet::new(),
+            run: RunSettings::default(),
+        }
+    }
+}
+
+/// `--build-context NAME=VALUE`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NamedContext {
+    /// The name as the command line has it.
+    pub name: String,
+    /// What it is.
+    pub kind: NamedContextKind,
+}
+
+/// What a named context is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NamedContextKind {
+    /// `docker-image://scratch`: nothing.
+    Scratch,
+    /// `docker-image://…`.
+    Image(Reference),
+    /// `oci-layout://…`: an image in a directory of this machine.
+    Layout,
+    /// A directory, or what is fetched into one.
+    Files,
+}
+
+/// Which steps are not looked up in the cache.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum NoCache {
+    /// None.
+    #[default]
+    Nothing,
+    /// `--no-cache`: all.
+    Everything,
+    /// `--no-cache-filter`: those of the stages with these names, in any case.
+    Stages(BTreeSet<String>),
+}
+
+/// What a step may ask for beyond the sandbox when `--allow` names it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Entitlement {
+    /// `network.host`: `RUN --network=host`.
+    NetworkHost,
+    /// `security.insecure`: `RUN --security=insecure`.
+    SecurityInsecure,
+    /// `device`: `RUN --device`.
+    Device,
+}
+
+impl Entitlement {
+    /// Its name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::NetworkHost => "network.host",
+            Self::SecurityInsecure => "security.insecure",
+            Self::Device => "device",
+        }
+    }
+}
+
+/// What every RUN step gets from the command line.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RunSettings {
+    /// `--network`: the network of steps that name none.
+    pub network: Network,
+    /// `--add-host`: names and addresses in `/etc/hosts`.
+    pub extra_hosts: Vec<(String, String)>,
+    /// `--shm-size`, in bytes.
+    pub shm_size: Option<u64>,
+    /// `--ulimit`.
+    pub ulimits: Vec<Ulimit>,
+}
+
+/// One `--ulimit`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ulimit {
+    /// Such as `nofile`.
+    pub name: String,
+    /// The soft limit; -1 is none.
+    pub soft: i64,
+    /// The hard limit; -1 is none.
+    pub hard: i64,
+}
+
+/// Names a build context: 0 is the main one, the others are [`Settings::contexts`] from 1 on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct ContextId(pub usize);
+
+impl ContextId {
+    /// The main one.
+    pub const MAIN: Self = Self(0);
 }
 
 /// Names a step: its place in [`Plan::steps`].
@@ -67,8 +185,21 @@ pub struct Step {
     pub name: String,
     /// `file:line:column` of its instruction.
     pub place: String,
+    /// Whether it may be looked up in the cache.
+    pub use_cache: bool,
     /// What it does.
     pub operation: Operation,
+}
+
+impl Step {
+    /// The steps whose filesystems it reads beside its parent's.
+    pub fn sources(&self) -> &[StepId] {
+        match &self.operation {
+            Operation::Run(run) => &run.sources,
+            Operation::Copy(copy) => copy.source_step.as_slice(),
+            Operation::Image(_) | Operation::MakeDirectory(_) => &[],
+        }
+    }
 }
 
 /// What a step does.
@@ -100,21 +231,165 @@ pub struct Run {
     pub user: String,
     /// `--network`.
     pub network: Network,
+    /// `--security`.
+    pub security: Security,
+    /// `--device`.
+    pub devices: Vec<Device>,
+    /// `--mount`, and the directory of a script from a here-document, in order.
+    pub mounts: Vec<Mount>,
+    /// The steps whose filesystems are mounted.
+    #[serde(skip)]
+    pub sources: Vec<StepId>,
+    /// The name that the host has inside.
+    pub hostname: String,
+    /// `--add-host`: names and addresses.
+    pub extra_hosts: Vec<(String, String)>,
+    /// `--shm-size`, in bytes.
+    pub shm_size: Option<u64>,
+    /// `--ulimit`.
+    pub ulimits: Vec<Ulimit>,
 }
 
 /// `RUN --network`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Network {
     /// Outbound connections.
+    #[default]
     Default,
     /// Nothing.
     None,
+    /// The network of this machine.
+    Host,
+}
+
+/// `RUN --security`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Security {
+    /// The default capabilities.
+    #[default]
+    Sandbox,
+    /// All that this user has.
+    Insecure,
+}
+
+/// `RUN --device`: a device by its name of the Container Device Interface.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Device {
+    /// `vendor/class=device`, or a class.
+    pub name: String,
+    /// Whether the step fails where there is none.
+    pub required: bool,
+}
+
+/// Something mounted while a step runs. Nothing of it is in the layer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mount {
+    /// Where: absolute, without `.` and `..`. Absent only for a secret that is a variable alone.
+    pub target: Option<String>,
+    /// What.
+    pub kind: MountKind,
+}
+
+/// What is mounted.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum MountKind {
+    /// Files of a context, a stage or an image.
+    Bind {
+        /// Where they are.
+        from: MountFrom,
+        /// A path below its root; absolute.
+        source: String,
+        /// Whether the step may write; what it writes is gone afterwards.
+        read_write: bool,
+    },
+    /// A directory that stays from build to build.
+    Cache {
+        /// Its name.
+        id: String,
+        /// What it has at first.
+        from: MountFrom,
+        /// A path below the root of `from`; absolute.
+        source: String,
+        /// What happens when several steps want it.
+        sharing: Sharing,
+        /// Whether the step may only read.
+        read_only: bool,
+        /// Mode of a new directory; absent with the two below where none was given.
+        mode: Option<u32>,
+        /// Its owner.
+        uid: Option<u32>,
+        /// Its group.
+        gid: Option<u32>,
+    },
+    /// An empty filesystem in memory.
+    Tmpfs {
+        /// How much it holds.
+        size_bytes: Option<u64>,
+    },
+    /// A secret, as a file, a variable or both.
+    Secret {
+        /// Its name.
+        id: String,
+        /// The variable.
+        env: Option<String>,
+        /// Whether the step fails without it.
+        required: bool,
+        /// The file's mode.
+        mode: u32,
+        /// The file's owner.
+        uid: u32,
+        /// The file's group.
+        gid: u32,
+    },
+    /// The socket of an SSH agent.
+    Ssh {
+        /// The agent's name.
+        id: String,
+        /// Whether the step fails without it.
+        required: bool,
+        /// The socket's mode.
+        mode: u32,
+        /// The socket's owner.
+        uid: u32,
+        /// The socket's group.
+        gid: u32,
+    },
+    /// A read-only directory with one executable file.
+    Script {
+        /// Its name.
+        name: String,
+        /// What it says.
+        content: String,
+    },
+}
+
+/// What happens when several steps want one cache mount.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Sharing {
+    /// They have it together.
+    #[default]
+    Shared,
+    /// Each has one of its own.
+    Private,
+    /// One waits for the other.
+    Locked,
+}
+
+/// Where the files of a mount are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum MountFrom {
+    /// Nowhere: an empty filesystem.
+    Scratch,
+    /// A build context.
+    Context(ContextId),
+    /// The filesystem of one of [`Run::sources`], by its place there.
+    Step(usize),
 }
 
 /// `COPY` or `ADD`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Copy {
-    /// Where the sources are.
+    /// Where sources that are paths are.
     pub from: CopyFrom,
     /// What to do, as far as it goes into the cache key.
     pub definition: CopyDefinition,
@@ -125,8 +400,8 @@ pub struct Copy {
 /// Where `COPY` takes files from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CopyFrom {
-    /// The build context.
-    Context,
+    /// A build context.
+    Context(ContextId),
     /// The filesystem of [`Copy::source_step`]; empty where that is absent (`scratch`).
     Step,
 }
@@ -134,20 +409,65 @@ pub enum CopyFrom {
 /// The part of `COPY` that is its definition.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CopyDefinition {
-    /// Paths, possibly with wildcards, relative to the source's root.
-    pub sources: Vec<String>,
-    /// Files whose content stands in the Dockerfile: name and content.
-    pub inline: Vec<(String, String)>,
+    /// What is copied, in the order of the Dockerfile.
+    pub sources: Vec<CopySource>,
     /// Absolute; a trailing slash says that it is a directory.
     pub destination: String,
     /// `--chown`, expanded.
     pub chown: Option<String>,
-    /// `--chmod`, as a mode.
-    pub chmod: Option<u32>,
-    /// Whether archives are unpacked: `ADD`.
+    /// `--chmod`.
+    pub chmod: Option<Chmod>,
+    /// Whether archives among the files of a context, a stage or an image are unpacked.
     pub unpack: bool,
+    /// Whether archives from URLs are unpacked.
+    pub unpack_remote: bool,
     /// Whether owners of the source are kept: copying from a step or an image.
     pub keep_owner: bool,
+    /// `--link`: the layer does not depend on what is below it.
+    pub link: bool,
+    /// `--parents`: paths keep their parent directories.
+    pub parents: bool,
+    /// `--exclude`: patterns of what is left out.
+    pub excludes: Vec<String>,
+}
+
+/// One source of `COPY` or `ADD`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum CopySource {
+    /// A path, possibly with wildcards, relative to the source's root.
+    Path(String),
+    /// A file from HTTP.
+    Url {
+        /// Where.
+        url: String,
+        /// `--checksum`: what it has to have.
+        checksum: Option<Digest>,
+    },
+    /// The files of a git repository.
+    Git {
+        /// The reference, as written.
+        reference: String,
+        /// `--checksum`: the commit that it has to be.
+        checksum: Option<String>,
+        /// `--keep-git-dir`.
+        keep_git_dir: Option<bool>,
+    },
+    /// A file whose content stands in the Dockerfile.
+    Inline {
+        /// Its name.
+        name: String,
+        /// What it says.
+        content: String,
+    },
+}
+
+/// `--chmod`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Chmod {
+    /// All permission bits at once.
+    Mode(u32),
+    /// Changes such as `u+x,go=rX`, which were seen to be well formed.
+    Symbolic(String),
 }
 
 /// `WORKDIR`.

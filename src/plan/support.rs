@@ -1,72 +1,42 @@
-//! What this version does not honour yet, so that it is refused before anything is pulled.
+//! What a build was not allowed to do, so that it is refused before anything is pulled.
 
-use crate::dockerfile::{Copy, Instruction, InstructionKind, Problem, Span, Stage};
+use std::collections::BTreeSet;
 
-/// The problems of one stage that is part of the build.
-pub(super) fn unsupported(stage: &Stage) -> Vec<Problem> {
-    stage
-        .instructions
-        .iter()
-        .flat_map(unsupported_instruction)
-        .collect()
-}
+use super::Entitlement;
+use crate::dockerfile::{Instruction, InstructionKind, Problem, Span};
 
-/// The problems of one instruction.
-pub(super) fn unsupported_instruction(instruction: &Instruction) -> Vec<Problem> {
-    let mut problems = Vec::new();
-    let mut refuse = |span: Span, what: &str| {
-        problems.push(
-            Problem::new(span, format!("{what} is not supported yet"))
-                .with_hint("sockless stops here rather than build something else than was written"),
-        );
+/// The problems of one instruction of a needed stage.
+pub(super) fn refused(instruction: &Instruction, allowed: &BTreeSet<Entitlement>) -> Vec<Problem> {
+    let InstructionKind::Run(run) = &instruction.kind else {
+        return Vec::new();
     };
-    match &instruction.kind {
-        InstructionKind::Run(run) => {
-            for mount in &run.mounts {
-                refuse(mount.span, "RUN --mount");
-            }
-            if let Some(security) = run.security.as_ref().filter(|s| s.raw != "sandbox") {
-                refuse(security.span, &format!("RUN --security={}", security.raw));
-            }
-            for device in &run.devices {
-                refuse(device.span, "RUN --device");
-            }
-            if let Some(network) = run.network.as_ref().filter(|n| n.raw == "host") {
-                refuse(network.span, "RUN --network=host");
-            }
+    let mut problems = Vec::new();
+    let mut need = |entitlement: Entitlement, span: Span, what: &str| {
+        if !allowed.contains(&entitlement) {
+            let name = entitlement.name();
+            problems.push(
+                Problem::new(
+                    span,
+                    format!("RUN {what} needs the entitlement {name}, which was not allowed"),
+                )
+                .with_hint(format!(
+                    "allow it with --allow {name} if you trust this Dockerfile"
+                )),
+            );
         }
-        InstructionKind::Copy(copy) | InstructionKind::Add(copy) => {
-            let name = instruction.kind.name();
-            for (flag, span) in &copy.flags {
-                let set = match flag.as_str() {
-                    "link" => copy.link,
-                    "parents" => copy.parents,
-                    "exclude" | "checksum" | "keep-git-dir" | "unpack" => true,
-                    _ => false,
-                };
-                if set {
-                    refuse(*span, &format!("{name} --{flag}"));
-                }
-            }
-            if matches!(instruction.kind, InstructionKind::Add(_)) {
-                refuse_remote(copy, &mut refuse);
-            }
-        }
-        _ => {}
+    };
+    if let Some(security) = run.security.as_ref().filter(|s| s.raw == "insecure") {
+        need(
+            Entitlement::SecurityInsecure,
+            security.span,
+            "--security=insecure",
+        );
+    }
+    if let Some(network) = run.network.as_ref().filter(|n| n.raw == "host") {
+        need(Entitlement::NetworkHost, network.span, "--network=host");
+    }
+    for device in &run.devices {
+        need(Entitlement::Device, device.span, "--device");
     }
     problems
-}
-
-/// `ADD` of what is not in the context.
-fn refuse_remote(add: &Copy, refuse: &mut impl FnMut(Span, &str)) {
-    for source in &add.sources {
-        let text = source.raw.trim_matches(['"', '\'']);
-        let is_git =
-            text.starts_with("git@") || text.starts_with("git://") || text.starts_with("ssh://");
-        if text.starts_with("http://") || text.starts_with("https://") {
-            refuse(source.span, "ADD of a URL");
-        } else if is_git {
-            refuse(source.span, "ADD of a git repository");
-        }
-    }
 }

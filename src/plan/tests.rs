@@ -17,12 +17,10 @@ struct Case {
 fn case(text: &str) -> Case {
     Case {
         text: text.to_owned(),
-        settings: Settings {
-            build_args: BTreeMap::new(),
-            target: None,
-            platform: Platform::parse("linux/arm64").unwrap(),
-            build_platform: Platform::parse("linux/amd64").unwrap(),
-        },
+        settings: Settings::new(
+            Platform::parse("linux/arm64").unwrap(),
+            Platform::parse("linux/amd64").unwrap(),
+        ),
         bases: Vec::new(),
     }
 }
@@ -34,6 +32,14 @@ fn base() -> ImageConfig {
     image.config.cmd = Some(vec!["/bin/sh".into()]);
     image.config.working_dir = "/start".into();
     image
+}
+
+/// The name of a needed image.
+fn source(need: &ImageNeed) -> String {
+    match &need.source {
+        ImageSource::Registry(reference) => reference.to_string(),
+        ImageSource::Layout(context) => format!("layout {}", context.0),
+    }
 }
 
 impl Case {
@@ -61,18 +67,19 @@ impl Case {
 
     fn graph(&self) -> Result<(dockerfile::Dockerfile, StageGraph), DockerfileError> {
         let dockerfile = dockerfile::parse("Dockerfile", self.text.as_bytes())?;
-        let graph = graph(&dockerfile, &self.settings)?;
+        let graph = graph(&dockerfile, &self.settings, &|need| Some(self.image(need)))?;
         Ok((dockerfile, graph))
+    }
+
+    fn image(&self, need: &ImageNeed) -> ImageConfig {
+        let is_it = |name| ImageSource::Registry(Reference::parse(name).unwrap()) == need.source;
+        let given = self.bases.iter().find(|(name, _)| is_it(name));
+        given.map_or_else(base, |(_, image)| image.clone())
     }
 
     fn try_plan(&self) -> Result<Plan, DockerfileError> {
         let (dockerfile, graph) = self.graph()?;
-        let config = |need: &ImageNeed| {
-            let is_it = |name| Reference::parse(name).unwrap() == need.reference;
-            let given = self.bases.iter().find(|(name, _)| is_it(name));
-            given.map_or_else(base, |(_, image)| image.clone())
-        };
-        let images: Vec<ImageConfig> = graph.images.iter().map(config).collect();
+        let images: Vec<ImageConfig> = graph.images.iter().map(|need| self.image(need)).collect();
         lower(&dockerfile, &graph, &self.settings, &images)
     }
 
@@ -165,33 +172,60 @@ fn step_line((number, step): (usize, &Step)) -> String {
             let network = match run.network {
                 Network::Default => "",
                 Network::None => " offline",
+                Network::Host => " online",
             };
             let user = format!(
                 "{}{}",
                 if run.user.is_empty() { "" } else { " as " },
                 run.user
             );
-            format!("run {:?} in {}{user}{network}", run.args, run.cwd)
+            let mut text = format!("run {:?} in {}{user}{network}", run.args, run.cwd);
+            for mount in &run.mounts {
+                let _ = write!(text, " mount {:?}: {:?}", mount.target, mount.kind);
+            }
+            for source in &run.sources {
+                let _ = write!(text, " from {}", source.0);
+            }
+            text
         }
         Operation::Copy(copy) => {
             let what = &copy.definition;
             let from = match (copy.from, copy.source_step) {
-                (CopyFrom::Context, _) => "context".to_owned(),
+                (CopyFrom::Context(_), _) => "context".to_owned(),
                 (CopyFrom::Step, Some(step)) => step.0.to_string(),
                 (CopyFrom::Step, None) => "nothing".to_owned(),
             };
-            let mut text = format!("copy {from} {:?}", what.sources);
-            for (name, content) in &what.inline {
-                let _ = write!(text, " {name}={content:?}");
+            let paths = what.sources.iter().filter_map(|source| match source {
+                CopySource::Path(path) => Some(path),
+                _ => None,
+            });
+            let mut text = format!("copy {from} {:?}", paths.collect::<Vec<_>>());
+            for source in &what.sources {
+                let _ = match source {
+                    CopySource::Path(_) => Ok(()),
+                    CopySource::Inline { name, content } => write!(text, " {name}={content:?}"),
+                    other => write!(text, " {other:?}"),
+                };
             }
             let _ = write!(text, " to {}", what.destination);
             if let Some(chown) = &what.chown {
                 let _ = write!(text, " chown {chown}");
             }
-            if let Some(mode) = what.chmod {
-                let _ = write!(text, " chmod {mode:o}");
+            match &what.chmod {
+                Some(Chmod::Mode(mode)) => text.push_str(&format!(" chmod {mode:o}")),
+                Some(Chmod::Symbolic(changes)) => text.push_str(&format!(" chmod {changes}")),
+                None => {}
             }
-            for (is_set, flag) in [(what.unpack, " unpack"), (what.keep_owner, " keep")] {
+            for pattern in &what.excludes {
+                let _ = write!(text, " without {pattern}");
+            }
+            for (is_set, flag) in [
+                (what.unpack, " unpack"),
+                (what.unpack_remote, " unpack-remote"),
+                (what.keep_owner, " keep"),
+                (what.link, " link"),
+                (what.parents, " parents"),
+            ] {
                 text.push_str(if is_set { flag } else { "" });
             }
             text
@@ -204,7 +238,7 @@ fn step_line((number, step): (usize, &Step)) -> String {
 
 #[test]
 fn stages_that_the_target_needs_are_planned() {
-    let text = "FROM base AS one\nRUN a\nFROM other AS unused\nRUN --mount=type=cache,target=/c x\n\
+    let text = "FROM base AS one\nRUN a\nFROM other AS unused\nRUN --network=host x\n\
                 FROM one AS Two\nRUN b\nFROM scratch\nCOPY --from=TWO /x /y/\n";
     case(text).steps(&[
         "0 1:6 [one 1/2] FROM base AS one: image 0",
@@ -218,9 +252,9 @@ fn stages_that_the_target_needs_are_planned() {
         assert_eq!(format!("result {}", plan.result.unwrap().0), result);
         assert_eq!(plan.steps.len(), plan.result.unwrap().0 + 1);
     }
-    // What is not supported stops the build only where it is needed.
+    // What is wrong with a stage stops the build only where it is needed.
     case(text).target("unused").problems(&[
-        "Dockerfile:4:13: RUN --mount is not supported yet (sockless stops here rather than build something else than was written)",
+        "Dockerfile:4:15: RUN --network=host needs the entitlement network.host, which was not allowed (allow it with --allow network.host if you trust this Dockerfile)",
     ]);
     for target in ["three", "0", "3", ""] {
         case(text).target(target).problems(&[&format!(
@@ -244,7 +278,7 @@ fn images_are_needed_once_for_each_platform() {
     let text = text.replace("Tool", "tool");
     let (_, graph) = case(&text).graph().unwrap();
     let images: Vec<String> = (graph.images.iter())
-        .map(|i| format!("{} {} {}", i.reference, i.platform, i.place))
+        .map(|i| format!("{} {} {}", source(i), i.platform, i.place))
         .collect();
     assert_eq!(
         images,
@@ -296,7 +330,7 @@ fn copy_from_names_stages_before_it() {
         ))
         .problems(&[&format!("Dockerfile:3:13: {problem}")]);
     };
-    let hint = "(a stage can copy only from stages before it)";
+    let hint = "(a stage can read only from stages before it)";
     fails(
         "here",
         &format!("cannot copy from stage \"here\": it is this stage itself {hint}"),
@@ -323,9 +357,7 @@ fn copy_from_names_stages_before_it() {
 fn from_takes_global_arguments() {
     let from = |text: &str, expected: &str| {
         let (_, graph) = case(text).arg("GIVEN", "given").graph().unwrap();
-        let images: Vec<String> = (graph.images.iter())
-            .map(|i| i.reference.to_string())
-            .collect();
+        let images: Vec<String> = (graph.images.iter()).map(source).collect();
         assert_eq!(images.join(" "), expected, "{text}");
     };
     from("ARG A=a\nARG B=$A/b\nFROM $B:${C:-1}", "docker.io/a/b:1");
@@ -489,17 +521,27 @@ fn triggers_of_the_base_run_first() {
     // Those of a stage run in its children, not in its grandchildren.
     case("FROM base AS p\nONBUILD LABEL a=1\nFROM p AS c\nONBUILD LABEL b=1\nFROM c")
         .history(&["(LABEL a=1)", "(LABEL b=1)"]);
-    case("FROM base AS b\nRUN ok").triggers(&[
-        "RUN --mount=type=tmpfs,target=/t x",
-        "COPY --from=x a b",
-        "STOPSIGNAL NONE",
-        "FROM x",
-    ]).problems(&[
-        "Dockerfile:1:6: ONBUILD \"RUN --mount=type=tmpfs,target=/t x\" of the base image: RUN --mount is not supported yet",
-        "Dockerfile:1:6: ONBUILD \"COPY --from=x a b\" of the base image: COPY --from is not supported yet in a trigger",
-        "Dockerfile:1:6: ONBUILD \"STOPSIGNAL NONE\" of the base image: invalid signal: NONE",
+    case("FROM base AS b\nRUN ok").triggers(&["RUN --network=host x", "COPY --from=b a b", "FROM x"]).problems(&[
+        "Dockerfile:1:6: ONBUILD \"RUN --network=host x\" of the base image: RUN --network=host needs the entitlement network.host, which was not allowed",
+        "Dockerfile:1:6: cannot copy from stage \"b\": it is this stage itself (a stage can read only from stages before it)",
         "Dockerfile:1:6: ONBUILD \"FROM x\" of the base image: FROM is not allowed as an ONBUILD trigger",
     ]);
+    case("FROM base AS b\nRUN ok")
+        .triggers(&["STOPSIGNAL NONE"])
+        .problems(&[
+            "Dockerfile:1:6: ONBUILD \"STOPSIGNAL NONE\" of the base image: invalid signal: NONE",
+        ]);
+    // A trigger may need more stages and images.
+    case("FROM other AS one\nFROM base")
+        .triggers(&["COPY --from=one a b", "RUN --mount=from=third,target=/t x"])
+        .steps(&[
+            "0 1:6 [one 1/1] FROM other AS one: image 2",
+            "1 2:6 [stage-1 1/3] FROM base: image 0",
+            "2 on 1 2:6 [stage-1 2/3] COPY --from=one a b: copy 0 [\"a\"] to /start/b keep",
+            "3 2:6 FROM docker.io/library/third:latest: image 1",
+            "4 on 2 2:6 [stage-1 3/3] RUN --mount=from=third,target=/t x: run [\"/bin/sh\", \"-c\", \"x\"] in /start mount Some(\"/t\"): Bind { from: Step(0), source: \"/\", read_write: false } from 3",
+            "result 4",
+        ]);
 }
 
 #[test]
@@ -633,9 +675,14 @@ fn here_documents() {
         "4 on 3 12:1 [5/5] COPY <<one <<'two' f /d/: copy context [\"f\"] one=\"1\\n\" two=\"$A\\n\" to /d/",
         "result 4",
     ]);
-    case("FROM base\nRUN <<X\n#!/bin/python\nX\n").problems(&[
-        "Dockerfile:3:1: a here-document with an interpreter line (#!) is not supported yet (write \"RUN <interpreter> <<X\" instead)",
+    // A script with an interpreter of its own is mounted, and run.
+    let script = case("FROM base\nRUN <<X\n#!/bin/python\nX\n");
+    script.steps(&[
+        "0 1:6 [1/2] FROM base: image 0",
+        "1 on 0 2:1 [2/2] RUN <<X: run [\"/bin/sh\", \"-c\", \"/dev/pipes/X\"] in /start mount Some(\"/dev/pipes\"): Script { name: \"X\", content: \"#!/bin/python\\n\" }",
+        "result 1",
     ]);
+    script.history(&["RUN /bin/sh -c /dev/pipes/X # buildkit"]);
 }
 
 #[test]
@@ -672,52 +719,264 @@ fn build_arguments_that_nothing_takes_are_named() {
 }
 
 #[test]
-fn what_is_not_supported_is_refused_at_its_place() {
-    for (instruction, column, what) in [
-        ("RUN --mount=type=cache,target=/c x", 13, "RUN --mount"),
-        ("RUN --security=insecure x", 16, "RUN --security=insecure"),
-        ("RUN --network=host x", 15, "RUN --network=host"),
-        ("COPY --link a b", 6, "COPY --link"),
-        ("COPY --chmod=644 --parents a b", 18, "COPY --parents"),
-        ("COPY --exclude=x a b", 6, "COPY --exclude"),
-        ("ADD --link a b", 5, "ADD --link"),
-        ("ADD --exclude=x a b", 5, "ADD --exclude"),
-        ("ADD --checksum=sha256:00 http://a/b c", 5, "ADD --checksum"),
-        ("ADD --keep-git-dir=true a c", 5, "ADD --keep-git-dir"),
-        ("ADD --unpack=false a c", 5, "ADD --unpack"),
-        ("ADD a https://h/f b", 7, "ADD of a URL"),
-        ("ADD git@github.com:a/b.git b", 5, "ADD of a git repository"),
-        ("ADD [\"ssh://h/r\", \"b\"]", 6, "ADD of a git repository"),
+fn what_was_not_allowed_is_refused_at_its_place() {
+    for (instruction, column, what, entitlement) in [
+        (
+            "RUN --security=insecure x",
+            16,
+            "--security=insecure",
+            Entitlement::SecurityInsecure,
+        ),
+        (
+            "RUN --network=host x",
+            15,
+            "--network=host",
+            Entitlement::NetworkHost,
+        ),
+        ("RUN --device=v/c=d x", 14, "--device", Entitlement::Device),
     ] {
-        let text = format!("FROM base\n{instruction}");
-        let Err(error) = case(&text).try_plan() else {
-            panic!("{instruction} is accepted");
-        };
-        let first = &error.problems[0];
-        let place = dockerfile::place(&error.name, &error.text, first.span);
-        assert_eq!(
-            (place, first.message.clone()),
-            (
-                format!("Dockerfile:2:{column}"),
-                format!("{what} is not supported yet")
-            ),
-            "{instruction}"
-        );
+        let name = entitlement.name();
+        let mut case = case(&format!("FROM base\n{instruction}"));
+        case.problems(&[&format!(
+            "Dockerfile:2:{column}: RUN {what} needs the entitlement {name}, which was not allowed (allow it with --allow {name} if you trust this Dockerfile)"
+        )]);
+        case.settings.allowed.insert(entitlement);
+        case.plan();
     }
-    for fine in [
-        "RUN --security=sandbox x",
-        "RUN --network=default x",
-        "COPY --link=false a b",
-    ] {
+    // A stage that is not built asks for nothing.
+    case("FROM base AS x\nRUN --network=host x\nFROM base").plan();
+    for fine in ["RUN --security=sandbox x", "RUN --network=default x"] {
         case(&format!("FROM base\n{fine}")).plan();
     }
+}
+
+/// The plan's last step as a RUN.
+fn last_run(case: &Case) -> Run {
+    match case.plan().steps.pop().map(|step| step.operation) {
+        Some(Operation::Run(run)) => run,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn what_a_run_may_is_in_its_step() {
+    let mut case = case(
+        "FROM base\nRUN --network=host --security=insecure --device=a/b=c --device=d/e,required=false x",
+    );
+    case.settings.allowed = [
+        Entitlement::NetworkHost,
+        Entitlement::SecurityInsecure,
+        Entitlement::Device,
+    ]
+    .into();
+    case.settings.run = RunSettings {
+        network: Network::None,
+        extra_hosts: vec![("h".into(), "1.2.3.4".into())],
+        shm_size: Some(5),
+        ulimits: Vec::new(),
+    };
+    let case = case.arg("BUILDKIT_SANDBOX_HOSTNAME", "box");
+    let run = last_run(&case);
+    assert_eq!(
+        (run.network, run.security),
+        (Network::Host, Security::Insecure)
+    );
+    let device = |name: &str, required| Device {
+        name: name.into(),
+        required,
+    };
+    assert_eq!(run.devices, [device("a/b=c", true), device("d/e", false)]);
+    assert_eq!(run.extra_hosts, [("h".to_owned(), "1.2.3.4".to_owned())]);
+    assert_eq!((run.shm_size, run.hostname.as_str()), (Some(5), "box"));
+    let text = "FROM base\nRUN x";
+    let mut plain = self::case(text);
+    assert_eq!(last_run(&plain).hostname, "buildkitsandbox");
+    assert_eq!(last_run(&plain).network, Network::Default);
+    plain.settings.run.network = Network::None;
+    assert_eq!(last_run(&plain).network, Network::None);
+}
+
+#[test]
+fn mounts_have_their_places_and_sources() {
+    let case = case(
+        "FROM base AS a\nFROM base\nWORKDIR /w\nENV T=tmp\n\
+         RUN --mount=target=in,source=sub/../x --mount=from=a,source=/etc,target=/a,rw \
+         --mount=type=cache,target=c/../d,sharing=locked,uid=3 --mount=type=cache,id=i,target=/i,from=scratch,ro \
+         --mount=type=tmpfs,target=/$T,size=1k --mount=type=secret,id=s --mount=type=secret,id=p/q,env=E \
+         --mount=type=secret,target=/k,mode=0644 --mount=type=ssh --mount=type=ssh,id=o,uid=7 --mount=type=ssh,target=/s x",
+    )
+    .arg("BUILDKIT_CACHE_MOUNT_NS", "ns");
+    let run = last_run(&case);
+    assert_eq!(run.sources, [StepId(0)]);
+    let mounts: Vec<String> = run
+        .mounts
+        .iter()
+        .map(|mount| {
+            format!(
+                "{} {:?}",
+                mount.target.as_deref().unwrap_or("-"),
+                mount.kind
+            )
+        })
+        .collect();
+    let secret = |rest: &str| format!("required: false, {rest}, uid: 0, gid: 0 }}");
+    assert_eq!(
+        mounts,
+        [
+            "/w/in Bind { from: Context(ContextId(0)), source: \"/x\", read_write: false }".to_owned(),
+            "/a Bind { from: Step(0), source: \"/etc\", read_write: true }".to_owned(),
+            "/w/d Cache { id: \"ns/d\", from: Scratch, source: \"/\", sharing: Locked, read_only: false, mode: None, uid: Some(3), gid: None }".to_owned(),
+            "/i Cache { id: \"ns/i\", from: Scratch, source: \"/\", sharing: Shared, read_only: true, mode: None, uid: None, gid: None }".to_owned(),
+            "/tmp Tmpfs { size_bytes: Some(1024) }".to_owned(),
+            format!("/run/secrets/s Secret {{ id: \"s\", env: None, {}", secret("mode: 256")),
+            format!("- Secret {{ id: \"p/q\", env: Some(\"E\"), {}", secret("mode: 256")),
+            format!("/k Secret {{ id: \"k\", env: None, {}", secret("mode: 420")),
+            "/run/buildkit/ssh_agent.0 Ssh { id: \"default\", required: false, mode: 384, uid: 0, gid: 0 }".to_owned(),
+            "/run/buildkit/ssh_agent.1 Ssh { id: \"o\", required: false, mode: 384, uid: 7, gid: 0 }".to_owned(),
+            "/s Ssh { id: \"default\", required: false, mode: 384, uid: 0, gid: 0 }".to_owned(),
+        ]
+    );
+    self::case("FROM base\nRUN --mount=type=tmpfs,target=/ x\nRUN --mount=from=later,target=/x y\nRUN --mount=type=bind,targt=/x y\nFROM base AS later").target("later").plan();
+    self::case("FROM base AS t\nRUN --mount=type=tmpfs,target=/ x\nFROM base AS later").target("t").problems(&[
+        "Dockerfile:2:13: invalid mount target \"/\" (a step's root filesystem is not covered: mount below it)",
+    ]);
+}
+
+#[test]
+fn what_copies_may_is_in_their_steps() {
+    let steps = |instruction: &str, expected: &str| {
+        let plan = case(&format!("FROM base\n{instruction}")).plan();
+        let line = step_line((1, plan.steps.last().unwrap()));
+        let (_, operation) = line.split_once(&format!("{instruction}: ")).unwrap();
+        assert_eq!(operation, expected);
+    };
+    steps("COPY --link a b", "copy context [\"a\"] to /start/b link");
+    steps(
+        "COPY --link --chmod=7 a b",
+        "copy context [\"a\"] to /start/b chmod 7",
+    );
+    steps(
+        "COPY --parents a/b/./c d/",
+        "copy context [\"a/b/./c\"] to /start/d/ parents",
+    );
+    steps(
+        "COPY --exclude=x --exclude=y/* a b",
+        "copy context [\"a\"] to /start/b without x without y/*",
+    );
+    steps(
+        "COPY --chmod=u+x,go=rX a b",
+        "copy context [\"a\"] to /start/b chmod u+x,go=rX",
+    );
+    steps("ADD --unpack=false a b", "copy context [\"a\"] to /start/b");
+    steps(
+        "ADD --unpack a b",
+        "copy context [\"a\"] to /start/b unpack unpack-remote",
+    );
+    steps(
+        "ADD http://h/f b",
+        "copy context [] Url { url: \"http://h/f\", checksum: None } to /start/b unpack",
+    );
+    steps(
+        "ADD --keep-git-dir --checksum=abc https://h/r.git#v1:d b",
+        "copy context [] Git { reference: \"https://h/r.git#v1:d\", checksum: Some(\"abc\"), keep_git_dir: Some(true) } to /start/b unpack",
+    );
+    let plan =
+        case("FROM base\nCOPY --parents --chown=1 --chmod=u+x --link --exclude=e a b").plan();
+    assert_eq!(
+        plan.history[0].created_by.as_deref(),
+        Some("COPY --parents --chown=1 --chmod=u+x a b # buildkit")
+    );
+    let digest = "sha256:000";
+    case(&format!("FROM base\nADD --checksum={digest} http://h/f b\nADD --checksum={digest} f b\nADD --checksum=a http://h/f f b\nCOPY http://h/f git@h:r.git b\n"))
+        .problems(&[
+            "Dockerfile:2:16: invalid checksum \"sha256:000\": unsupported digest \"sha256:000\": expected \"sha256:\" and 64 lower-case hexadecimal digits",
+            "Dockerfile:3:16: checksum requires HTTP(S) or Git sources",
+            "Dockerfile:4:16: checksum can't be specified for multiple sources",
+            "Dockerfile:5:6: source can't be a URL for COPY: \"http://h/f\" (ADD fetches; COPY takes files of the context, of a stage or of an image)",
+        ]);
+}
+
+fn context(name: &str, kind: NamedContextKind) -> NamedContext {
+    NamedContext {
+        name: name.into(),
+        kind,
+    }
+}
+
+#[test]
+fn named_contexts_stand_in_for_stages_and_images() {
+    let reference = |name| NamedContextKind::Image(Reference::parse(name).unwrap());
+    let mut all = case(
+        "FROM base AS dep\nRUN exit 1\nFROM docker.io/library/other:latest\nCOPY --from=dep /f /f\n\
+         COPY --from=files x y\nCOPY --from=lay x y\nCOPY --from=none x y\n",
+    );
+    all.settings.contexts = vec![
+        context("dep", NamedContextKind::Files),
+        context("other::linux/amd64", reference("wrong")),
+        context("other", reference("right:1")),
+        context("files", NamedContextKind::Files),
+        context("lay", NamedContextKind::Layout),
+        context("none", NamedContextKind::Scratch),
+    ];
+    let (_, graph) = all.graph().unwrap();
+    let images: Vec<String> = graph.images.iter().map(source).collect();
+    assert_eq!(images, ["docker.io/library/right:1", "layout 5"]);
+    let plan = all.plan();
+    assert!(
+        !plan
+            .steps
+            .iter()
+            .any(|step| matches!(step.operation, Operation::Run(_)))
+    );
+    let froms: Vec<String> = plan
+        .steps
+        .iter()
+        .filter_map(|step| match &step.operation {
+            Operation::Copy(copy) => Some(format!("{:?} {:?}", copy.from, copy.source_step)),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(
+        froms,
+        [
+            "Context(ContextId(1)) None",
+            "Step Some(StepId(0))",
+            "Context(ContextId(4)) None",
+            "Step Some(StepId(4))",
+            "Step None",
+        ]
+    );
+}
+
+#[test]
+fn stages_of_their_own_are_not_looked_up() {
+    let mut all = case("FROM base AS a\nRUN a\nFROM a AS b\nRUN b");
+    let looked_up = |case: &Case| -> Vec<bool> {
+        let plan = case.plan();
+        plan.steps
+            .iter()
+            .skip(1)
+            .map(|step| step.use_cache)
+            .collect()
+    };
+    assert_eq!(looked_up(&all), [true, true]);
+    all.settings.no_cache = NoCache::Stages(["B".to_owned()].into());
+    assert_eq!(looked_up(&all), [true, false]);
+    all.settings.no_cache = NoCache::Everything;
+    assert_eq!(looked_up(&all), [false, false]);
+}
+
+#[test]
+fn labels_of_the_command_line_win() {
+    let mut all = case("FROM base\nLABEL a=1 b=2");
+    all.settings.labels = BTreeMap::from([("a".into(), "x".into()), ("c".into(), String::new())]);
+    all.config(r#"{"Labels":{"a":"x","b":"2","c":""}}"#);
 }
 
 #[test]
 fn all_problems_are_told_at_once() {
     case("FROM base\nRUN --network=host x\nADD http://a/b c\nCOPY --from=3 a b\n").problems(&[
-        "Dockerfile:2:15: RUN --network=host is not supported yet (sockless stops here rather than build something else than was written)",
-        "Dockerfile:3:5: ADD of a URL is not supported yet (sockless stops here rather than build something else than was written)",
+        "Dockerfile:2:15: RUN --network=host needs the entitlement network.host, which was not allowed (allow it with --allow network.host if you trust this Dockerfile)",
         "Dockerfile:4:13: invalid stage index 3: this is stage 0, counted from 0",
     ]);
     let signal = "(a signal is a number from 1 to 64 or a name such as SIGTERM)";
@@ -733,7 +992,6 @@ fn all_problems_are_told_at_once() {
         &format!("Dockerfile:5:8: invalid containerPort: 9-8 {range}"),
         "Dockerfile:6:14: invalid chmod parameter: \"8\": it should be octal and between 0 and 07777",
         "Dockerfile:7:14: invalid chmod parameter: \"10000\": it should be octal and between 0 and 07777",
-        "Dockerfile:8:14: symbolic modes in --chmod are not supported yet (write the mode in octal, such as 755)",
         "Dockerfile:9:11: VOLUME specified can not be an empty string",
     ]);
 }

@@ -2,6 +2,7 @@
 
 use std::fmt::Write as _;
 
+use super::Chmod;
 use crate::dockerfile::{Problem, Span};
 use crate::image::Healthcheck;
 
@@ -143,26 +144,27 @@ pub(super) fn parse_ports(text: &str) -> Result<Vec<String>, String> {
         .collect())
 }
 
-/// Octal modes up to 7777.
-pub(super) fn parse_mode(text: &str, span: Span) -> Result<u32, Problem> {
-    let is_octal = !text.is_empty() && text.bytes().all(|b| (b'0'..=b'7').contains(&b));
-    if is_octal {
-        return u32::from_str_radix(text, 8).ok().filter(|mode| *mode <= 0o7777).ok_or_else(|| {
-            Problem::new(span, format!("invalid chmod parameter: {text:?}: it should be octal and between 0 and 07777"))
-        });
-    }
-    if text.bytes().any(|b| b.is_ascii_digit()) || !text.bytes().any(|b| b"+-=".contains(&b)) {
-        return Err(Problem::new(
+/// `--chmod`: an octal mode up to 7777, or changes such as `u+x,go=rX`.
+pub(super) fn parse_mode(text: &str, span: Span) -> Result<Chmod, Problem> {
+    let octal = || {
+        Problem::new(
             span,
             format!(
                 "invalid chmod parameter: {text:?}: it should be octal and between 0 and 07777"
             ),
-        ));
+        )
+    };
+    if !text.is_empty() && text.bytes().all(|b| (b'0'..=b'7').contains(&b)) {
+        let mode = u32::from_str_radix(text, 8).ok();
+        return mode
+            .filter(|mode| *mode <= 0o7777)
+            .map(Chmod::Mode)
+            .ok_or_else(octal);
     }
-    Err(
-        Problem::new(span, "symbolic modes in --chmod are not supported yet")
-            .with_hint("write the mode in octal, such as 755"),
-    )
+    if text.bytes().any(|b| b.is_ascii_digit()) || !text.bytes().any(|b| b"+-=".contains(&b)) {
+        return Err(octal());
+    }
+    Ok(Chmod::Symbolic(text.to_owned()))
 }
 
 pub(super) fn is_signal(text: &str) -> bool {

@@ -62,13 +62,26 @@ fn fixture(context: &[&str], base: &[&str]) -> Fixture {
 
 fn definition(sources: &[&str], destination: &str) -> CopyDefinition {
     CopyDefinition {
-        sources: sources.iter().map(ToString::to_string).collect(),
-        inline: Vec::new(),
+        sources: sources
+            .iter()
+            .map(|path| CopySource::Path(path.to_string()))
+            .collect(),
         destination: destination.to_owned(),
         chown: None,
         chmod: None,
         unpack: false,
+        unpack_remote: false,
         keep_owner: false,
+        link: false,
+        parents: false,
+        excludes: Vec::new(),
+    }
+}
+
+fn inline_source(name: &str, content: &str) -> CopySource {
+    CopySource::Inline {
+        name: name.to_owned(),
+        content: content.to_owned(),
     }
 }
 
@@ -378,7 +391,7 @@ fn owner_and_mode_apply_to_all_that_is_new() {
     let mut fixture = fixture(&CONTEXT, &BASE);
     fixture.owner = Some((5, 6));
     let mut what = definition(&["a"], "/opt/new/dir/");
-    what.chmod = Some(0o4710);
+    what.chmod = Some(Chmod::Mode(0o4710));
     fixture.check(
         &what,
         &[
@@ -390,7 +403,7 @@ fn owner_and_mode_apply_to_all_that_is_new() {
     );
     // A link has an owner, but no mode of its own.
     let mut what = definition(&["."], "/opt/sticky");
-    what.chmod = Some(0o600);
+    what.chmod = Some(Chmod::Mode(0o600));
     fixture.ignore = "b\nd/f\nd/sub";
     fixture.check(
         &what,
@@ -403,12 +416,12 @@ fn owner_and_mode_apply_to_all_that_is_new() {
         ],
     );
     let mut what = definition(&[], "/w/");
-    what.inline = vec![("x".into(), "1".into()), ("y".into(), String::new())];
+    what.sources = vec![inline_source("x", "1"), inline_source("y", "")];
     fixture.check(
         &what,
         &["755 w/ (5:6)", "644 w/x = 1 (5:6)", "644 w/y =  (5:6)"],
     );
-    what.chmod = Some(0o400);
+    what.chmod = Some(Chmod::Mode(0o400));
     "/etc/f".clone_into(&mut what.destination);
     fixture.check(&what, &["755 etc/", "400 etc/f =  (5:6)"]);
 }
@@ -439,7 +452,7 @@ fn owners_are_kept_from_stages_only() {
     assert_eq!(file_owner(&what, None), owner);
     assert_eq!(file_owner(&what, Some((5, 6))), (5, 6));
     // A link that is named is followed in the stage's own root.
-    what.sources = vec!["d/l".to_owned()];
+    what.sources = vec![CopySource::Path("d/l".to_owned())];
     "/f".clone_into(&mut what.destination);
     assert_eq!(file_owner(&what, None), owner);
     let missing = select(
@@ -457,7 +470,7 @@ fn owners_are_kept_from_stages_only() {
 fn times_are_the_files_or_fixed() {
     let mut fixture = fixture(&CONTEXT, &["755 etc/"]);
     let mut what = definition(&["a", "d"], "/etc/new/");
-    what.inline = vec![("i".into(), String::new())];
+    what.sources.push(inline_source("i", ""));
     let show = |change: Change| match change.kind {
         ChangeKind::Entry(entry) if entry.metadata.mtime == THEN => {
             format!("{} then", change.path.display())
@@ -549,7 +562,7 @@ fn digests_tell_contents_apart() {
     assert_ne!(of(&["d"]), of(&["d/sub"]));
     let inline = |name: &str, content: &str| {
         let mut what = definition(&[], "/w");
-        what.inline = vec![(name.into(), content.into())];
+        what.sources = vec![inline_source(name, content)];
         same.digest(&what)
     };
     assert_ne!(inline("a", "bc"), inline("ab", "c"));

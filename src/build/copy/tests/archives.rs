@@ -195,7 +195,7 @@ fn archives_with_owner_and_beside_others() {
     )
     .unwrap();
     fixture.owner = Some((5, 6));
-    what.sources.push("plain".to_owned());
+    what.sources.push(CopySource::Path("plain".to_owned()));
     fixture.check(
         &what,
         &[
