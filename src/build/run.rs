@@ -50,6 +50,10 @@ pub(super) fn run(
         },
         hostname: run.hostname.clone(),
         extra_hosts: Vec::new(),
+        security: sandbox::Security::Sandbox,
+        devices: Vec::new(),
+        shm_size: None,
+        ulimits: Vec::new(),
     };
     make_cwd(rootfs.path(), &process.cwd)?;
     let points = sandbox::mount_points(&process).into_iter();

@@ -56,6 +56,7 @@ mod tests {
             masked_files: vec!["/proc/kcore"],
             masked_dirs: vec!["/proc/acpi"],
             read_only: vec!["/proc/sys"],
+            capabilities: vec!["CAP_CHOWN"],
         };
         let args = args(&view, &["init".into(), "3".into()]);
         let text: Vec<&str> = args.iter().map(|arg| arg.to_str().unwrap()).collect();

@@ -15,8 +15,9 @@ use serde::Deserialize;
 use super::output::{Ears, Heard, listen};
 use super::wire::{Attachment, Failure, Helper, Launch, Part, Runtime, RuntimeKind};
 use super::{
-    Cancel, Choice, Mount, MountKind, Network, Outcome, OutputSink, Process, Refusal, Sandbox,
-    SandboxError, User, init, network, supervise, userns,
+    Cancel, Choice, Content, Device, Mount, MountSource, Network, Outcome, OutputSink, Process,
+    Refusal, Sandbox, SandboxError, Security, Ulimit, User, hosts, init, network, supervise,
+    userns,
 };
 use crate::progress::Stream;
 
@@ -43,6 +44,10 @@ pub fn choose(choice: Choice) -> Result<Box<dyn Sandbox>, SandboxError> {
             Err(SandboxError::Mount { target, reason }) => refusals.push(Refusal::Failed {
                 program: kind.name(),
                 message: format!("mounting {target}: {reason}"),
+            }),
+            Err(SandboxError::Asked { doing, reason }) => refusals.push(Refusal::Failed {
+                program: kind.name(),
+                message: format!("{doing}: {reason}"),
             }),
             Err(SandboxError::Lost { sandbox }) => refusals.push(Refusal::Failed {
                 program: sandbox,
@@ -143,7 +148,7 @@ impl Sandbox for Contained {
         cancel: &Cancel,
     ) -> Result<Outcome, SandboxError> {
         let network = self.attachment(process.network);
-        let launch = launch(&self.runtime, process.clone(), network, false);
+        let launch = launch(&self.runtime, process.clone(), network, false)?;
         run(&launch, output, cancel)
     }
 }
@@ -165,6 +170,10 @@ fn probe(runtime: &Runtime, network: Attachment) -> Result<(), SandboxError> {
         network: Network::None,
         hostname: "sockless".to_owned(),
         extra_hosts: Vec::new(),
+        security: Security::Sandbox,
+        devices: Vec::new(),
+        shm_size: None,
+        ulimits: Vec::new(),
     };
     for point in super::mount_points(&process) {
         let path = point.path.strip_prefix("/").unwrap_or(&point.path);
@@ -176,7 +185,7 @@ fn probe(runtime: &Runtime, network: Attachment) -> Result<(), SandboxError> {
             std::fs::File::create(path).map_err(io)?;
         }
     }
-    let launch = launch(runtime, process, network, true);
+    let launch = launch(runtime, process, network, true)?;
     let mut ignore = |_: Stream, _: &[u8]| {};
     match run(&launch, &mut ignore, &Cancel::new())? {
         Outcome::Exited(0) => Ok(()),
@@ -190,16 +199,32 @@ fn probe(runtime: &Runtime, network: Attachment) -> Result<(), SandboxError> {
     }
 }
 
-fn launch(runtime: &Runtime, process: Process, network: Attachment, probe: bool) -> Launch {
-    Launch {
+fn launch(
+    runtime: &Runtime,
+    process: Process,
+    network: Attachment,
+    probe: bool,
+) -> Result<Launch, SandboxError> {
+    let reach_host = hosts::want_gateway(&process.extra_hosts);
+    let gateway = match reach_host {
+        true => Some(
+            network::own_address(&network).map_err(|error| SandboxError::Asked {
+                doing: format!("finding the address of {}", hosts::HOST_GATEWAY),
+                reason: format!("this machine has none to reach others from: {error}"),
+            })?,
+        ),
+        false => None,
+    };
+    Ok(Launch {
         runtime: runtime.clone(),
         probe,
         resolv_conf: network::resolv_conf(&network),
-        hosts: network::hosts(&process.hostname, &process.extra_hosts),
+        hosts: hosts::text(&process.hostname, &process.extra_hosts, gateway),
+        reach_host,
         old_mounts: userns::old_mounts().cloned(),
         network,
         process,
-    }
+    })
 }
 
 fn run(launch: &Launch, output: OutputSink<'_>, cancel: &Cancel) -> Result<Outcome, SandboxError> {
@@ -298,6 +323,12 @@ fn error_of(sandbox: &'static str, failure: Failure) -> SandboxError {
                 reason: message,
             };
         }
+        (Part::Asked, _) => {
+            return SandboxError::Asked {
+                doing: failure.doing,
+                reason: failure.reason,
+            };
+        }
         (Part::Network, _) => Refusal::Network { program, message },
         (_, Some(libc::EPERM | libc::EACCES)) => Refusal::NotPermitted { program, message },
         _ => Refusal::Failed { program, message },
@@ -380,12 +411,19 @@ struct Request {
     network: Network,
     #[serde(default)]
     extra_hosts: Vec<(String, String)>,
+    #[serde(default)]
+    security: Security,
+    #[serde(default)]
+    devices: Vec<Device>,
+    shm_size: Option<u64>,
+    #[serde(default)]
+    ulimits: Vec<Ulimit>,
     /// Cancels the step as soon as it has printed something.
     #[serde(default)]
     cancel_on_output: bool,
 }
 
-/// A mount in a [`Request`]: a tmpfs where it has no source.
+/// A mount in a [`Request`]: a file where it has content, a tmpfs where it has no source.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct RequestMount {
@@ -394,6 +432,12 @@ struct RequestMount {
     #[serde(default)]
     read_only: bool,
     size_bytes: Option<u64>,
+    mode: Option<u32>,
+    content: Option<String>,
+    #[serde(default)]
+    uid: u32,
+    #[serde(default)]
+    gid: u32,
 }
 
 fn root_dir() -> String {
@@ -409,15 +453,20 @@ impl Request {
         let os_strings = |strings: &[String]| strings.iter().map(OsString::from).collect();
         let mount = |mount: &RequestMount| Mount {
             target: mount.target.clone().into(),
-            kind: match &mount.source {
-                Some(source) => MountKind::Bind {
-                    source: source.into(),
-                    read_only: mount.read_only,
+            source: match (&mount.source, &mount.content) {
+                (_, Some(content)) => MountSource::File {
+                    content: Content(content.clone().into_bytes()),
+                    uid: mount.uid,
+                    gid: mount.gid,
+                    mode: mount.mode.unwrap_or(0o400),
                 },
-                None => MountKind::Tmpfs {
+                (Some(source), None) => MountSource::Bind(source.into()),
+                (None, None) => MountSource::Tmpfs {
                     size_bytes: mount.size_bytes,
+                    mode: mount.mode,
                 },
             },
+            read_only: mount.read_only,
         };
         Process {
             rootfs: Path::new(&self.rootfs).to_owned(),
@@ -429,6 +478,10 @@ impl Request {
             network: self.network,
             hostname: "sockless".to_owned(),
             extra_hosts: self.extra_hosts.clone(),
+            security: self.security,
+            devices: self.devices.clone(),
+            shm_size: self.shm_size,
+            ulimits: self.ulimits.clone(),
         }
     }
 }

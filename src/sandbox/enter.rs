@@ -11,7 +11,7 @@ use rustix::thread::UnshareFlags;
 
 use super::mounts::{self, View};
 use super::wire::{Attachment, Doing, Failure, Launch, RuntimeKind};
-use super::{bwrap, netlink, network, runc, sys};
+use super::{Security, bwrap, netlink, network, runc, sys};
 
 /// The file descriptors that the innermost stage is started with, in the order of its
 /// arguments: its own program, the launch, the reports, standard output and error.
@@ -41,6 +41,10 @@ pub(super) fn enter(
     let mut namespaces = UnshareFlags::NEWNS;
     if !matches!(launch.network, Attachment::Host) {
         namespaces |= UnshareFlags::NEWNET;
+    }
+    if launch.process.security == Security::Insecure {
+        // Only who owns this namespace may mount cgroups.
+        namespaces |= UnshareFlags::NEWCGROUP;
     }
     sys::unshare(namespaces).doing(|| "entering mount and network namespaces".to_owned())?;
     if namespaces.contains(UnshareFlags::NEWNET) {

@@ -30,6 +30,14 @@ pub enum SandboxError {
         /// Why that failed.
         reason: String,
     },
+    /// What was asked for this process cannot be had here.
+    #[error("{doing}: {reason}")]
+    Asked {
+        /// What that was, such as `setting the limit nofile=1:1`.
+        doing: String,
+        /// Why not.
+        reason: String,
+    },
     /// An operation of this program itself failed.
     #[error("{doing}: {source}")]
     Io {

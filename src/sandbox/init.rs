@@ -11,32 +11,61 @@ use std::path::Path;
 
 use rustix::fs::{Gid, Mode, OFlags, StatVfsMountFlags, Uid};
 use rustix::io::Errno;
+use rustix::mount::UnmountFlags;
 use rustix::process::{Resource, Rlimit};
 use rustix::thread::{CapabilitySet, CapabilitySets};
 
 use super::enter::INIT_FDS;
 use super::wire::{self, Doing, Failure, Launch, Report};
-use super::{Process, User, sys, userns};
+use super::{Process, Security, User, limits, sys, userns};
 
-/// Docker's default capabilities, by the names of the runtime specification.
-pub(super) const CAPABILITY_NAMES: [&str; 14] = [
+/// All capabilities that this program knows, by the names of the runtime specification, at
+/// their numbers; those of Linux 5.9. See `capabilities(7)`.
+const CAPABILITY_NAMES: [&str; 41] = [
     "CAP_CHOWN",
     "CAP_DAC_OVERRIDE",
-    "CAP_FSETID",
+    "CAP_DAC_READ_SEARCH",
     "CAP_FOWNER",
-    "CAP_MKNOD",
-    "CAP_NET_RAW",
+    "CAP_FSETID",
+    "CAP_KILL",
     "CAP_SETGID",
     "CAP_SETUID",
-    "CAP_SETFCAP",
     "CAP_SETPCAP",
+    "CAP_LINUX_IMMUTABLE",
     "CAP_NET_BIND_SERVICE",
+    "CAP_NET_BROADCAST",
+    "CAP_NET_ADMIN",
+    "CAP_NET_RAW",
+    "CAP_IPC_LOCK",
+    "CAP_IPC_OWNER",
+    "CAP_SYS_MODULE",
+    "CAP_SYS_RAWIO",
     "CAP_SYS_CHROOT",
-    "CAP_KILL",
+    "CAP_SYS_PTRACE",
+    "CAP_SYS_PACCT",
+    "CAP_SYS_ADMIN",
+    "CAP_SYS_BOOT",
+    "CAP_SYS_NICE",
+    "CAP_SYS_RESOURCE",
+    "CAP_SYS_TIME",
+    "CAP_SYS_TTY_CONFIG",
+    "CAP_MKNOD",
+    "CAP_LEASE",
     "CAP_AUDIT_WRITE",
+    "CAP_AUDIT_CONTROL",
+    "CAP_SETFCAP",
+    "CAP_MAC_OVERRIDE",
+    "CAP_MAC_ADMIN",
+    "CAP_SYSLOG",
+    "CAP_WAKE_ALARM",
+    "CAP_BLOCK_SUSPEND",
+    "CAP_AUDIT_READ",
+    "CAP_PERFMON",
+    "CAP_BPF",
+    "CAP_CHECKPOINT_RESTORE",
 ];
 
-/// The same, as bits.
+/// Docker's default capabilities.
 const CAPABILITIES: CapabilitySet = CapabilitySet::CHOWN
     .union(CapabilitySet::DAC_OVERRIDE)
     .union(CapabilitySet::FSETID)
@@ -122,13 +151,31 @@ fn prepare(launch: &Launch, stdout: OwnedFd, stderr: OwnedFd) -> Result<Command,
     let _ = rustix::process::setsid();
     set_stdio(&process.user, stdout, stderr)?;
     rustix::process::umask(Mode::from_raw_mode(0o022));
-    raise_open_files();
+    if process.security == Security::Insecure {
+        uncover_proc()?;
+    }
     // As root, who can enter everything; as the user where root may not, as on some
     // network filesystems.
     let entered = rustix::process::chdir(&process.cwd);
-    let capabilities = safe_capabilities();
-    drop_bounding_set(capabilities)?;
-    become_user(&process.user, capabilities)?;
+    if !process.ulimits.iter().any(|ulimit| ulimit.name == "nofile") {
+        raise_open_files();
+    }
+    match process.security {
+        Security::Sandbox => {
+            let capabilities = safe_capabilities();
+            drop_bounding_set(capabilities)?;
+            limits::apply(&process.ulimits)?;
+            become_user(&process.user)?;
+            keep_capabilities(&process.user, capabilities)?;
+        }
+        Security::Insecure => {
+            limits::apply(&process.ulimits)?;
+            let doing = || "keeping capabilities".to_owned();
+            rustix::thread::set_keep_capabilities(true).doing(doing)?;
+            become_user(&process.user)?;
+            keep_all_capabilities().doing(doing)?;
+        }
+    }
     if entered.is_err() {
         rustix::process::chdir(&process.cwd)
             .doing(|| format!("entering {}", process.cwd.display()))?;
@@ -230,7 +277,7 @@ fn drop_bounding_set(kept: CapabilitySet) -> Result<(), Failure> {
     rustix::thread::clear_ambient_capability_set().doing(doing)
 }
 
-fn become_user(user: &User, capabilities: CapabilitySet) -> Result<(), Failure> {
+fn become_user(user: &User) -> Result<(), Failure> {
     let map = |kind: &str| std::fs::read_to_string(format!("/proc/self/{kind}_map"));
     let known = |kind: &str| map(kind).map_or(u64::MAX, |map| userns::mapped_ids(&map));
     let switching = |kind: &'static str, what: String, error: Errno| {
@@ -257,6 +304,10 @@ fn become_user(user: &User, capabilities: CapabilitySet) -> Result<(), Failure> 
     let uid = Uid::from_raw(user.uid);
     rustix::thread::set_thread_res_uid(uid, uid, uid)
         .map_err(|error| switching("uid", format!("user {}", user.uid), error))?;
+    Ok(())
+}
+
+fn keep_capabilities(user: &User, capabilities: CapabilitySet) -> Result<(), Failure> {
     let doing = || "setting capabilities".to_owned();
     let current = rustix::thread::capabilities(None).doing(doing)?;
     // Switching from root to another user has taken all of them already.
@@ -270,6 +321,59 @@ fn become_user(user: &User, capabilities: CapabilitySet) -> Result<(), Failure> 
         inheritable: CapabilitySet::empty(),
     };
     rustix::thread::set_capabilities(None, sets).doing(doing)
+}
+
+/// Has the step, whoever it runs as, have all capabilities that this process has.
+fn keep_all_capabilities() -> Result<(), Errno> {
+    let all = rustix::thread::capabilities(None)?.permitted;
+    let sets = CapabilitySets {
+        effective: all,
+        permitted: all,
+        inheritable: all,
+    };
+    rustix::thread::set_capabilities(None, sets)?;
+    for capability in all.iter() {
+        rustix::thread::configure_capability_in_ambient_set(capability, true)?;
+    }
+    Ok(())
+}
+
+/// Takes away what the runtime has mounted in `/proc`: bubblewrap makes parts of it
+/// read-only unasked.
+fn uncover_proc() -> Result<(), Failure> {
+    let info = std::fs::read_to_string("/proc/self/mountinfo")
+        .doing(|| "reading /proc/self/mountinfo".to_owned())?;
+    for point in userns::mount_points_of(&info).iter().rev() {
+        if point.starts_with("/proc/") {
+            rustix::mount::unmount(point, UnmountFlags::DETACH)
+                .doing(|| format!("uncovering {point}"))?;
+        }
+    }
+    Ok(())
+}
+
+/// The capabilities that a runtime is to give its process, by name.
+///
+/// # Errors
+/// Those of `capget(2)`.
+pub(super) fn runtime_capabilities(security: Security) -> Result<Vec<&'static str>, Failure> {
+    Ok(match security {
+        Security::Sandbox => names(CAPABILITIES),
+        // Not one that this process lacks, which it could not give.
+        Security::Insecure => {
+            let own = rustix::thread::capabilities(None);
+            names(own.doing(|| "reading capabilities".to_owned())?.permitted)
+        }
+    })
+}
+
+fn names(capabilities: CapabilitySet) -> Vec<&'static str> {
+    CAPABILITY_NAMES
+        .iter()
+        .enumerate()
+        .filter(|(number, _)| capabilities.bits() >> number & 1 == 1)
+        .map(|(_, name)| *name)
+        .collect()
 }
 
 /// Why a program could not be executed.
@@ -363,8 +467,23 @@ mod tests {
     fn capabilities_are_dockers() {
         assert_eq!(CAPABILITIES.bits(), 0xa804_25fb);
         assert_eq!(
-            CAPABILITIES.bits().count_ones() as usize,
-            CAPABILITY_NAMES.len()
+            names(CAPABILITIES),
+            [
+                "CAP_CHOWN",
+                "CAP_DAC_OVERRIDE",
+                "CAP_FOWNER",
+                "CAP_FSETID",
+                "CAP_KILL",
+                "CAP_SETGID",
+                "CAP_SETUID",
+                "CAP_SETPCAP",
+                "CAP_NET_BIND_SERVICE",
+                "CAP_NET_RAW",
+                "CAP_SYS_CHROOT",
+                "CAP_MKNOD",
+                "CAP_AUDIT_WRITE",
+                "CAP_SETFCAP",
+            ]
         );
     }
 

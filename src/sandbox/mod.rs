@@ -34,7 +34,9 @@ mod bwrap;
 mod choose;
 mod enter;
 mod error;
+mod hosts;
 mod init;
+mod limits;
 mod mounts;
 mod netlink;
 mod network;
@@ -54,6 +56,8 @@ use crate::progress::Stream;
 
 pub use choose::{choose, hidden_command};
 pub use error::{Refusal, SandboxError};
+pub use hosts::{HOST_GATEWAY, HostError, parse_extra_host};
+pub use limits::{Ulimit, UlimitError};
 pub use output::Cancel;
 pub use userns::{UsernsError, World, enter};
 
@@ -99,14 +103,26 @@ pub struct Process {
     pub cwd: PathBuf,
     /// Who it runs as.
     pub user: User,
-    /// What is mounted beside the root filesystem.
+    /// What is mounted beside the root filesystem. A target that is named twice has the
+    /// later one.
     pub mounts: Vec<Mount>,
     /// What it can reach.
     pub network: Network,
     /// Host name inside.
     pub hostname: String,
-    /// `/etc/hosts` inside, beyond the usual lines.
+    /// Names and addresses in `/etc/hosts` inside, beyond the usual lines; the address
+    /// [`HOST_GATEWAY`] stands for that of this machine as the process sees it. See
+    /// [`parse_extra_host`].
     pub extra_hosts: Vec<(String, String)>,
+    /// What it is allowed.
+    pub security: Security,
+    /// Devices of this machine, beside the usual ones of `/dev`.
+    pub devices: Vec<Device>,
+    /// The size of `/dev/shm` in bytes, if not Docker's 64 MiB.
+    pub shm_size: Option<u64>,
+    /// Its resource limits; those that are not named are sockless's own, but open files are
+    /// as many as in Docker.
+    pub ulimits: Vec<Ulimit>,
 }
 
 /// Numbers of user and groups, as inside.
@@ -120,32 +136,55 @@ pub struct User {
     pub groups: Vec<u32>,
 }
 
-/// Something that is mounted inside.
+/// Something that is mounted inside, without setuid programs and devices.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Mount {
-    /// Where, absolute, inside.
+    /// Where, absolute, inside; links are followed inside. A target that lies inside
+    /// another mount, or below `/dev`, is made there where it is missing; all others
+    /// are in [`mount_points`]. Nothing can be mounted on `/` and `/dev`, nor on and below
+    /// `/proc`.
     #[serde(with = "wire::path")]
     pub target: PathBuf,
     /// What.
-    pub kind: MountKind,
+    pub source: MountSource,
+    /// Whether writes fail.
+    pub read_only: bool,
 }
 
 /// What is mounted.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum MountKind {
-    /// A file or directory of this machine.
-    Bind {
-        /// Where it is, outside.
-        #[serde(with = "wire::path")]
-        source: PathBuf,
-        /// Whether writes fail.
-        read_only: bool,
-    },
+pub enum MountSource {
+    /// A directory, file or socket of this machine.
+    Bind(#[serde(with = "wire::path")] PathBuf),
     /// An empty directory in memory.
     Tmpfs {
-        /// Its size limit, if any.
+        /// Its size limit; half of the memory where there is none.
         size_bytes: Option<u64>,
+        /// Its mode; that of the directory it covers where there is none.
+        mode: Option<u32>,
     },
+    /// A file in memory, which no disk ever sees. It cannot be executed where its mode
+    /// does not say so.
+    File {
+        /// What is in it.
+        content: Content,
+        /// Its owner, as inside.
+        uid: u32,
+        /// Its group, as inside.
+        gid: u32,
+        /// Its mode.
+        mode: u32,
+    },
+}
+
+/// The bytes of a file that may be secret: they do not show in debug output.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Content(pub Vec<u8>);
+
+impl std::fmt::Debug for Content {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Content({} bytes)", self.0.len())
+    }
 }
 
 /// What a process can reach.
@@ -157,6 +196,34 @@ pub enum Network {
     None,
     /// The host's network.
     Host,
+}
+
+/// What a process is allowed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Security {
+    /// Docker's capabilities, a read-only `/sys`, and nothing of `/proc` that shows or
+    /// changes the host.
+    #[default]
+    Sandbox,
+    /// What whoever runs sockless may do: all capabilities that there are in the user
+    /// namespace, whoever the process runs as; nothing of `/proc` and `/sys` masked or
+    /// read-only, and `/sys/fs/cgroup`. In the initial user namespace, that is for real
+    /// root, also device nodes and BuildKit's choice of them in `/dev`.
+    Insecure,
+}
+
+/// A device of this machine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Device {
+    /// Where it is inside, absolute.
+    #[serde(with = "wire::path")]
+    pub path: PathBuf,
+    /// Where it is outside: a character or block device.
+    #[serde(with = "wire::path")]
+    pub host_path: PathBuf,
+    /// Some of `r`, `w` and `m`. No cgroup is touched, so these are not enforced: what can
+    /// be done with a device is what its owner and mode let the process do.
+    pub permissions: String,
 }
 
 /// How a process ended.
@@ -178,7 +245,8 @@ pub struct MountPoint {
 /// Returns what must exist in the root filesystem of `process` before it is run, in the
 /// order in which it is mounted; links are followed inside.
 ///
-/// What lies below `/dev` is not listed: that is a fresh directory in memory.
+/// What lies below `/dev`, `/sys` or another mount of the process is not listed: it could
+/// not be seen there, and is made in that mount where it is missing.
 pub fn mount_points(process: &Process) -> Vec<MountPoint> {
     let point = |path: &Path, is_dir| MountPoint {
         path: path.to_owned(),
@@ -192,15 +260,21 @@ pub fn mount_points(process: &Process) -> Vec<MountPoint> {
         point(Path::new("/etc/hosts"), false),
     ];
     for mount in mounts::in_mount_order(&process.mounts) {
-        if mounts::is_below_dev(&mount.target) {
+        if mounts::is_covered(&mount.target, &process.mounts) {
             continue;
         }
-        let is_dir = match &mount.kind {
+        let is_dir = match &mount.source {
             // A source that is missing is reported when it is mounted.
-            MountKind::Bind { source, .. } => source.is_dir(),
-            MountKind::Tmpfs { .. } => true,
+            MountSource::Bind(source) => source.is_dir(),
+            MountSource::Tmpfs { .. } => true,
+            MountSource::File { .. } => false,
         };
         points.push(point(&mount.target, is_dir));
+    }
+    for device in &process.devices {
+        if !mounts::is_covered(&device.path, &process.mounts) {
+            points.push(point(&device.path, false));
+        }
     }
     points
 }

@@ -4,8 +4,8 @@
 //! pasta or slirp4netns. Neither forwards to the host's loopback. The addresses at which
 //! clouds hand out credentials are made unreachable besides.
 
-use std::io::{Read, Seek};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::io::{self, Read, Seek};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -65,16 +65,21 @@ pub(super) fn installed_helpers() -> Vec<Helper> {
 ///
 /// `netns` is a bind mount of the namespace: the helpers give up the privilege that it
 /// takes to open `/proc/PID/ns/net` before they open it. `resolv_conf` is what the step
-/// will see.
+/// will see. Whether it must `reach_host` at [`own_address`] decides which one it gets itself.
 ///
 /// # Errors
 /// Where it does not start; with its own words.
-pub(super) fn attach(helper: &Helper, netns: &Path, resolv_conf: &str) -> Result<(), Failure> {
+pub(super) fn attach(
+    helper: &Helper,
+    netns: &Path,
+    resolv_conf: &str,
+    reach_host: bool,
+) -> Result<(), Failure> {
     match helper.kind {
         HelperKind::Pasta => {
             let forward_dns =
                 name_servers(resolv_conf).any(|address| address.to_string() == PASTA_DNS);
-            attach_pasta(helper, netns, forward_dns)
+            attach_pasta(helper, netns, forward_dns, reach_host)
         }
         HelperKind::Slirp4netns => attach_slirp4netns(helper, netns),
     }
@@ -91,7 +96,12 @@ fn command(helper: &Helper) -> Command {
     command
 }
 
-fn attach_pasta(helper: &Helper, netns: &Path, forward_dns: bool) -> Result<(), Failure> {
+fn attach_pasta(
+    helper: &Helper,
+    netns: &Path,
+    forward_dns: bool,
+    reach_host: bool,
+) -> Result<(), Failure> {
     let mut command = command(helper);
     command
         .args(["--quiet", "--config-net"])
@@ -106,6 +116,15 @@ fn attach_pasta(helper: &Helper, netns: &Path, forward_dns: bool) -> Result<(), 
     // the C library's connected sockets drop them.
     if forward_dns {
         command.args(["--dns-forward", PASTA_DNS]);
+    }
+    if reach_host {
+        let host = own_address(&Attachment::None)
+            .doing(|| "finding an address of this machine".to_owned())?;
+        let (address, gateway) = apart_from(host);
+        command
+            .args(["--address", &address.to_string()])
+            .args(["--netmask", "24"])
+            .args(["--gateway", &gateway.to_string()]);
     }
     if userns::is_initial() {
         // As real root it would become nobody, who may not enter the namespace. It keeps
@@ -194,6 +213,10 @@ fn words_of(mut log: &std::fs::File) -> String {
 pub(super) fn resolv_conf(attachment: &Attachment) -> String {
     let read = |path| std::fs::read_to_string(path).unwrap_or_default();
     let mut host = read("/etc/resolv.conf");
+    if matches!(attachment, Attachment::Host) {
+        // Whatever listens on the loopback can be reached.
+        return host;
+    }
     if name_servers(&host).all(|address| address == SYSTEMD_STUB) {
         // systemd-resolved answers on the host's loopback and writes here whom it asks.
         let upstream = read("/run/systemd/resolve/resolv.conf");
@@ -202,8 +225,7 @@ pub(super) fn resolv_conf(attachment: &Attachment) -> String {
         }
     }
     let forwarder = match attachment {
-        Attachment::Host => return host,
-        Attachment::None => None,
+        Attachment::Host | Attachment::None => None,
         Attachment::Private(helper) => Some(match helper.kind {
             HelperKind::Pasta => PASTA_DNS,
             HelperKind::Slirp4netns => SLIRP_DNS,
@@ -271,14 +293,45 @@ fn is_reachable_from_elsewhere(address: IpAddr) -> bool {
     }
 }
 
-/// Returns `/etc/hosts` as a step sees it.
-pub(super) fn hosts(hostname: &str, extra: &[(String, String)]) -> String {
-    let mut text =
-        format!("127.0.0.1\tlocalhost {hostname}\n::1\tlocalhost ip6-localhost ip6-loopback\n");
-    for (name, address) in extra {
-        text.push_str(&format!("{address}\t{name}\n"));
+/// The address at which a process with this network finds this machine.
+///
+/// In a private network that is the one from which this machine reaches others; what
+/// listens there is what other machines can reach, too.
+///
+/// # Errors
+/// Where this machine has no way to others, and so no such address.
+pub(super) fn own_address(network: &Attachment) -> io::Result<Ipv4Addr> {
+    if matches!(network, Attachment::Host) {
+        return Ok(Ipv4Addr::LOCALHOST);
     }
-    text
+    // Choosing the way to an address sends nothing. This one is nobody's (RFC 5737).
+    let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
+    socket.connect((Ipv4Addr::new(192, 0, 2, 1), 9))?;
+    match socket.local_addr()?.ip() {
+        IpAddr::V4(address) => Ok(address),
+        IpAddr::V6(_) => Err(io::ErrorKind::AddrNotAvailable.into()),
+    }
+}
+
+/// Networks of which a process that must reach this machine gets one: pasta otherwise gives
+/// it this machine's own address, at which it would find only itself.
+const APART: [Ipv4Addr; 2] = [Ipv4Addr::new(10, 0, 2, 0), Ipv4Addr::new(10, 0, 3, 0)];
+
+/// The address in, and the gateway of, the first such network that `host` is not in.
+fn apart_from(host: Ipv4Addr) -> (Ipv4Addr, Ipv4Addr) {
+    let prefix = |address: Ipv4Addr| {
+        [
+            address.octets()[0],
+            address.octets()[1],
+            address.octets()[2],
+        ]
+    };
+    let network = APART
+        .into_iter()
+        .find(|network| prefix(*network) != prefix(host))
+        .unwrap_or(APART[0]);
+    let [a, b, c] = prefix(network);
+    (Ipv4Addr::new(a, b, c, 100), Ipv4Addr::new(a, b, c, 2))
 }
 
 /// Makes the network namespace of a process of this PID namespace a file at `path`.
@@ -328,10 +381,13 @@ mod tests {
     }
 
     #[test]
-    fn hosts_names_this_machine_and_the_extra_ones() {
-        assert_eq!(
-            hosts("box", &[("db".to_owned(), "10.0.0.7".to_owned())]),
-            "127.0.0.1\tlocalhost box\n::1\tlocalhost ip6-localhost ip6-loopback\n10.0.0.7\tdb\n"
-        );
+    fn the_step_has_another_network_than_this_machine() {
+        let check = |host: [u8; 4], address: [u8; 4], gateway: [u8; 4]| {
+            let got = apart_from(host.into());
+            assert_eq!(got, (address.into(), gateway.into()), "{host:?}");
+        };
+        check([192, 0, 2, 1], [10, 0, 2, 100], [10, 0, 2, 2]);
+        check([10, 0, 2, 15], [10, 0, 3, 100], [10, 0, 3, 2]);
+        check([10, 0, 3, 15], [10, 0, 2, 100], [10, 0, 2, 2]);
     }
 }

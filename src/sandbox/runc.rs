@@ -9,7 +9,6 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use super::init::CAPABILITY_NAMES;
 use super::mounts::View;
 use super::wire::RuntimeKind;
 
@@ -56,9 +55,9 @@ pub(super) fn spec(view: &View, command: &[OsString]) -> Value {
             "cwd": "/",
             "noNewPrivileges": false,
             "capabilities": {
-                "bounding": CAPABILITY_NAMES,
-                "effective": CAPABILITY_NAMES,
-                "permitted": CAPABILITY_NAMES,
+                "bounding": view.capabilities,
+                "effective": view.capabilities,
+                "permitted": view.capabilities,
             },
         },
         "mounts": mounts,
@@ -115,11 +114,16 @@ mod tests {
             masked_files: vec!["/proc/kcore"],
             masked_dirs: vec!["/proc/acpi"],
             read_only: vec!["/proc/sys"],
+            capabilities: vec!["CAP_CHOWN"],
         };
         let spec = spec(&view, &["init".into(), "3".into()]);
         assert_eq!(spec["root"]["path"], "/r");
         assert_eq!(spec["hostname"], "box");
         assert_eq!(spec["process"]["args"], json!(["init", "3"]));
+        assert_eq!(
+            spec["process"]["capabilities"]["bounding"],
+            json!(["CAP_CHOWN"])
+        );
         assert_eq!(spec["process"]["capabilities"]["inheritable"], Value::Null);
         assert_eq!(
             spec["linux"]["maskedPaths"],

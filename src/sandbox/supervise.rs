@@ -177,7 +177,7 @@ fn assist(launch: &Launch, pid: u32) -> Result<(), Failure> {
     match &launch.network {
         Attachment::Private(helper) => {
             let netns = netns_file(&launch.process.rootfs, pid)?;
-            network::attach(helper, &netns, &launch.resolv_conf)
+            network::attach(helper, &netns, &launch.resolv_conf, launch.reach_host)
         }
         Attachment::Host | Attachment::None => Ok(()),
     }

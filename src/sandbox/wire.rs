@@ -31,6 +31,8 @@ pub(super) struct Launch {
     pub(super) resolv_conf: String,
     /// The text of `/etc/hosts` inside.
     pub(super) hosts: String,
+    /// Whether the process must be able to reach this machine at its own address.
+    pub(super) reach_host: bool,
     /// The mount points that were there when `sockless` started. All others are root
     /// filesystems of other steps, which this step's mount namespace must not keep alive.
     pub(super) old_mounts: Option<Vec<String>>,
@@ -141,6 +143,8 @@ pub(super) enum Part {
     Network,
     /// The mount at this target.
     Mount(String),
+    /// None: what was asked for cannot be had here.
+    Asked,
 }
 
 impl Failure {
