@@ -24,6 +24,7 @@
 //! | [`plan`] | instructions + base configs → steps | files, network |
 //! | [`image`] | values of the image specification | files, network |
 //! | [`context`] | what COPY and ADD may see | images |
+//! | [`session`] | secrets and SSH agents lent to steps | steps, mounts |
 //! | [`store`] | blobs, trees and records on disk | registries |
 //! | [`registry`] | the distribution protocol | layers' content |
 //! | [`layer`] | the layer archive, both directions | Dockerfiles, registries |
@@ -44,7 +45,7 @@
 //! - `dockerfile`, `plan` and `image` do no I/O, start no process, read no clock and no
 //!   environment variable. Time and platform arrive as values.
 //! - Only `sandbox` and `service::child` start processes, and `registry::credentials`
-//!   credential helpers. Only `registry` and `service` open sockets.
+//!   credential helpers. Only `registry`, `service` and `session` open sockets.
 //! - Nothing depends on `service` or `cli`. `registry` and `layer` reach blobs only
 //!   through `store`.
 //! - Only `cli` and `main` print. Everything else emits a [`progress::BuildEvent`] or a
@@ -102,4 +103,5 @@ pub mod rootfs;
 pub mod sandbox;
 pub mod secret;
 pub mod service;
+pub mod session;
 pub mod store;

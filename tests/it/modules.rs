@@ -69,6 +69,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
         "failure",
         &["build", "context", "dockerfile", "registry", "sandbox"],
     ),
+    ("session", &["dockerfile"]),
     ("confined", &[]),
     ("dockerfile", &[]),
     ("image", &[]),
