@@ -120,6 +120,15 @@ pub fn read_dockerfile(
     with_rules(name_read, text, own, &root)
 }
 
+/// The rules of the `.dockerignore` in the directory `context`; none where there is no such file.
+///
+/// # Errors
+/// [`ContextError::Open`], [`ContextError::Read`], [`ContextError::Ignore`].
+pub(super) fn context_rules(context: &Path) -> Result<IgnoreRules, ContextError> {
+    let root = open_dir(context)?;
+    with_rules(String::new(), Vec::new(), None, &root)?.ignore_rules()
+}
+
 /// Completes a Dockerfile with its own rules, else with those of the context.
 fn with_rules(
     name: String,

@@ -8,9 +8,11 @@
 //! returns and what [`BuildContext::read_dir`] lists below it are resolved paths, and
 //! only those can be opened: a link on the way is an error there.
 
+mod address;
 mod dockerfile;
 pub mod glob;
 pub mod ignore;
+pub mod named;
 mod walk;
 
 use std::ffi::{OsStr, OsString};
@@ -27,9 +29,13 @@ use thiserror::Error;
 use crate::confined::ConfinedDir;
 use crate::rootfs::Time;
 
+pub use address::{is_git, is_git_context};
 pub use dockerfile::{DockerfileSource, read_dockerfile};
 use ignore::DirectoryMatch;
 pub use ignore::IgnoreRules;
+pub use named::{
+    LayoutReference, NamedContext, NamedContextError, NamedContexts, open_named_directory,
+};
 pub use walk::Walk;
 
 /// How many links one look-up follows; the number that Docker's tools allow.

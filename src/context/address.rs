@@ -1,0 +1,138 @@
+//! Which texts are addresses of git repositories, and how addresses are shown.
+
+use std::fmt;
+
+use url::Url;
+
+use crate::secret::RedactedUrl;
+
+/// Whether BuildKit takes `text` for the address of a git repository: a URL of git or ssh,
+/// an HTTP(S) URL whose path ends in `.git`, or `USER@HOST:PATH`.
+///
+/// `github.com/OWNER/NAME` is one where the main context is named, and only there: see
+/// [`is_git_context`].
+pub fn is_git(text: &str) -> bool {
+    match text.split_once("://") {
+        Some((scheme, rest)) if is_scheme(scheme) => match scheme.to_ascii_lowercase().as_str() {
+            "git" | "ssh" => true,
+            "http" | "https" => {
+                let path = rest.split(['#', '?']).next().unwrap_or_default();
+                path.split_once('/')
+                    .is_some_and(|(_, path)| path.ends_with(".git"))
+            }
+            _ => false,
+        },
+        _ => is_scp_style(text),
+    }
+}
+
+/// [`is_git`], and also for the old short form of GitHub's repositories.
+pub fn is_git_context(text: &str) -> bool {
+    text.starts_with("github.com/") || is_git(text)
+}
+
+/// Whether `text` begins as an address for HTTP does.
+pub(super) fn is_http(text: &str) -> bool {
+    text.starts_with("https://") || text.starts_with("http://")
+}
+
+fn is_scheme(scheme: &str) -> bool {
+    !scheme.is_empty() && scheme.bytes().all(|b| b.is_ascii_alphanumeric())
+}
+
+/// `USER@HOST:PATH`.
+fn is_scp_style(text: &str) -> bool {
+    let Some((user, rest)) = text.split_once('@') else {
+        return false;
+    };
+    let Some((host, _)) = rest.split_once(':') else {
+        return false;
+    };
+    let all = |text: &str, others: &[u8]| {
+        !text.is_empty()
+            && text
+                .bytes()
+                .all(|b| b.is_ascii_alphanumeric() || others.contains(&b))
+    };
+    all(user, b"-_") && all(host, b"-.")
+}
+
+/// Shows an address without what may be secret in it.
+pub(super) struct Shown<'a>(pub(super) &'a str);
+
+impl fmt::Display for Shown<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Here an `@` is before a digest.
+        if self.0.starts_with("oci-layout:") || self.0.starts_with("docker-image:") {
+            return f.write_str(self.0);
+        }
+        match Url::parse(self.0) {
+            Ok(url) if url.has_host() => RedactedUrl(&url).fmt(f),
+            // Not a URL, so nothing in it is a password by its form, but for one that is
+            // written wrong.
+            _ if self.0.contains("://") && self.0.contains('@') => {
+                f.write_str("an address with credentials, which is not a valid URL")
+            }
+            _ => f.write_str(self.0),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn git_is_told_from_http_and_paths() {
+        for text in [
+            "https://github.com/a/b.git",
+            "https://github.com/a/b.git#main:sub",
+            "https://github.com/a/b.git?ref=main&subdir=x",
+            "http://user:pass@host/b.git",
+            "git://host/b",
+            "ssh://git@host:22/b",
+            "SSH://host/b",
+            "git@github.com:a/b",
+            "me@host.example:b.git#v1",
+        ] {
+            assert!(is_git(text), "{text}");
+            assert!(is_git_context(text), "{text}");
+        }
+        for text in [
+            "https://github.com/a/b",
+            "https://host.git",
+            "https://host/b.git/archive.tar.gz",
+            "https://host/x?y=/b.git",
+            "file:///b.git",
+            "./github.com/a/b",
+            "../git@host:b",
+            "dir/x@host:b",
+            "/a/b.git",
+            "b.git",
+            "@host:b",
+            "git@:b",
+            "git@host",
+            "",
+        ] {
+            assert!(!is_git(text), "{text}");
+            assert!(!is_git_context(text), "{text}");
+        }
+        assert!(is_git_context("github.com/a/b"));
+        assert!(!is_git("github.com/a/b"));
+    }
+
+    #[test]
+    fn nothing_secret_is_shown() {
+        for (text, expected) in [
+            ("https://u:hunter2@host/b.git#x", "https://host/b.git"),
+            ("https://host/x?token=hunter2", "https://host/x?…"),
+            ("git@host:b", "git@host:b"),
+            (
+                "https://u:hunter2@[/b",
+                "an address with credentials, which is not a valid URL",
+            ),
+        ] {
+            assert_eq!(Shown(text).to_string(), expected);
+        }
+    }
+}
