@@ -27,6 +27,7 @@
 //! | [`session`] | secrets and SSH agents lent to steps | steps, mounts |
 //! | [`store`] | blobs, trees and records on disk | registries |
 //! | [`registry`] | the distribution protocol | layers' content |
+//! | [`layout`] | an image in a directory of this machine → manifest, config, blobs | layers' content |
 //! | [`layer`] | the layer archive, both directions | Dockerfiles, registries |
 //! | [`rootfs`] | unpacked layers ⇄ a mounted filesystem | archives |
 //! | [`sandbox`] | one process in one root filesystem | images, Dockerfiles |
@@ -95,6 +96,7 @@ pub mod failure;
 pub mod image;
 pub mod io;
 pub mod layer;
+pub mod layout;
 pub mod pipeline;
 pub mod plan;
 pub mod progress;

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::{DiffId, Platform};
+use super::{DiffId, Manifest, Platform};
 
 /// The largest image config that is read, in bytes. Real ones have a few KiB.
 pub const CONFIG_LIMIT_BYTES: u64 = 8 << 20;
@@ -189,6 +189,29 @@ impl ImageConfig {
             history: Vec::new(),
             other: Map::new(),
         }
+    }
+
+    /// Parses `bytes` and checks that they belong to `manifest`: layers of the usual kind,
+    /// as many as it has.
+    ///
+    /// # Errors
+    /// What is wrong, for people.
+    pub fn parse_for(manifest: &Manifest, bytes: &[u8]) -> Result<Self, String> {
+        let config: Self = serde_json::from_slice(bytes)
+            .map_err(|e| format!("it is not a valid image config: {e}"))?;
+        if config.rootfs.kind != "layers" {
+            return Err(format!(
+                "rootfs.type is {:?}, expected \"layers\"",
+                config.rootfs.kind
+            ));
+        }
+        let (diff_ids, layers) = (config.rootfs.diff_ids.len(), manifest.layers.len());
+        if diff_ids != layers {
+            return Err(format!(
+                "it lists {diff_ids} diff IDs, the manifest {layers} layers"
+            ));
+        }
+        Ok(config)
     }
 }
 

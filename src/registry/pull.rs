@@ -234,20 +234,7 @@ impl Client {
             .read_to_end(&mut bytes)
             .await
             .map_err(from_io)?;
-        let config: ImageConfig = serde_json::from_slice(&bytes)
-            .map_err(|e| bad(format!("it is not a valid image config: {e}")))?;
-        if config.rootfs.kind != "layers" {
-            return Err(bad(format!(
-                "rootfs.type is {:?}, expected \"layers\"",
-                config.rootfs.kind
-            )));
-        }
-        let (diff_ids, layers) = (config.rootfs.diff_ids.len(), manifest.layers.len());
-        if diff_ids != layers {
-            return Err(bad(format!(
-                "it lists {diff_ids} diff IDs, the manifest {layers} layers"
-            )));
-        }
+        let config = ImageConfig::parse_for(manifest, &bytes).map_err(bad)?;
         Ok((config, bytes))
     }
 
