@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use super::{ContextId, ImageId, NamedContextKind, Settings, support};
+use super::{ContextId, ImageId, Settings, support};
+use crate::context::named::NamedContext;
 use crate::dockerfile::expand::{Environment, expand_word};
 use crate::dockerfile::{
     self, Dockerfile, DockerfileError, Instruction, InstructionKind, Problem, Span, Stage, Word,
@@ -271,12 +272,12 @@ impl<'a> Builder<'a> {
     ) -> StageNode {
         let stage = &self.dockerfile.stages[index];
         let platform = self.platform(stage);
-        let name = stage.name.as_ref().map(|name| name.raw.as_str());
-        if let Some(context) = name.and_then(|name| self.context_named(name, &platform)) {
-            let span = stage.name.as_ref().map_or(stage.span, |name| name.span);
+        if let Some(name) = &stage.name
+            && let Some(context) = self.context_named(&name.raw, name.span, &platform)
+        {
             return StageNode {
                 index,
-                base: self.context(context, span, &platform),
+                base: self.context(context, name.span, &platform),
                 platform,
                 instructions: Vec::new(),
             };
@@ -479,7 +480,7 @@ impl<'a> Builder<'a> {
 
     /// A named context, else an image.
     fn outside(&mut self, name: &str, span: Span, platform: &Platform) -> Base {
-        if let Some(context) = self.context_named(name, platform) {
+        if let Some(context) = self.context_named(name, span, platform) {
             return self.context(context, span, platform);
         }
         match Reference::parse(name) {
@@ -492,36 +493,36 @@ impl<'a> Builder<'a> {
     }
 
     /// The named context that stands in for a stage or an image of this name.
-    ///
-    /// Names are compared as names of images, so that `docker.io/library/alpine:latest` and
-    /// `alpine` are one; a name may be for one platform only (`alpine::linux/arm64`).
-    fn context_named(&self, name: &str, platform: &Platform) -> Option<ContextId> {
-        if name.eq_ignore_ascii_case("scratch") || name.eq_ignore_ascii_case("context") {
+    fn context_named(&mut self, name: &str, span: Span, platform: &Platform) -> Option<ContextId> {
+        if self.settings.contexts.is_empty() {
             return None;
         }
-        let normal = |name: &str| Reference::parse(name).map_or(name.to_owned(), |r| r.to_string());
-        let wanted = normal(name);
-        let find = |platform: Option<&Platform>| {
-            self.settings.contexts.iter().rposition(|context| {
-                let (name, of) = match context.name.split_once("::") {
-                    Some((name, of)) => (name, Platform::parse(of).ok()),
-                    None => (context.name.as_str(), None),
-                };
-                of.as_ref() == platform && normal(name) == wanted
-            })
-        };
-        let found = find(Some(platform)).or_else(|| find(None));
-        found.map(|index| ContextId(index + 1))
+        match self.settings.contexts.lookup(name, platform) {
+            Ok(found) => {
+                let (found, _) = found?;
+                let index = self.settings.contexts.iter().position(|(name, _)| name == found);
+                index.map(|index| ContextId(index + 1))
+            }
+            Err(error) => {
+                self.problems.push(Problem::new(span, error.to_string()));
+                None
+            }
+        }
     }
 
     fn context(&mut self, context: ContextId, span: Span, platform: &Platform) -> Base {
-        match &self.settings.contexts[context.0 - 1].kind {
-            NamedContextKind::Scratch => Base::Scratch,
-            NamedContextKind::Files => Base::Context(context),
-            NamedContextKind::Layout => self.image(ImageSource::Layout(context), span, platform),
-            NamedContextKind::Image(reference) => {
+        match context.named(&self.settings.contexts) {
+            None | Some((_, NamedContext::Scratch)) => Base::Scratch,
+            Some((_, NamedContext::Image(reference))) => {
                 self.image(ImageSource::Registry(reference.clone()), span, platform)
             }
+            Some((_, NamedContext::OciLayout(_))) => {
+                self.image(ImageSource::Layout(context), span, platform)
+            }
+            Some((
+                _,
+                NamedContext::Directory(_) | NamedContext::Url(_) | NamedContext::Git(_),
+            )) => Base::Context(context),
         }
     }
 

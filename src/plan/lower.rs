@@ -221,8 +221,8 @@ impl<'a> Lowering<'a> {
     }
 
     fn context_name(&self, context: ContextId) -> &str {
-        let named = context.0.checked_sub(1);
-        named.map_or("context", |index| &self.settings.contexts[index].name)
+        let named = context.named(&self.settings.contexts);
+        named.map_or("context", |(name, _)| name)
     }
 
     /// All files of a named context as one layer, for stages that start from it.

@@ -17,7 +17,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
-use crate::image::{Digest, History, ImageConfig, Platform, Reference};
+use crate::context::named::{NamedContext, NamedContexts};
+use crate::image::{Digest, History, ImageConfig, Platform};
 
 pub use graph::{ImageNeed, ImageSource, StageGraph, graph};
 pub use lower::lower;
@@ -35,9 +36,8 @@ pub struct Settings {
     pub build_platform: Platform,
     /// `--label`: labels that win over those of the Dockerfile.
     pub labels: BTreeMap<String, String>,
-    /// `--build-context`, in the order of the command line: what stands in for a stage, an
-    /// image or a `--from`.
-    pub contexts: Vec<NamedContext>,
+    /// `--build-context`: what stands in for a stage, an image or a `--from`.
+    pub contexts: NamedContexts,
     /// `--no-cache` and `--no-cache-filter`.
     pub no_cache: NoCache,
     /// `--allow`: what steps may ask for beyond the sandbox.
@@ -55,34 +55,12 @@ impl Settings {
             platform,
             build_platform,
             labels: BTreeMap::new(),
-            contexts: Vec::new(),
+            contexts: NamedContexts::default(),
             no_cache: NoCache::default(),
             allowed: BTreeSet::new(),
             run: RunSettings::default(),
         }
     }
-}
-
-/// `--build-context NAME=VALUE`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct NamedContext {
-    /// The name as the command line has it.
-    pub name: String,
-    /// What it is.
-    pub kind: NamedContextKind,
-}
-
-/// What a named context is.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum NamedContextKind {
-    /// `docker-image://scratch`: nothing.
-    Scratch,
-    /// `docker-image://…`.
-    Image(Reference),
-    /// `oci-layout://…`: an image in a directory of this machine.
-    Layout,
-    /// A directory, or what is fetched into one.
-    Files,
 }
 
 /// Which steps are not looked up in the cache.
@@ -143,13 +121,19 @@ pub struct Ulimit {
     pub hard: i64,
 }
 
-/// Names a build context: 0 is the main one, the others are [`Settings::contexts`] from 1 on.
+/// Names a build context: 0 is the main one, the others are [`Settings::contexts`] in their
+/// order from 1 on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct ContextId(pub usize);
 
 impl ContextId {
     /// The main one.
     pub const MAIN: Self = Self(0);
+
+    /// The name and the value of a named one; none of the main one.
+    pub fn named(self, contexts: &NamedContexts) -> Option<(&str, &NamedContext)> {
+        contexts.iter().nth(self.0.checked_sub(1)?)
+    }
 }
 
 /// Names a step: its place in [`Plan::steps`].

@@ -896,28 +896,21 @@ fn what_copies_may_is_in_their_steps() {
         ]);
 }
 
-fn context(name: &str, kind: NamedContextKind) -> NamedContext {
-    NamedContext {
-        name: name.into(),
-        kind,
-    }
-}
-
 #[test]
 fn named_contexts_stand_in_for_stages_and_images() {
-    let reference = |name| NamedContextKind::Image(Reference::parse(name).unwrap());
     let mut all = case(
         "FROM base AS dep\nRUN exit 1\nFROM docker.io/library/other:latest\nCOPY --from=dep /f /f\n\
          COPY --from=files x y\nCOPY --from=lay x y\nCOPY --from=none x y\n",
     );
-    all.settings.contexts = vec![
-        context("dep", NamedContextKind::Files),
-        context("other::linux/amd64", reference("wrong")),
-        context("other", reference("right:1")),
-        context("files", NamedContextKind::Files),
-        context("lay", NamedContextKind::Layout),
-        context("none", NamedContextKind::Scratch),
-    ];
+    all.settings.contexts = NamedContexts::parse([
+        "dep=./dir",
+        "other::linux/amd64=docker-image://wrong",
+        "other=docker-image://right:1",
+        "files=./files",
+        "lay=oci-layout:///layout",
+        "none=docker-image://scratch",
+    ])
+    .unwrap();
     let (_, graph) = all.graph().unwrap();
     let images: Vec<String> = graph.images.iter().map(source).collect();
     assert_eq!(images, ["docker.io/library/right:1", "layout 5"]);
