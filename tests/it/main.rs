@@ -9,7 +9,7 @@
 //! Variables: `SOCKLESS_TEST_BIN` (the program, instead of the one that Cargo built),
 //! `SOCKLESS_TEST_CACHE` (where base images are kept between runs, instead of `target/fixtures`),
 //! `SOCKLESS_TEST_REGISTRY` (`HOST:PORT` of a plain registry for machines without
-//! `docker-registry`), `SOCKLESS_TEST_DEBIAN_MIRROR`.
+//! `docker-registry`), `SOCKLESS_TEST_DEBIAN_MIRROR`; those of [`conformance`] stand there.
 
 // Tests are where processes are started, and where text is printed for whoever reads the run.
 #![allow(clippy::disallowed_methods, clippy::print_stderr)]
@@ -25,6 +25,8 @@ mod binary;
 mod build;
 /// `compose.yaml` and `certs/make.sh`.
 mod compose;
+/// What BuildKit makes of the cases of `fixtures/conformance`.
+mod conformance;
 /// Dockerfiles in, typed instructions or exact messages out: `fixtures/dockerfiles`.
 mod dockerfile;
 /// How much memory a build takes.

@@ -35,7 +35,7 @@ pub fn busybox() -> Result<Registry, String> {
                 "Cmd": ["sh"],
             });
             write_layout(layout, &tar[..], &config);
-            Ok("library/busybox:latest")
+            Ok(vec![(layout.into(), "library/busybox:latest".into())])
         },
     )
 }
@@ -67,12 +67,16 @@ pub fn debian() -> Result<Registry, String> {
             });
             let file = File::open(&tar).map_err(|e| e.to_string())?;
             write_layout(layout, BufReader::new(file), &config);
-            Ok("library/ubuntu:latest")
+            Ok(vec![(layout.into(), "library/ubuntu:latest".into())])
         },
     )
 }
 
-fn registry_present() -> Result<(), String> {
+/// Whether registries can be started, or one is there already.
+///
+/// # Errors
+/// What the machine lacks.
+pub fn registry_present() -> Result<(), String> {
     match (
         find_program("docker-registry"),
         std::env::var("SOCKLESS_TEST_REGISTRY"),
@@ -83,9 +87,15 @@ fn registry_present() -> Result<(), String> {
 }
 
 /// Serves the storage of this name, read-only; makes it first, in one process at a time.
-fn serve(
+///
+/// `make` writes OCI layouts, at the path that it is given or below it, and says under which names
+/// they are to be had. `name` has to change whenever these change.
+///
+/// # Errors
+/// What `make` or the machine lacks.
+pub fn serve(
     name: &str,
-    make: impl FnOnce(&Path) -> Result<&'static str, String>,
+    make: impl FnOnce(&Path) -> Result<Vec<(PathBuf, String)>, String>,
 ) -> Result<Registry, String> {
     let cache = std::env::var_os("SOCKLESS_TEST_CACHE")
         .map_or_else(|| repository().join("target/fixtures"), PathBuf::from);
@@ -98,13 +108,15 @@ fn serve(
         if !storage.exists() {
             let work = TestDir::new("fixture");
             let layout = work.join("layout");
-            let reference = make(&layout)?;
+            let images = make(&layout)?;
             let unfinished = cache.join(format!("{name}.{}", std::process::id()));
             let registry = Registry::start(Options {
                 storage: Some(unfinished.clone()),
                 ..Options::default()
             });
-            registry.push(&layout, reference);
+            for (layout, reference) in images {
+                registry.push(&layout, &reference);
+            }
             drop(registry);
             std::fs::rename(&unfinished, &storage).map_err(|e| e.to_string())?;
         }

@@ -41,7 +41,15 @@ impl Image {
     /// With what is wrong.
     #[track_caller]
     pub fn read(layout: &Path) -> Self {
-        read(layout).unwrap_or_else(|wrong| panic!("{}: {wrong}", layout.display()))
+        Self::try_read(layout).unwrap_or_else(|wrong| panic!("{}: {wrong}", layout.display()))
+    }
+
+    /// Reads the only image of a layout.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn try_read(layout: &Path) -> Result<Self, String> {
+        read(layout)
     }
 
     /// The entry that the topmost layer with this path has for it.

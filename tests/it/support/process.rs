@@ -69,12 +69,18 @@ impl Ran {
 /// Runs a program to its end; kills it, and fails, after ten minutes.
 #[track_caller]
 pub fn run(command: &mut Command) -> Ran {
+    run_reading(command, Stdio::null())
+}
+
+/// The same with a standard input.
+#[track_caller]
+pub fn run_reading(command: &mut Command, stdin: Stdio) -> Ran {
     // Files, not pipes: nobody need read while we wait, and a grandchild that outlives the child
     // cannot keep us here.
     let mut stdout = tempfile::tempfile().expect("TMPDIR is writable");
     let mut stderr = tempfile::tempfile().expect("TMPDIR is writable");
     let mut child = command
-        .stdin(Stdio::null())
+        .stdin(stdin)
         .stdout(stdout.try_clone().expect("a descriptor"))
         .stderr(stderr.try_clone().expect("a descriptor"))
         .spawn()

@@ -195,11 +195,11 @@ impl Registry {
         .success();
     }
 
-    /// Pushes the image of an OCI layout.
+    /// Pushes the image of an OCI layout, for all its platforms.
     #[track_caller]
     pub fn push(&self, layout: &Path, name: &str) {
         run(skopeo()
-            .args(["copy", "--preserve-digests"])
+            .args(["copy", "--all", "--preserve-digests"])
             .args(self.skopeo_flags("dest-"))
             .arg(format!("oci:{}", layout.display()))
             .arg(format!("docker://{}/{name}", self.host)))

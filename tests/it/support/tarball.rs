@@ -21,11 +21,18 @@ pub struct Entry {
     /// Whole seconds.
     pub mtime: i64,
     pub link: String,
+    /// Major and minor number of a device.
+    pub device: (u64, u64),
     /// PAX records that are nothing of the above, such as `SCHILY.xattr.…`.
     pub extensions: BTreeMap<String, Vec<u8>>,
     /// SHA-256 of the content, in hexadecimal.
     pub sha256: String,
+    /// The content itself, where it has at most [`SHORT`] bytes.
+    pub short: Vec<u8>,
 }
+
+/// The size up to which content is kept, so that a difference can be shown.
+pub const SHORT: u64 = 2000;
 
 impl Entry {
     /// `MODE UID:GID KIND`, with the mode in octal.
@@ -131,18 +138,28 @@ pub fn list(mut archive: impl Read) -> Result<Vec<Entry>, String> {
             size,
             mtime,
             link,
+            device: if matches!(kind, '3' | '4') {
+                (number(&header[329..337])?, number(&header[337..345])?)
+            } else {
+                (0, 0)
+            },
             extensions: std::mem::take(&mut pax),
-            sha256: content.0,
+            sha256: content.sha256,
+            short: content.short,
         });
     }
 }
 
-struct Hashed(String);
+struct Hashed {
+    sha256: String,
+    short: Vec<u8>,
+}
 
 impl Hashed {
     fn read(archive: &mut impl Read, size: u64) -> Result<Self, String> {
         use sha2::{Digest as _, Sha256};
         let mut hasher = Sha256::new();
+        let mut short = Vec::new();
         let mut left = size;
         let mut buffer = vec![0; 64 * 1024];
         while left > 0 {
@@ -156,10 +173,16 @@ impl Hashed {
                 return Err(format!("ends {left} bytes before the end of an entry"));
             }
             hasher.update(&buffer[..got]);
+            if size <= SHORT {
+                short.extend_from_slice(&buffer[..got]);
+            }
             left -= got as u64;
         }
         padding(archive, size)?;
-        Ok(Self(super::oci::hex(&hasher.finalize())))
+        Ok(Self {
+            sha256: super::oci::hex(&hasher.finalize()),
+            short,
+        })
     }
 }
 
