@@ -15,6 +15,7 @@ use crate::plan::{self, ContextId, ImageNeed, ImageSource, Plan, StageGraph};
 use crate::progress::{BuildEvent, Progress};
 use crate::registry::{self, BlobContent, Client, Resolved};
 use crate::sandbox::{self, Cancel, World};
+use crate::session::{Secrets, SshAgents};
 use crate::store::Store;
 use crate::{dockerfile, export};
 
@@ -37,6 +38,10 @@ pub struct BuildRequest {
     pub epoch: Option<i64>,
     /// How registries are reached.
     pub registry: registry::Options,
+    /// `--secret`.
+    pub secrets: Arc<Secrets>,
+    /// `--ssh`.
+    pub agents: Arc<SshAgents>,
     /// Which sandbox runs the steps.
     pub sandbox: sandbox::Choice,
     /// The store's directory.
@@ -149,6 +154,8 @@ async fn run(
         world,
         platform: request.plan.platform.clone(),
         epoch,
+        secrets: Arc::clone(&request.secrets),
+        agents: Arc::clone(&request.agents),
         push: push.clone(),
     };
     let built = build::build(&plan, settings, Arc::clone(timings)).await?;

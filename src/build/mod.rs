@@ -5,13 +5,16 @@
 
 mod additions;
 mod cache;
+mod cache_mount;
 mod context_tree;
 mod copy;
 mod layer;
+mod mounts;
 mod push;
 mod run;
 mod seal;
 mod step;
+mod subtree;
 mod unpack;
 mod user;
 
@@ -32,6 +35,7 @@ use crate::plan::{ContextId, Plan, StepId};
 use crate::progress::{BuildEvent, Progress, millis};
 use crate::registry::{Client, RegistryError, Resolved};
 use crate::sandbox::{self, Cancel, Sandbox, SandboxError, UsernsError, World};
+use crate::session::{Secrets, SshAgents};
 use crate::store::Store;
 
 use layer::{Filesystem, SharedError};
@@ -78,6 +82,10 @@ pub struct Settings {
     /// Whether the blobs of base images are kept when they are unpacked, because an
     /// output needs the bytes.
     pub keep_blobs: bool,
+    /// Secrets that steps may have.
+    pub secrets: Arc<Secrets>,
+    /// SSH agents that steps may use.
+    pub agents: Arc<SshAgents>,
     /// The tags to push to, while steps still run.
     pub push: Vec<Reference>,
 }
@@ -109,6 +117,8 @@ pub(crate) struct Engine {
     platform: Platform,
     epoch: Option<i64>,
     keep_blobs: bool,
+    secrets: Arc<Secrets>,
+    agents: Arc<SshAgents>,
     unpacking: Semaphore,
     timings: Arc<Timings>,
     push: push::Pusher,
@@ -284,6 +294,8 @@ impl Engine {
             platform: settings.platform,
             epoch: settings.epoch,
             keep_blobs: settings.keep_blobs,
+            secrets: settings.secrets,
+            agents: settings.agents,
             unpacking: Semaphore::new(PARALLEL_UNPACKS),
             timings,
             records: Mutex::default(),

@@ -1,5 +1,7 @@
 //! RUN → one process in a sandbox; what it changed is a layer.
 
+use std::ffi::OsString;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
@@ -7,23 +9,25 @@ use std::time::Instant;
 use anyhow::Context as _;
 use rustix::fs::Mode;
 
+use super::mounts::Mounts;
 use super::user::Accounts;
 use super::{Engine, StepFailed};
 use crate::confined::ConfinedDir;
 use crate::image::DEFAULT_PATH;
-use crate::plan::{Network, Run};
+use crate::plan::{Network, Run, Security, Ulimit};
 use crate::progress::{BuildEvent, Stream};
 use crate::rootfs::{MountPoint, Rootfs, Stack, Tree};
 use crate::sandbox::{self, Outcome, Process};
 
-/// Runs `run` on top of `below` and returns the tree of what it changed. Blocking.
+/// Runs `run` on top of `below`, with `sources` to mount, and returns the tree of what it
+/// changed. Blocking.
 pub(super) fn run(
     engine: &Arc<Engine>,
     run: &Run,
     step: usize,
     below: &Stack,
+    sources: &[Stack],
 ) -> anyhow::Result<Arc<Tree>> {
-    anyhow::ensure!(run.mounts.is_empty(), "RUN --mount is not supported yet");
     let sandbox = engine.sandbox()?;
     let accounts = Accounts::read(below).context("reading the image's accounts")?;
     let account = accounts
@@ -31,29 +35,30 @@ pub(super) fn run(
         .map_err(|reason| anyhow::anyhow!("USER {}: {reason}", run.user))?;
 
     let mounting = Instant::now();
+    let mut mounts = Mounts::prepare(engine, run, sources)?;
     let scratch = engine.store.tmp_dir("step-")?;
     let mut rootfs = Rootfs::mount(below, &scratch)?;
     let process = Process {
         rootfs: rootfs.path().to_owned(),
         args: run.args.iter().map(Into::into).collect(),
-        env: environment(run, &account.home)
-            .into_iter()
-            .map(Into::into)
-            .collect(),
+        env: environment(run, &account.home, &mounts.env),
         cwd: run.cwd.clone().into(),
         user: account.user,
-        mounts: Vec::new(),
+        mounts: std::mem::take(&mut mounts.mounts),
         network: match run.network {
             Network::Default => sandbox::Network::Private,
             Network::None => sandbox::Network::None,
-            Network::Host => anyhow::bail!("RUN --network=host is not supported yet"),
+            Network::Host => sandbox::Network::Host,
         },
         hostname: run.hostname.clone(),
-        extra_hosts: Vec::new(),
-        security: sandbox::Security::Sandbox,
+        extra_hosts: run.extra_hosts.clone(),
+        security: match run.security {
+            Security::Sandbox => sandbox::Security::Sandbox,
+            Security::Insecure => sandbox::Security::Insecure,
+        },
         devices: Vec::new(),
-        shm_size: None,
-        ulimits: Vec::new(),
+        shm_size: run.shm_size,
+        ulimits: run.ulimits.iter().map(ulimit).collect(),
     };
     make_cwd(rootfs.path(), &process.cwd)?;
     let points = sandbox::mount_points(&process).into_iter();
@@ -89,6 +94,7 @@ pub(super) fn run(
     stdout.end(|bytes| say(Stream::Stdout, bytes));
     stderr.end(|bytes| say(Stream::Stderr, bytes));
     engine.timings.add("run", running.elapsed());
+    mounts.finish();
     match outcome {
         Ok(Outcome::Exited(0)) => {}
         Ok(Outcome::Exited(status)) => {
@@ -110,19 +116,45 @@ pub(super) fn run(
     Tree::open(&changed.upper).with_context(|| format!("opening {}", changed.upper.display()))
 }
 
-/// The step's environment: the stage's, and what every process needs.
-fn environment(run: &Run, home: &str) -> Vec<String> {
-    let mut env = run.env.clone();
-    env.extend(run.proxy_env.iter().cloned());
-    let has =
-        |env: &[String], name: &str| env.iter().any(|pair| pair.split('=').next() == Some(name));
+/// The step's environment: the stage's, what comes with its mounts, and what every process
+/// needs. Secrets win over the stage's variables; an agent's socket does not.
+fn environment(run: &Run, home: &str, mounted: &[(String, Vec<u8>)]) -> Vec<OsString> {
+    let mut env: Vec<OsString> = run.env.iter().map(Into::into).collect();
+    env.extend(run.proxy_env.iter().map(Into::into));
+    let name = |pair: &OsString| {
+        pair.as_bytes()
+            .split(|b| *b == b'=')
+            .next()
+            .map(<[u8]>::to_vec)
+    };
+    for (variable, value) in mounted {
+        let is_it = |pair: &OsString| name(pair).as_deref() == Some(variable.as_bytes());
+        if variable == "SSH_AUTH_SOCK" && env.iter().any(is_it) {
+            continue;
+        }
+        env.retain(|pair| !is_it(pair));
+        let pair = [variable.as_bytes(), b"=", value].concat();
+        env.push(OsString::from_vec(pair));
+    }
+    let has = |env: &[OsString], wanted: &str| {
+        env.iter()
+            .any(|pair| name(pair).as_deref() == Some(wanted.as_bytes()))
+    };
     if !has(&env, "PATH") {
-        env.push(format!("PATH={DEFAULT_PATH}"));
+        env.push(format!("PATH={DEFAULT_PATH}").into());
     }
     if !has(&env, "HOME") {
-        env.push(format!("HOME={home}"));
+        env.push(format!("HOME={home}").into());
     }
     env
+}
+
+fn ulimit(limit: &Ulimit) -> sandbox::Ulimit {
+    sandbox::Ulimit {
+        name: limit.name.clone(),
+        soft: limit.soft,
+        hard: limit.hard,
+    }
 }
 
 /// A base image may name a working directory that it does not have; runc makes it too.

@@ -11,10 +11,11 @@ use super::additions::{Additions, NewDirectory, own_time};
 use super::cache::{self, Definition, Inputs, Record};
 use super::layer::{Filesystem, Layer};
 use super::user::Accounts;
-use super::{Engine, PushDenied, StepFuture, context_tree, copy, run, seal, unshare};
+use super::{Engine, PushDenied, StepFuture, context_tree, copy, mounts, run, seal, unshare};
 use crate::image::{Digest, ImageLayer};
 use crate::plan::{self, CopyFrom, Operation, Step};
 use crate::progress::{BuildEvent, millis};
+use crate::rootfs::Stack;
 
 /// Performs one step once the steps that it needs have ended.
 pub(super) async fn perform(
@@ -97,16 +98,7 @@ async fn dispatch(
                 false,
             ))
         }
-        Operation::Run(run) => {
-            // The epoch clamps the times in the layer.
-            let what = (run, engine.platform.to_string(), engine.epoch);
-            let cached =
-                Cached::look_up(engine, step, Definition::new("run", &what), parent, None).await?;
-            started();
-            cached
-                .or_make(engine, parent, || run_step(engine, number, run, parent))
-                .await
-        }
+        Operation::Run(run) => run_cached(engine, number, step, run, parent, sources).await,
         Operation::MakeDirectory(directory) => {
             let definition = Definition::new("mkdir", &(directory, engine.epoch));
             let cached = Cached::look_up(engine, step, definition, parent, None).await?;
@@ -256,11 +248,94 @@ fn recorded(record: Record) -> Arc<Layer> {
     Arc::new(Layer::sealed(names, Some(record.created)))
 }
 
+async fn run_cached(
+    engine: &Arc<Engine>,
+    number: usize,
+    step: &Step,
+    run: &plan::Run,
+    parent: &Filesystem,
+    sources: &[Filesystem],
+) -> anyhow::Result<(Filesystem, bool)> {
+    let started = || {
+        engine.progress.event(BuildEvent::StepStarted {
+            step: number,
+            name: step.name.clone(),
+        });
+    };
+    // The epoch clamps the times in the layer.
+    let what = (run, engine.platform.to_string(), engine.epoch);
+    let definition = Definition::new("run", &what);
+    let mut stacks = Vec::new();
+    let mut content = None;
+    if !sources.is_empty() || mounts::reads_context(run) {
+        let mut chains = Vec::new();
+        for source in sources {
+            chains.push(source.chain().await.map_err(|error| unshare(&error))?);
+        }
+        // Layers say all there is to say, unless files of a context are mounted too.
+        let layers = (!mounts::reads_context(run)).then(|| joined(&chains));
+        if let Some(record) = look_up_layers(engine, step, &definition, parent, &layers).await? {
+            started();
+            return Ok((parent.with(recorded(record)), true));
+        }
+        for source in sources {
+            stacks.push(
+                source
+                    .stack(engine)
+                    .await
+                    .map_err(|error| unshare(&error))?,
+            );
+        }
+        let (shared, what, read) = (Arc::clone(engine), run.clone(), stacks.clone());
+        let digest =
+            engine.blocking(move || mounts::content_digest(&shared, &what, &read, &chains));
+        content = Some((layers, digest.await?));
+    }
+    let cached = Cached::look_up(engine, step, definition, parent, content).await?;
+    started();
+    cached
+        .or_make(engine, parent, || {
+            run_step(engine, number, run, parent, stacks)
+        })
+        .await
+}
+
+/// One digest for several filesystems.
+fn joined(chains: &[Option<Digest>]) -> Digest {
+    let texts: Vec<&str> = chains
+        .iter()
+        .map(|chain| chain.as_ref().map_or("", Digest::as_str))
+        .collect();
+    Digest::of(texts.join("\n").as_bytes())
+}
+
+/// The record of a step that reads filesystems of these layers, where nothing else needs to
+/// be read to know that it is the one.
+async fn look_up_layers(
+    engine: &Arc<Engine>,
+    step: &Step,
+    definition: &Definition,
+    parent: &Filesystem,
+    layers: &Option<Digest>,
+) -> anyhow::Result<Option<Record>> {
+    let is_known = step.use_cache && cache::has_definition(&engine.store, definition);
+    let (Some(layers), true) = (layers, is_known) else {
+        return Ok(None);
+    };
+    let inputs = Inputs {
+        parent: parent.chain().await.map_err(|error| unshare(&error))?,
+        source: Some(layers.clone()),
+        content: None,
+    };
+    Ok(cache::look_up(&engine.store, definition, &inputs))
+}
+
 async fn run_step(
     engine: &Arc<Engine>,
     number: usize,
     run: &plan::Run,
     parent: &Filesystem,
+    sources: Vec<Stack>,
 ) -> anyhow::Result<Layer> {
     // Before anything is pulled for it: without a sandbox it is all in vain.
     let shared = Arc::clone(engine);
@@ -274,7 +349,7 @@ async fn run_step(
     engine.push.start(engine, number, parent);
     let (shared, what, lower) = (Arc::clone(engine), run.clone(), below.clone());
     let tree = engine
-        .blocking(move || run::run(&shared, &what, number, &lower))
+        .blocking(move || run::run(&shared, &what, number, &lower, &sources))
         .await?;
     let sealing = seal::seal_tree(engine, &tree, below);
     Ok(Layer::sealing(sealing, Some(tree), engine.now()))

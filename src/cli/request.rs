@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use clap::ValueEnum;
 use thiserror::Error;
@@ -271,6 +272,8 @@ impl BuildSettings {
                 args.registry_ca_files,
                 machine,
             )?,
+            secrets: Arc::default(),
+            agents: Arc::default(),
             sandbox: match args.sandbox {
                 Some(sandbox) => sandbox.into(),
                 None => machine

@@ -500,7 +500,11 @@ impl<'a> Builder<'a> {
         match self.settings.contexts.lookup(name, platform) {
             Ok(found) => {
                 let (found, _) = found?;
-                let index = self.settings.contexts.iter().position(|(name, _)| name == found);
+                let index = self
+                    .settings
+                    .contexts
+                    .iter()
+                    .position(|(name, _)| name == found);
                 index.map(|index| ContextId(index + 1))
             }
             Err(error) => {
@@ -519,10 +523,9 @@ impl<'a> Builder<'a> {
             Some((_, NamedContext::OciLayout(_))) => {
                 self.image(ImageSource::Layout(context), span, platform)
             }
-            Some((
-                _,
-                NamedContext::Directory(_) | NamedContext::Url(_) | NamedContext::Git(_),
-            )) => Base::Context(context),
+            Some((_, NamedContext::Directory(_) | NamedContext::Url(_) | NamedContext::Git(_))) => {
+                Base::Context(context)
+            }
         }
     }
 

@@ -913,7 +913,7 @@ fn named_contexts_stand_in_for_stages_and_images() {
     .unwrap();
     let (_, graph) = all.graph().unwrap();
     let images: Vec<String> = graph.images.iter().map(source).collect();
-    assert_eq!(images, ["docker.io/library/right:1", "layout 5"]);
+    assert_eq!(images, ["docker.io/library/right:1", "layout 3"]);
     let plan = all.plan();
     assert!(
         !plan
@@ -934,7 +934,7 @@ fn named_contexts_stand_in_for_stages_and_images() {
         [
             "Context(ContextId(1)) None",
             "Step Some(StepId(0))",
-            "Context(ContextId(4)) None",
+            "Context(ContextId(2)) None",
             "Step Some(StepId(4))",
             "Step None",
         ]

@@ -221,6 +221,11 @@ impl Store {
         self.root.join("cache/steps")
     }
 
+    /// Where the directories of cache mounts live.
+    pub fn cache_mounts_path(&self) -> PathBuf {
+        self.root.join("cache/mounts")
+    }
+
     /// Where the service keeps its database.
     pub fn jobs_path(&self) -> PathBuf {
         self.root.join("jobs")

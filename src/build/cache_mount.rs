@@ -1,0 +1,196 @@
+//! `RUN --mount=type=cache`: directories that stay from build to build.
+//!
+//! ```text
+//! cache/mounts/<sha256 of what names it>/<number>/lock    held while a step has the directory
+//!                                                 /files   the directory
+//! ```
+//!
+//! A step that may not share the directory it finds in use gets one with the next number.
+
+use std::fs::{self, File, TryLockError};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::Context as _;
+
+use super::Cancelled;
+use crate::image::Digest;
+use crate::plan::Sharing;
+use crate::sandbox::Cancel;
+use crate::store::Store;
+
+/// How often a step that waits for a directory looks again.
+const POLL: Duration = Duration::from_millis(50);
+
+/// How many directories of one name are in use at once, at most.
+const DIRECTORIES_LIMIT: usize = 1024;
+
+/// A cache directory in use. Others may have it when this is dropped.
+#[derive(Debug)]
+pub(super) struct CacheDirectory {
+    /// What is mounted.
+    pub(super) files: PathBuf,
+    _lock: File,
+}
+
+/// Takes the directory that `name` means, made by `fill` in an empty directory where it is
+/// new. `fill` returns the path of what becomes the directory.
+///
+/// # Errors
+/// [`Cancelled`] while it waits; those of `fill`; that the store cannot be written.
+pub(super) fn take(
+    store: &Store,
+    cancel: &Cancel,
+    name: &str,
+    sharing: Sharing,
+    fill: impl FnOnce(&Path) -> anyhow::Result<PathBuf>,
+) -> anyhow::Result<CacheDirectory> {
+    let all = store
+        .cache_mounts_path()
+        .join(Digest::of(name.as_bytes()).hex());
+    let mut number = 0;
+    loop {
+        let dir = all.join(number.to_string());
+        fs::create_dir_all(&dir).with_context(|| format!("creating {}", dir.display()))?;
+        if number == 0 && !all.join("name").exists() {
+            store.write_file(&all.join("name"), name.as_bytes())?;
+        }
+        let path = dir.join("lock");
+        let lock = File::options()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(&path);
+        let lock = lock.with_context(|| format!("opening {}", path.display()))?;
+        let locked = match sharing {
+            Sharing::Shared => lock.try_lock_shared(),
+            Sharing::Private | Sharing::Locked => lock.try_lock(),
+        };
+        match locked {
+            Ok(()) => return open(store, &dir, lock, fill),
+            Err(TryLockError::WouldBlock) if sharing == Sharing::Locked => {
+                if cancel.is_cancelled() {
+                    return Err(Cancelled.into());
+                }
+                std::thread::sleep(POLL);
+            }
+            Err(TryLockError::WouldBlock) => {
+                number += 1;
+                anyhow::ensure!(
+                    number < DIRECTORIES_LIMIT,
+                    "{DIRECTORIES_LIMIT} directories of the cache mount {name:?} are in use"
+                );
+            }
+            Err(TryLockError::Error(error)) => {
+                return Err(error).with_context(|| format!("locking {}", path.display()));
+            }
+        }
+    }
+}
+
+fn open(
+    store: &Store,
+    dir: &Path,
+    lock: File,
+    fill: impl FnOnce(&Path) -> anyhow::Result<PathBuf>,
+) -> anyhow::Result<CacheDirectory> {
+    let files = dir.join("files");
+    if !files.is_dir() {
+        let made = fill(&store.tmp_dir("cache-")?)?;
+        // Of several steps that share it, the first one's stays.
+        match fs::rename(&made, &files) {
+            Err(_) if files.is_dir() => {}
+            named => named.with_context(|| format!("naming {}", files.display()))?,
+        }
+    }
+    Ok(CacheDirectory { files, _lock: lock })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::super::subtree;
+    use super::*;
+
+    struct Fixture {
+        dir: tempfile::TempDir,
+        store: Store,
+    }
+
+    fn fixture() -> Fixture {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        Fixture { dir, store }
+    }
+
+    impl Fixture {
+        fn take(&self, name: &str, sharing: Sharing) -> anyhow::Result<CacheDirectory> {
+            let (uid, gid) = (rustix::process::getuid(), rustix::process::getgid());
+            take(&self.store, &Cancel::default(), name, sharing, |dir| {
+                subtree::empty(dir, 0o750, uid.as_raw(), gid.as_raw())
+            })
+        }
+    }
+
+    #[test]
+    fn a_directory_stays_and_has_the_mode_it_was_made_with() {
+        let fixture = fixture();
+        let first = fixture.take("a", Sharing::Locked).unwrap();
+        let mode = fs::metadata(&first.files).unwrap().permissions().mode();
+        assert_eq!(mode & 0o7777, 0o750);
+        fs::write(first.files.join("kept"), "1").unwrap();
+        drop(first);
+        let again = fixture.take("a", Sharing::Private).unwrap();
+        assert_eq!(fs::read(again.files.join("kept")).unwrap(), b"1");
+        let other = fixture.take("b", Sharing::Private).unwrap();
+        assert!(!other.files.join("kept").exists());
+        assert!(
+            again
+                .files
+                .starts_with(fixture.dir.path().join("cache/mounts"))
+        );
+    }
+
+    #[test]
+    fn sharing_is_what_it_says() {
+        let fixture = fixture();
+        let shared = fixture.take("a", Sharing::Shared).unwrap();
+        let also = fixture.take("a", Sharing::Shared).unwrap();
+        assert_eq!(shared.files, also.files);
+        let private = fixture.take("a", Sharing::Private).unwrap();
+        assert_ne!(private.files, shared.files);
+        let private_too = fixture.take("a", Sharing::Private).unwrap();
+        assert!(private_too.files != shared.files && private_too.files != private.files);
+
+        // Whoever wants it alone waits until the last one has left.
+        let cancel = Cancel::default();
+        cancel.cancel();
+        let refused = take(&fixture.store, &cancel, "a", Sharing::Locked, |_| {
+            panic!("it is there")
+        });
+        assert!(refused.unwrap_err().is::<Cancelled>());
+        let files = shared.files.clone();
+        let waiting = std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| fixture.take("a", Sharing::Locked).unwrap());
+            drop((shared, also));
+            waiting.join().unwrap()
+        });
+        assert_eq!(waiting.files, files);
+    }
+
+    #[test]
+    fn what_cannot_be_filled_is_not_there() {
+        let fixture = fixture();
+        let failed = take(
+            &fixture.store,
+            &Cancel::default(),
+            "a",
+            Sharing::Shared,
+            |_| anyhow::bail!("no"),
+        );
+        assert_eq!(failed.unwrap_err().to_string(), "no");
+        let made = fixture.take("a", Sharing::Locked).unwrap();
+        assert!(fs::read_dir(made.files).unwrap().next().is_none());
+    }
+}

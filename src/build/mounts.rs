@@ -1,0 +1,342 @@
+//! What a RUN step has mounted: files of contexts and stages, caches, secrets, agents, scripts.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::Context as _;
+
+use super::Engine;
+use super::cache_mount::{self, CacheDirectory};
+use super::context_tree::ContextTree;
+use super::copy::SourceTree;
+use super::subtree::{self, Subtree};
+use crate::image::{Digest, Hasher};
+use crate::plan::{Mount, MountFrom, MountKind, Run};
+use crate::rootfs::{Rootfs, Stack};
+use crate::sandbox::{self, Content, MountSource};
+use crate::session::AgentSocket;
+
+/// How a mounted filesystem is called in errors.
+const STAGE: &str = "the stage or image mounted";
+const CONTEXT: &str = "the build context";
+
+/// What is mounted while a step runs, and what has to live as long.
+#[derive(Default)]
+pub(super) struct Mounts {
+    /// For the sandbox, in order.
+    pub(super) mounts: Vec<sandbox::Mount>,
+    /// Variables that come with them: name and value.
+    pub(super) env: Vec<(String, Vec<u8>)>,
+    sockets: Vec<AgentSocket>,
+    caches: BTreeMap<String, CacheDirectory>,
+    filesystems: Vec<Option<Rootfs>>,
+}
+
+impl Mounts {
+    /// Makes everything that `run` mounts; `sources` are the filesystems of [`Run::sources`].
+    /// Blocking.
+    pub(super) fn prepare(engine: &Engine, run: &Run, sources: &[Stack]) -> anyhow::Result<Self> {
+        let mut mounts = Self::default();
+        mounts.filesystems.resize_with(sources.len(), || None);
+        // Two steps that want the same caches take them in one order, and neither waits for
+        // the other.
+        let mut caches: Vec<(String, &Mount)> = Vec::new();
+        for mount in &run.mounts {
+            caches.extend(cache_name(mount, run, sources)?.map(|name| (name, mount)));
+        }
+        caches.sort_by(|(a, _), (b, _)| a.cmp(b));
+        for (name, mount) in caches {
+            mounts
+                .take_cache(engine, name, mount, sources)
+                .with_context(|| format!("--mount of a cache at {}", target(mount)))?;
+        }
+        for mount in &run.mounts {
+            mounts
+                .add(engine, mount, run, sources)
+                .with_context(|| format!("--mount at {}", target(mount)))?;
+        }
+        Ok(mounts)
+    }
+
+    /// Unmounts and removes what is not kept.
+    pub(super) fn finish(self) {
+        self.filesystems
+            .into_iter()
+            .flatten()
+            .for_each(Rootfs::discard);
+    }
+
+    fn push(&mut self, mount: &Mount, source: MountSource, read_only: bool) {
+        if let Some(target) = &mount.target {
+            self.mounts.push(sandbox::Mount {
+                target: target.into(),
+                source,
+                read_only,
+            });
+        }
+    }
+
+    fn add(
+        &mut self,
+        engine: &Engine,
+        mount: &Mount,
+        run: &Run,
+        sources: &[Stack],
+    ) -> anyhow::Result<()> {
+        match &mount.kind {
+            MountKind::Bind {
+                from,
+                source,
+                read_write,
+            } => {
+                let path = self.files(engine, *from, source, sources)?;
+                self.push(mount, MountSource::Bind(path), !read_write);
+            }
+            MountKind::Cache { read_only, .. } => {
+                let name = cache_name(mount, run, sources)?.unwrap_or_default();
+                let cache = self.caches.get(&name).context("the cache was not taken")?;
+                let source = MountSource::Bind(cache.files.clone());
+                self.push(mount, source, *read_only);
+            }
+            MountKind::Tmpfs { size_bytes } => {
+                let source = MountSource::Tmpfs {
+                    size_bytes: *size_bytes,
+                    mode: None,
+                };
+                self.push(mount, source, false);
+            }
+            MountKind::Secret {
+                id,
+                env,
+                required,
+                mode,
+                uid,
+                gid,
+            } => {
+                let secret = if *required {
+                    Some(engine.secrets.require(id)?)
+                } else {
+                    engine.secrets.get(id)?
+                };
+                let Some(secret) = secret else {
+                    return Ok(());
+                };
+                if let Some(name) = env {
+                    self.env.push((name.clone(), secret.expose().to_vec()));
+                }
+                let source = MountSource::File {
+                    content: Content(secret.expose().to_vec()),
+                    uid: *uid,
+                    gid: *gid,
+                    mode: mode & 0o777,
+                };
+                self.push(mount, source, true);
+            }
+            MountKind::Ssh {
+                id,
+                required,
+                mode,
+                uid,
+                gid,
+            } => {
+                if let (true, Some(target)) = (self.sockets.is_empty(), &mount.target) {
+                    self.env
+                        .push(("SSH_AUTH_SOCK".to_owned(), target.clone().into()));
+                }
+                if !required && !engine.agents.contains(id) {
+                    return Ok(());
+                }
+                let path = self.agent(engine, id)?;
+                subtree::dress(&path, mode & 0o777, *uid, *gid).context("dressing the socket")?;
+                self.push(mount, MountSource::Bind(path), false);
+            }
+            MountKind::Script { name, content } => {
+                let dir = engine.store.tmp_dir("script-")?;
+                subtree::dress(&dir, 0o755, 0, 0).context("dressing the directory")?;
+                let path = dir.join(Path::new(name).file_name().unwrap_or_default());
+                fs::write(&path, content).with_context(|| format!("writing {}", path.display()))?;
+                subtree::dress(&path, 0o755, 0, 0).context("dressing the script")?;
+                self.push(mount, MountSource::Bind(dir), true);
+            }
+        }
+        Ok(())
+    }
+
+    /// A path of this machine with the files at `source` of `from`.
+    fn files(
+        &mut self,
+        engine: &Engine,
+        from: MountFrom,
+        source: &str,
+        sources: &[Stack],
+    ) -> anyhow::Result<PathBuf> {
+        match from {
+            MountFrom::Scratch => {
+                anyhow::ensure!(source == "/", "{source:?} not found in an empty filesystem");
+                subtree::empty(&engine.store.tmp_dir("mount-")?, 0o755, 0, 0)
+            }
+            MountFrom::Context(_) => {
+                let subtree = subtree_of(engine, from, source, sources)?;
+                subtree.write(&engine.store.tmp_dir("mount-")?)
+            }
+            MountFrom::Step(index) => {
+                let stack = &sources[index];
+                let node = stack.lookup(Path::new(source), true);
+                let node = node
+                    .with_context(|| format!("reading {source:?} of {STAGE}"))?
+                    .with_context(|| format!("{source:?} not found in {STAGE}"))?;
+                let mounted = match &mut self.filesystems[index] {
+                    Some(mounted) => mounted,
+                    none => none.insert(Rootfs::mount(stack, &engine.store.tmp_dir("mount-")?)?),
+                };
+                Ok(mounted.path().join(node.path()))
+            }
+        }
+    }
+
+    fn take_cache(
+        &mut self,
+        engine: &Engine,
+        name: String,
+        mount: &Mount,
+        sources: &[Stack],
+    ) -> anyhow::Result<()> {
+        let MountKind::Cache {
+            from,
+            source,
+            sharing,
+            mode,
+            uid,
+            gid,
+            ..
+        } = &mount.kind
+        else {
+            return Ok(());
+        };
+        if self.caches.contains_key(&name) {
+            return Ok(());
+        }
+        let fill = |dir: &Path| {
+            let is_dressed = mode.is_some() || uid.is_some() || gid.is_some();
+            if source == "/" && (is_dressed || *from == MountFrom::Scratch) {
+                let (mode, uid) = (mode.unwrap_or(0o755) & 0o7777, uid.unwrap_or(0));
+                return subtree::empty(dir, mode, uid, gid.unwrap_or(0));
+            }
+            anyhow::ensure!(
+                *from != MountFrom::Scratch,
+                "{source:?} not found in an empty filesystem"
+            );
+            subtree_of(engine, *from, source, sources)?.write(dir)
+        };
+        let cache = cache_mount::take(&engine.store, &engine.cancel, &name, *sharing, fill)?;
+        self.caches.insert(name, cache);
+        Ok(())
+    }
+
+    /// A socket that speaks for the agent `id`.
+    fn agent(&mut self, engine: &Engine, id: &str) -> anyhow::Result<PathBuf> {
+        let dir = engine.store.tmp_dir("agent-")?;
+        self.sockets
+            .push(engine.agents.serve(id, &dir.join("agent"))?);
+        Ok(dir.join("agent"))
+    }
+}
+
+fn target(mount: &Mount) -> &str {
+    mount.target.as_deref().unwrap_or("no path")
+}
+
+/// What names the directory of a cache mount: its ID, what it is made from, and how.
+fn cache_name(mount: &Mount, run: &Run, sources: &[Stack]) -> anyhow::Result<Option<String>> {
+    let MountKind::Cache {
+        id,
+        from,
+        source,
+        mode,
+        uid,
+        gid,
+        ..
+    } = &mount.kind
+    else {
+        return Ok(None);
+    };
+    let mut name = id.clone();
+    if source != "/" {
+        name.push_str(&format!(" source {source}"));
+    } else if mode.is_some() || uid.is_some() || gid.is_some() {
+        name.push_str(&format!(" mode {mode:?} uid {uid:?} gid {gid:?}"));
+    }
+    match from {
+        MountFrom::Scratch => {}
+        MountFrom::Context(context) => name.push_str(&format!(" context {}", context.0)),
+        MountFrom::Step(index) => {
+            // The trees' names say what is in them.
+            debug_assert!(*index < run.sources.len());
+            let trees = sources[*index].trees().iter();
+            let names = trees.filter_map(|tree| tree.path().file_name());
+            for tree in names {
+                name.push_str(&format!(" on {}", tree.display()));
+            }
+        }
+    }
+    Ok(Some(name))
+}
+
+/// The files at `source` of a context or a stage.
+fn subtree_of(
+    engine: &Engine,
+    from: MountFrom,
+    source: &str,
+    sources: &[Stack],
+) -> anyhow::Result<Subtree> {
+    match from {
+        MountFrom::Scratch => Subtree::find(Arc::new(Stack::default()), source, STAGE, true),
+        MountFrom::Context(context) => {
+            let tree: Arc<dyn SourceTree> = Arc::new(ContextTree(engine.context(context)?));
+            Subtree::find(tree, source, CONTEXT, false)
+        }
+        MountFrom::Step(index) => {
+            Subtree::find(Arc::new(sources[index].clone()), source, STAGE, true)
+        }
+    }
+}
+
+/// Whether the step reads files of a build context.
+pub(super) fn reads_context(run: &Run) -> bool {
+    sources_of(run).any(|(from, _)| matches!(from, MountFrom::Context(_)))
+}
+
+/// The places that the mounts of a step are filled from.
+fn sources_of(run: &Run) -> impl Iterator<Item = (MountFrom, &str)> {
+    run.mounts.iter().filter_map(|mount| match &mount.kind {
+        MountKind::Bind { from, source, .. } | MountKind::Cache { from, source, .. } => {
+            Some((*from, source.as_str()))
+        }
+        _ => None,
+    })
+}
+
+/// The digest of all that the mounts of a step show it. `chains` are the layers of its
+/// sources: whole filesystems are known by them, and not read. Blocking.
+pub(super) fn content_digest(
+    engine: &Engine,
+    run: &Run,
+    sources: &[Stack],
+    chains: &[Option<Digest>],
+) -> anyhow::Result<Digest> {
+    let mut hasher = Hasher::new();
+    for (from, source) in sources_of(run) {
+        let line = match from {
+            MountFrom::Scratch => "scratch\n".to_owned(),
+            MountFrom::Step(index) if source == "/" => format!("layers {:?}\n", chains[index]),
+            _ => {
+                let subtree = subtree_of(engine, from, source, sources)?;
+                format!("files {}\n", subtree.digest()?)
+            }
+        };
+        hasher.update(line.as_bytes());
+    }
+    Ok(hasher.finish())
+}
