@@ -11,7 +11,7 @@ set -eu
 packages="gcc libc6-dev make ca-certificates curl openssl jq time procps
   bubblewrap runc crun uidmap passt
   docker-registry skopeo apache2-utils
-  debootstrap busybox-static $*"
+  debootstrap busybox-static openssh-client $*"
 
 if ! command -v dpkg-query >/dev/null || ! command -v apt-get >/dev/null; then
   echo "setup: this is no Debian; what is needed are the programs of the packages" $packages >&2

@@ -7,12 +7,16 @@ use std::fmt;
 use std::io;
 use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::net::UnixListener as StdListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
-use tokio::net::{UnixListener, UnixStream};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::net::UnixStream;
+use tokio::sync::Semaphore;
 use tokio::task::{JoinHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 
@@ -57,7 +61,7 @@ impl fmt::Debug for Source {
 #[derive(Debug)]
 pub struct AgentSocket {
     path: PathBuf,
-    listener: std::os::unix::net::UnixListener,
+    listener: StdListener,
     cancel: CancellationToken,
     task: Option<JoinHandle<()>>,
 }
@@ -77,7 +81,7 @@ impl AgentSocket {
         socket.listener.set_nonblocking(true)?;
         let listener = {
             let _runtime = runtime.enter();
-            UnixListener::from_std(socket.listener.try_clone()?)?
+            AsyncFd::register_with_interest(socket.listener.try_clone()?, Interest::READABLE)?
         };
         let served = serve(id.to_owned(), source, listener, socket.cancel.clone());
         socket.task = Some(runtime.spawn(served));
@@ -118,10 +122,10 @@ impl Drop for AgentSocket {
 }
 
 /// Binds `path`, however long it is.
-fn listen(path: &Path) -> io::Result<std::os::unix::net::UnixListener> {
+fn listen(path: &Path) -> io::Result<StdListener> {
     use rustix::fs::{CWD, Mode, OFlags};
 
-    match std::os::unix::net::UnixListener::bind(path) {
+    match StdListener::bind(path) {
         // An address has room for 107 bytes. A directory's descriptor makes it short.
         Err(error) if error.kind() == io::ErrorKind::InvalidInput => {
             let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
@@ -130,7 +134,7 @@ fn listen(path: &Path) -> io::Result<std::os::unix::net::UnixListener> {
             let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
             let parent = rustix::fs::openat(CWD, parent, flags, Mode::empty())?;
             let short = Path::new("/proc/self/fd").join(parent.as_raw_fd().to_string());
-            std::os::unix::net::UnixListener::bind(short.join(name))
+            StdListener::bind(short.join(name))
         }
         bound => bound,
     }
@@ -152,32 +156,59 @@ pub(super) fn probe(path: &Path) -> io::Result<()> {
 }
 
 /// Accepts until cancelled, then ends all connections.
-async fn serve(id: String, source: Source, listener: UnixListener, cancel: CancellationToken) {
+///
+/// The loop is not tokio's `accept`: a listener that was shut down is ready for ever and has
+/// nothing to accept, and on that one `accept` never returns to see that it is cancelled.
+async fn serve(
+    id: String,
+    source: Source,
+    listener: AsyncFd<StdListener>,
+    cancel: CancellationToken,
+) {
     let mut connections = JoinSet::new();
     // Signing is work: one at a time, as an agent does it, however many clients ask.
-    let signing = Arc::new(tokio::sync::Semaphore::new(1));
+    let signing = Arc::new(Semaphore::new(1));
     loop {
-        tokio::select! {
+        let accepted = tokio::select! {
+            biased;
             () = cancel.cancelled() => break,
             Some(ended) = connections.join_next(), if !connections.is_empty() => {
                 if let Err(error) = ended {
                     tracing::warn!(ssh.id = id, %error, "a connection to an SSH agent ended badly");
                 }
+                continue;
             }
-            accepted = listener.accept(), if connections.len() < MAX_CONNECTIONS => match accepted {
-                Ok((stream, _)) => {
-                    let (id, source) = (id.clone(), source.clone());
-                    let signing = Arc::clone(&signing);
-                    connections.spawn(async move { connection(&id, source, stream, signing).await });
-                }
-                Err(error) => {
-                    tracing::warn!(ssh.id = id, %error, "an SSH agent's socket cannot accept");
-                    tokio::select! {
-                        () = cancel.cancelled() => break,
-                        () = tokio::time::sleep(ACCEPT_PAUSE) => {}
+            ready = listener.readable(), if connections.len() < MAX_CONNECTIONS => {
+                ready.and_then(|mut ready| {
+                    // `Err` says that nobody is there after all.
+                    match ready.try_io(|listener| listener.get_ref().accept()) {
+                        Ok(accepted) => accepted.map(|(stream, _)| Some(stream)),
+                        Err(_) => Ok(None),
                     }
+                })
+            }
+        };
+        let stream = accepted.and_then(|stream| {
+            let Some(stream) = stream else {
+                return Ok(None);
+            };
+            stream.set_nonblocking(true)?;
+            UnixStream::from_std(stream).map(Some)
+        });
+        match stream {
+            Ok(None) => {}
+            Ok(Some(stream)) => {
+                let (id, source) = (id.clone(), source.clone());
+                let signing = Arc::clone(&signing);
+                connections.spawn(async move { connection(&id, source, stream, signing).await });
+            }
+            Err(error) => {
+                tracing::warn!(ssh.id = id, %error, "an SSH agent's socket cannot accept");
+                tokio::select! {
+                    () = cancel.cancelled() => break,
+                    () = tokio::time::sleep(ACCEPT_PAUSE) => {}
                 }
-            },
+            }
         }
     }
     drop(listener);
@@ -185,12 +216,7 @@ async fn serve(id: String, source: Source, listener: UnixListener, cancel: Cance
 }
 
 /// Serves one client until it leaves or breaks the protocol.
-async fn connection(
-    id: &str,
-    source: Source,
-    mut client: UnixStream,
-    signing: Arc<tokio::sync::Semaphore>,
-) {
+async fn connection(id: &str, source: Source, mut client: UnixStream, signing: Arc<Semaphore>) {
     let ended = match source {
         Source::Keys(keys) => with_keys(keys, &mut client, signing).await,
         Source::Agent(path) => match connect(&path).await {
@@ -224,7 +250,7 @@ async fn connect(path: &Path) -> io::Result<UnixStream> {
 async fn with_keys(
     keys: Arc<Vec<Key>>,
     client: &mut UnixStream,
-    signing: Arc<tokio::sync::Semaphore>,
+    signing: Arc<Semaphore>,
 ) -> io::Result<()> {
     while let Some(message) = read_message(client).await? {
         let answer = match request(&message) {
@@ -294,4 +320,291 @@ async fn with_agent(mut agent: UnixStream, client: &mut UnixStream) -> io::Resul
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read as _, Write as _};
+    use std::os::unix::net::UnixStream as Client;
+
+    use ssh_key::Algorithm;
+
+    use super::super::keys::tests::{generate, verifies};
+    use super::super::protocol::{MAX_MESSAGE_BYTES, put_string, string};
+    use super::super::{SshAgents, SshSpec};
+    use super::*;
+
+    fn runtime() -> tokio::runtime::Runtime {
+        tokio::runtime::Runtime::new().unwrap()
+    }
+
+    fn agents(spec: &str) -> SshAgents {
+        SshAgents::new([spec.parse::<SshSpec>().unwrap()], |_| None).unwrap()
+    }
+
+    fn send(client: &mut Client, message: &[u8]) {
+        let mut framed = Vec::new();
+        put_string(&mut framed, message);
+        client.write_all(&framed).unwrap();
+    }
+
+    fn receive(client: &mut Client) -> Vec<u8> {
+        let mut length = [0; 4];
+        client.read_exact(&mut length).unwrap();
+        let mut message = vec![0; u32::from_be_bytes(length) as usize];
+        client.read_exact(&mut message).unwrap();
+        message
+    }
+
+    fn ask(client: &mut Client, message: &[u8]) -> Vec<u8> {
+        send(client, message);
+        receive(client)
+    }
+
+    /// Reads until the other side has closed; a reset is as good.
+    fn ends(client: &mut Client) {
+        let mut rest = Vec::new();
+        match client.read_to_end(&mut rest) {
+            Ok(_) => assert_eq!(rest, b""),
+            Err(error) => assert_eq!(error.kind(), io::ErrorKind::ConnectionReset),
+        }
+    }
+
+    fn sign_request(key: &[u8], data: &[u8], flags: u32) -> Vec<u8> {
+        let mut message = vec![13];
+        put_string(&mut message, key);
+        put_string(&mut message, data);
+        message.extend(flags.to_be_bytes());
+        message
+    }
+
+    /// Everything that changes an agent: add, remove, remove all, smartcards, lock, unlock,
+    /// with constraints; version 1; answers; what does not exist.
+    const REFUSED: &[u8] = &[
+        0, 1, 2, 3, 5, 6, 7, 8, 9, 10, 12, 14, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 28, 255,
+    ];
+
+    #[test]
+    fn keys_from_files_are_listed_and_sign() {
+        let dir = tempfile::tempdir().unwrap();
+        let (one, two) = (dir.path().join("one"), dir.path().join("two"));
+        let (text, first) = generate(Algorithm::Ed25519);
+        std::fs::write(&one, text).unwrap();
+        let (text, second) = generate(Algorithm::Ed25519);
+        std::fs::write(&two, text).unwrap();
+        let (one, two) = (one.display(), two.display());
+        let agents = agents(&format!("x={one},{two},{one}"));
+        let runtime = runtime();
+        let _runtime = runtime.enter();
+        let path = dir.path().join("socket");
+        let socket = agents.serve("x", &path).unwrap();
+        assert_eq!(socket.path(), path);
+        let mode = std::fs::metadata(&path).unwrap().permissions().mode();
+        assert_eq!(mode & 0o7777, 0o600);
+
+        let mut client = Client::connect(&path).unwrap();
+        let (first_blob, second_blob) = (first.to_bytes().unwrap(), second.to_bytes().unwrap());
+        let mut listed = vec![12, 0, 0, 0, 2];
+        for blob in [&first_blob, &second_blob] {
+            put_string(&mut listed, blob);
+            put_string(&mut listed, b"");
+        }
+        assert_eq!(ask(&mut client, &[11]), listed);
+
+        let answer = ask(&mut client, &sign_request(&second_blob, b"data", 0));
+        assert_eq!(answer[0], 14);
+        let (signature, rest) = string(&answer[1..]).unwrap();
+        assert_eq!(rest, b"");
+        assert!(verifies(&second, b"data", signature));
+        assert!(!verifies(&first, b"data", signature));
+
+        assert_eq!(ask(&mut client, &sign_request(b"other", b"data", 0)), [5]);
+        assert_eq!(ask(&mut client, &[27]), [5]);
+        for &kind in REFUSED {
+            assert_eq!(ask(&mut client, &[kind]), [5], "{kind}");
+        }
+        // Still there, after all that.
+        assert_eq!(ask(&mut client, &[11]), listed);
+        drop(socket);
+        ends(&mut client);
+    }
+
+    /// An agent that answers each request with the next of `answers`, and gives back what it
+    /// was asked when its client leaves.
+    fn fake_agent(path: &Path, answers: Vec<Vec<u8>>) -> std::thread::JoinHandle<Vec<Vec<u8>>> {
+        let listener = StdListener::bind(path).unwrap();
+        std::thread::spawn(move || {
+            let mut asked = Vec::new();
+            // The first connection only looks whether somebody is there.
+            listener.accept().unwrap();
+            let (mut client, _) = listener.accept().unwrap();
+            for answer in answers {
+                asked.push(receive(&mut client));
+                send(&mut client, &answer);
+            }
+            ends(&mut client);
+            asked
+        })
+    }
+
+    #[test]
+    fn of_an_agent_only_lists_and_signatures_are_asked() {
+        let dir = tempfile::tempdir().unwrap();
+        let upstream = dir.path().join("upstream");
+        let answers = [
+            b"\x0c\0\0\0\0".to_vec(),
+            b"\x0e\0\0\0\x03sig".to_vec(),
+            vec![102],
+            b"\x0c\0\0\0\0".to_vec(),
+        ];
+        let agent = fake_agent(&upstream, answers.to_vec());
+        let agents = agents(&format!("x={}", upstream.display()));
+        let runtime = runtime();
+        let _runtime = runtime.enter();
+        let path = dir.path().join("socket");
+        let socket = agents.serve("x", &path).unwrap();
+        let mut client = Client::connect(&path).unwrap();
+        let sign = sign_request(b"key", b"data", 4);
+
+        assert_eq!(ask(&mut client, &[11]), answers[0]);
+        for &kind in REFUSED {
+            assert_eq!(ask(&mut client, &[kind]), [5], "{kind}");
+        }
+        assert_eq!(ask(&mut client, b"\x1b\0\0\0\x01x"), [28]);
+        assert_eq!(ask(&mut client, &sign[..sign.len() - 1]), [5]);
+        assert_eq!(ask(&mut client, &sign), answers[1]);
+        // A refusal, and the answer to another question.
+        assert_eq!(ask(&mut client, &sign), [5]);
+        assert_eq!(ask(&mut client, &sign), [5]);
+        drop(client);
+        let asked = agent.join().unwrap();
+        assert_eq!(asked, [vec![11], sign.clone(), sign.clone(), sign]);
+        runtime.block_on(socket.close());
+    }
+
+    #[test]
+    fn a_raw_socket_passes_everything() {
+        let dir = tempfile::tempdir().unwrap();
+        let upstream = dir.path().join("upstream");
+        let listener = StdListener::bind(&upstream).unwrap();
+        let agents = agents(&format!("x={},raw=true", upstream.display()));
+        let runtime = runtime();
+        let _runtime = runtime.enter();
+        let socket = agents.serve("x", &dir.path().join("socket")).unwrap();
+        let mut client = Client::connect(socket.path()).unwrap();
+        client.write_all(b"anything").unwrap();
+        client.shutdown(std::net::Shutdown::Write).unwrap();
+        let (mut server, _) = listener.accept().unwrap();
+        let mut got = String::new();
+        server.read_to_string(&mut got).unwrap();
+        assert_eq!(got, "anything");
+        server.write_all(b"at all").unwrap();
+        drop(server);
+        got.clear();
+        client.read_to_string(&mut got).unwrap();
+        assert_eq!(got, "at all");
+    }
+
+    /// An agent of one new key at `socket` below the returned directory.
+    fn one_key() -> (tempfile::TempDir, SshAgents) {
+        let dir = tempfile::tempdir().unwrap();
+        let key = dir.path().join("key");
+        std::fs::write(&key, generate(Algorithm::Ed25519).0).unwrap();
+        (dir, agents(&format!("x={}", key.display())))
+    }
+
+    #[test]
+    fn nothing_outlives_the_guard() {
+        let (dir, agents) = one_key();
+        let runtime = runtime();
+        let _runtime = runtime.enter();
+        let path = dir.path().join("socket");
+        // Another name, as a bind mount into a step is one.
+        let bound = dir.path().join("bound");
+        for close in [false, true] {
+            let socket = agents.serve("x", &path).unwrap();
+            std::fs::hard_link(&path, &bound).unwrap();
+            let mut idle = Client::connect(&bound).unwrap();
+            assert_eq!(ask(&mut idle, &[11])[0], 12);
+            let mut halfway = Client::connect(&bound).unwrap();
+            halfway.write_all(&[0, 0]).unwrap();
+            if close {
+                runtime.block_on(socket.close());
+            } else {
+                drop(socket);
+            }
+            assert!(!path.exists());
+            let error = Client::connect(&bound).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused);
+            ends(&mut idle);
+            ends(&mut halfway);
+            std::fs::remove_file(&bound).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_message_that_is_too_long_ends_its_connection_only() {
+        let (dir, agents) = one_key();
+        let runtime = runtime();
+        let _runtime = runtime.enter();
+        let socket = agents.serve("x", &dir.path().join("socket")).unwrap();
+        let mut other = Client::connect(socket.path()).unwrap();
+        let mut client = Client::connect(socket.path()).unwrap();
+        // The longest that is read, and one byte more.
+        let mut longest = vec![0; MAX_MESSAGE_BYTES];
+        longest[0] = 99;
+        assert_eq!(ask(&mut client, &longest), [5]);
+        let length = u32::try_from(MAX_MESSAGE_BYTES + 1).unwrap();
+        client.write_all(&length.to_be_bytes()).unwrap();
+        ends(&mut client);
+        assert_eq!(ask(&mut other, &[11])[0], 12);
+    }
+
+    #[test]
+    fn connections_beyond_the_limit_wait_for_their_turn() {
+        let (dir, agents) = one_key();
+        let runtime = runtime();
+        let _runtime = runtime.enter();
+        let socket = agents.serve("x", &dir.path().join("socket")).unwrap();
+        let mut clients: Vec<_> = (0..MAX_CONNECTIONS)
+            .map(|_| Client::connect(socket.path()).unwrap())
+            .collect();
+        for client in &mut clients {
+            assert_eq!(ask(client, &[11])[0], 12);
+        }
+        let mut waiting = Client::connect(socket.path()).unwrap();
+        send(&mut waiting, &[11]);
+        waiting.set_nonblocking(true).unwrap();
+        assert_eq!(ask(&mut clients[0], &[11])[0], 12);
+        let error = waiting.read(&mut [0]).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+        waiting.set_nonblocking(false).unwrap();
+        clients.pop();
+        assert_eq!(receive(&mut waiting)[0], 12);
+    }
+
+    #[test]
+    fn a_long_path_is_no_obstacle_and_a_taken_one_is_left_alone() {
+        let (dir, agents) = one_key();
+        let runtime = runtime();
+        let _runtime = runtime.enter();
+        let deep = dir.path().join("d".repeat(150));
+        std::fs::create_dir(&deep).unwrap();
+        let path = deep.join("socket");
+        let socket = agents.serve("x", &path).unwrap();
+        assert!(std::fs::symlink_metadata(&path).is_ok());
+        drop(socket);
+        assert!(!path.exists());
+
+        std::fs::write(&path, "a file").unwrap();
+        let error = agents.serve("x", &path).unwrap_err();
+        assert_eq!(
+            super::super::testing::chain(&error),
+            format!(
+                "making the socket {} for SSH agent \"x\": Address already in use (os error 98)",
+                path.display()
+            )
+        );
+        assert_eq!(std::fs::read(&path).unwrap(), b"a file");
+    }
 }

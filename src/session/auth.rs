@@ -128,3 +128,106 @@ pub fn git_auth_scope(remote: &str) -> &str {
         .find(|prefix| remote.starts_with(prefix))
         .unwrap_or(remote)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::SecretSpec;
+    use super::*;
+
+    /// Secrets of these ids and values.
+    fn secrets(given: &[(&str, &str)]) -> Secrets {
+        let specs = given.iter().map(|(id, _)| SecretSpec {
+            id: (*id).to_owned(),
+            file: None,
+            variable: Some((*id).to_owned()),
+        });
+        let value = |name: &str| {
+            let found = given.iter().find(|(id, _)| *id == name);
+            found.map(|(_, value)| value.into())
+        };
+        Secrets::new(specs, value).unwrap()
+    }
+
+    /// Id and header.
+    fn shown(found: Option<Authorization>) -> Option<(String, String)> {
+        found.map(|found| (found.secret_id().to_owned(), found.expose().to_owned()))
+    }
+
+    fn is(id: &str, header: &str) -> Option<(String, String)> {
+        Some((id.to_owned(), header.to_owned()))
+    }
+
+    #[test]
+    fn a_host_before_all_hosts_and_a_header_before_a_token() {
+        let mut given = vec![
+            ("GIT_AUTH_HEADER.h:8443", "header h"),
+            ("GIT_AUTH_TOKEN.h:8443", "token h"),
+            ("GIT_AUTH_HEADER", "header"),
+            ("GIT_AUTH_TOKEN", "token"),
+            ("GIT_AUTH_TOKEN.other", "elsewhere"),
+        ];
+        let mut next = || {
+            let found = secrets(&given).git_auth("h:8443").unwrap();
+            given.remove(0);
+            shown(found)
+        };
+        assert_eq!(next(), is("GIT_AUTH_HEADER.h:8443", "header h"));
+        // printf 'x-access-token:token h' | base64
+        let encoded = "basic eC1hY2Nlc3MtdG9rZW46dG9rZW4gaA==";
+        assert_eq!(next(), is("GIT_AUTH_TOKEN.h:8443", encoded));
+        assert_eq!(next(), is("GIT_AUTH_HEADER", "header"));
+        let encoded = "basic eC1hY2Nlc3MtdG9rZW46dG9rZW4=";
+        assert_eq!(next(), is("GIT_AUTH_TOKEN", encoded));
+        assert_eq!(next(), None);
+    }
+
+    #[test]
+    fn urls_have_secrets_of_their_host_only() {
+        let given = [
+            ("HTTP_AUTH_HEADER_h", "Basic abc"),
+            ("HTTP_AUTH_TOKEN_h", "t"),
+            ("HTTP_AUTH_HEADER_i", "Basic def"),
+            ("GIT_AUTH_TOKEN", "no"),
+        ];
+        let secrets = secrets(&given);
+        let get = |host| shown(secrets.http_auth(host).unwrap());
+        assert_eq!(get("h"), is("HTTP_AUTH_TOKEN_h", "Bearer t"));
+        assert_eq!(get("i"), is("HTTP_AUTH_HEADER_i", "Basic def"));
+        assert_eq!(get("j"), None);
+    }
+
+    #[test]
+    fn a_secret_is_one_header() {
+        let check = |value: &str, expected: Result<&str, &str>| {
+            let got = secrets(&[("HTTP_AUTH_TOKEN_h", value)]).http_auth("h");
+            let got = got.map(|found| found.unwrap().expose().to_owned());
+            let got = got.map_err(|error| error.to_string());
+            let expected = expected.map(str::to_owned).map_err(|e| {
+                format!("secret \"HTTP_AUTH_TOKEN_h\" cannot authorise a request: {e}")
+            });
+            assert_eq!(got, expected);
+        };
+        check("t\n", Ok("Bearer t"));
+        check("t\r\n", Ok("Bearer t"));
+        check("", Ok("Bearer "));
+        let control = "it has a line break or another control character";
+        check("t\nHost: x", Err(control));
+        check("t\n\n", Err(control));
+        check("t\0", Err(control));
+        let shown = secrets(&[("HTTP_AUTH_TOKEN_h", "hunter2")]).http_auth("h");
+        assert_eq!(
+            format!("{shown:?}"),
+            "Ok(Some(Authorization { secret_id: \"HTTP_AUTH_TOKEN_h\", .. }))"
+        );
+    }
+
+    #[test]
+    fn scopes() {
+        let check = |remote: &str, scope: &str| assert_eq!(git_auth_scope(remote), scope);
+        check("https://github.com/a/b.git", "https://github.com/");
+        check("https://www.github.com/a/b", "https://www.github.com/");
+        check("http://github.com/a/b", "http://github.com/a/b");
+        check("https://github.com.evil/a/b", "https://github.com.evil/a/b");
+        check("https://h/a", "https://h/a");
+    }
+}

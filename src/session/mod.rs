@@ -174,3 +174,20 @@ fn read_wiped(path: &Path, limit: usize) -> io::Result<Option<zeroize::Zeroizing
     }
     Ok(Some(zeroize::Zeroizing::new(buffer.to_vec())))
 }
+
+#[cfg(test)]
+mod testing {
+    use std::error::Error;
+
+    /// An error and its sources as a report shows them.
+    pub(super) fn chain(error: &dyn Error) -> String {
+        let mut text = error.to_string();
+        let mut source = error.source();
+        while let Some(error) = source {
+            text.push_str(": ");
+            text.push_str(&error.to_string());
+            source = error.source();
+        }
+        text
+    }
+}

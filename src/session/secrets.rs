@@ -264,3 +264,180 @@ fn too_large(id: &str, path: &Path) -> SessionError {
         origin: format!("file {}", path.display()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::chain;
+    use super::*;
+
+    fn environment(name: &str) -> Option<OsString> {
+        match name {
+            "TOKEN" => Some("from TOKEN".into()),
+            "BYTES" => Some(OsString::from_vec(b"\xff\n".to_vec())),
+            "LARGEST" => Some("x".repeat(MAX_SECRET_BYTES).into()),
+            "TOO_LARGE" => Some("x".repeat(MAX_SECRET_BYTES + 1).into()),
+            _ => None,
+        }
+    }
+
+    fn secrets(values: &[String]) -> Result<Secrets, SessionError> {
+        Secrets::new(SecretSpec::parse_all(values)?, environment)
+    }
+
+    #[test]
+    fn arguments_are_parsed_as_docker_does() {
+        let check = |text: &str, id: &str, file: Option<&str>, variable: Option<&str>| {
+            let expected = SecretSpec {
+                id: id.into(),
+                file: file.map(PathBuf::from),
+                variable: variable.map(str::to_owned),
+            };
+            assert_eq!(text.parse::<SecretSpec>().unwrap(), expected, "{text}");
+        };
+        check("id=a", "a", None, None);
+        check("id=a,src=f", "a", Some("f"), None);
+        check("ID=a,Source=f=g", "a", Some("f=g"), None);
+        check("id=a,env=V", "a", None, Some("V"));
+        check("id=a,src=f,env=V", "a", Some("f"), Some("V"));
+        check("type=file,id=a,src=f", "a", Some("f"), None);
+        check("type=env,id=a,src=V", "a", None, Some("V"));
+        check("type=env,id=a,src=f,env=V", "a", Some("f"), Some("V"));
+        check("type=env,id=a", "a", None, None);
+        check("type=file,id=a,env=V", "a", None, Some("V"));
+        check("id=a,\"src=f,g\"\"h\"", "a", Some("f,g\"h"), None);
+        check("id=a,id=b,src=", "b", None, None);
+    }
+
+    #[test]
+    fn wrong_arguments_say_what_is_wrong() {
+        let advice = "write id=ID,src=FILE or id=ID,env=VARIABLE, \
+                      or id=ID for the variable or file of that name";
+        let check = |text: &str, problem: &str| {
+            let error = text.parse::<SecretSpec>().unwrap_err();
+            assert_eq!(
+                chain(&error),
+                format!("--secret {text:?}: {problem}; {advice}")
+            );
+        };
+        check("file", "field \"file\" is no KEY=VALUE");
+        check("id=a,", "field \"\" is no KEY=VALUE");
+        check("src=f", "it has no id");
+        check("id=,src=f", "it has no id");
+        check("id=a,uid=0", "key \"uid\" is none of id, src, env and type");
+        check("id=a,type=Env", "type \"Env\" is neither file nor env");
+        let error = "id=a,src=\"f\"".parse::<SecretSpec>().unwrap_err();
+        assert_eq!(
+            chain(&error),
+            "--secret \"id=a,src=\\\"f\\\"\": \
+             \"src=\\\"f\\\"\" has a quote inside: quote the whole field and double the quote"
+        );
+        assert_eq!(SecretSpec::parse_all(["", "id=a"]).unwrap().len(), 1);
+    }
+
+    #[test]
+    fn secrets_come_from_files_and_variables() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("f");
+        std::fs::write(&file, "first").unwrap();
+        let file = file.display();
+        let secrets = secrets(&[
+            format!("id=file,src={file}"),
+            "id=variable,env=TOKEN".into(),
+            "id=TOKEN".into(),
+            format!("id={file}"),
+            "id=bytes,type=env,src=BYTES".into(),
+            format!("id=both,src={file},env=TOKEN"),
+            "id=twice,env=TOKEN".into(),
+            format!("id=twice,src={file}"),
+            "id=unset,env=NOWHERE".into(),
+            "id=largest,env=LARGEST".into(),
+        ])
+        .unwrap();
+        let get = |id: &str| secrets.get(id).unwrap().map(|s| s.expose().to_vec());
+        assert_eq!(get("file").unwrap(), b"first");
+        assert_eq!(get("variable").unwrap(), b"from TOKEN");
+        assert_eq!(get("TOKEN").unwrap(), b"from TOKEN");
+        assert_eq!(get(&file.to_string()).unwrap(), b"first");
+        assert_eq!(get("bytes").unwrap(), b"\xff\n");
+        assert_eq!(get("both").unwrap(), b"from TOKEN");
+        assert_eq!(get("twice").unwrap(), b"first");
+        assert_eq!(get("unset").unwrap(), b"");
+        assert_eq!(get("largest").unwrap().len(), MAX_SECRET_BYTES);
+        assert_eq!(get("other"), None);
+        assert!(secrets.contains("file") && !secrets.contains("other"));
+        let unset: Vec<_> = secrets.unset_variables().collect();
+        assert_eq!(unset, [("unset", "NOWHERE")]);
+
+        // Read when used, so what is in the file then counts.
+        std::fs::write(file.to_string(), "second").unwrap();
+        assert_eq!(get("file").unwrap(), b"second");
+        assert_eq!(
+            secrets.require("other").unwrap_err().to_string(),
+            "secret \"other\" is needed and was not given; \
+             add --secret id=other,src=FILE or --secret id=other,env=VARIABLE"
+        );
+    }
+
+    #[test]
+    fn files_that_cannot_be_secrets_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("f");
+        let given = [format!("id=s,src={}", file.display())];
+        let check = |result: Result<Secrets, SessionError>, expected: String| {
+            assert_eq!(chain(&result.unwrap_err()), expected);
+        };
+        let missing = format!(
+            "secret \"s\": looking for {}: No such file or directory (os error 2)",
+            file.display()
+        );
+        check(secrets(&given), missing.clone());
+        check(
+            secrets(&[format!("id=s,env=TOKEN,src={}", file.display())]),
+            missing,
+        );
+        check(
+            secrets(&[format!("id=s,src={}", dir.path().display())]),
+            format!(
+                "secret \"s\": looking for {}: is a directory",
+                dir.path().display()
+            ),
+        );
+        check(
+            secrets(&["id=s,env=TOO_LARGE".into()]),
+            "secret \"s\": variable TOO_LARGE has more than 512000 bytes, \
+             the most a secret may have"
+                .into(),
+        );
+
+        std::fs::write(&file, vec![b'x'; MAX_SECRET_BYTES]).unwrap();
+        let found = secrets(&given).unwrap();
+        let bytes = found.get("s").unwrap().unwrap();
+        assert_eq!(bytes.expose(), vec![b'x'; MAX_SECRET_BYTES]);
+        std::fs::write(&file, vec![b'x'; MAX_SECRET_BYTES + 1]).unwrap();
+        let too_large = format!(
+            "secret \"s\": file {} has more than 512000 bytes, the most a secret may have",
+            file.display()
+        );
+        check(secrets(&given), too_large.clone());
+        // It grew after it was looked for.
+        assert_eq!(chain(&found.get("s").unwrap_err()), too_large);
+        std::fs::remove_file(&file).unwrap();
+        assert_eq!(
+            chain(&found.get("s").unwrap_err()),
+            format!(
+                "secret \"s\": reading {}: No such file or directory (os error 2)",
+                file.display()
+            )
+        );
+    }
+
+    #[test]
+    fn nothing_of_a_secret_is_printed() {
+        let secrets = secrets(&["id=a,env=TOKEN".into()]).unwrap();
+        assert_eq!(
+            format!("{secrets:?} {:?}", secrets.get("a").unwrap()),
+            "Secrets { sources: {\"a\": Variable { name: \"TOKEN\", \
+             value: Some(SecretBytes(…)) }} } Some(SecretBytes(…))"
+        );
+    }
+}

@@ -247,3 +247,141 @@ fn source(spec: &SshSpec, environment: Lookup<'_>) -> Result<Source, SessionErro
         )),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::chain;
+    use super::*;
+
+    fn agents(values: &[String], socket: Option<&Path>) -> Result<SshAgents, SessionError> {
+        SshAgents::new(SshSpec::parse_all(values)?, |name| {
+            assert_eq!(name, "SSH_AUTH_SOCK");
+            socket.map(OsString::from)
+        })
+    }
+
+    #[test]
+    fn arguments_are_parsed_as_docker_does() {
+        let check = |text: &str, id: &str, paths: &[&str], raw: bool| {
+            let expected = SshSpec {
+                id: id.into(),
+                paths: paths.iter().map(PathBuf::from).collect(),
+                raw,
+            };
+            assert_eq!(text.parse::<SshSpec>().unwrap(), expected, "{text}");
+        };
+        check("default", "default", &[], false);
+        check("default=", "default", &[], false);
+        check("=a", "default", &["a"], false);
+        check("x=a", "x", &["a"], false);
+        check("x=a,b=c", "x", &["a", "b=c"], false);
+        check("x=a,raw=true", "x", &["a"], true);
+        check("x=raw=1,a", "x", &["a"], true);
+        check("x=a,raw=F", "x", &["a"], false);
+        assert_eq!(SshSpec::parse_all(["", "x"]).unwrap().len(), 1);
+        let wrong = |text: &str, problem: &str| {
+            let error = text.parse::<SshSpec>().unwrap_err();
+            assert_eq!(chain(&error), format!("--ssh {text:?}: {problem}"));
+        };
+        wrong("x=a,raw=yes", "raw is true or false, not \"yes\"");
+        wrong("x=a,b,raw=true", "raw=true goes with exactly one socket");
+        wrong("x=raw=true", "raw=true goes with exactly one socket");
+        wrong(
+            "x=a,,b",
+            "one of its paths is empty; write ID=SOCKET or ID=KEY,KEY",
+        );
+    }
+
+    #[test]
+    fn agents_are_sockets_or_keys() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("socket");
+        let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        let file = dir.path().join("file");
+        std::fs::write(&file, "hello").unwrap();
+        let (shown, file) = (socket.display(), file.display());
+
+        let found = agents(
+            &[
+                "default".into(),
+                format!("b={shown}"),
+                format!("c={shown},raw=1"),
+            ],
+            Some(&socket),
+        );
+        assert_eq!(
+            format!("{:?}", found.unwrap().sources),
+            format!(
+                "{{\"b\": Agent({socket:?}), \"c\": Raw({socket:?}), \"default\": Agent({socket:?})}}"
+            )
+        );
+
+        let check = |value: String, problem: &str| {
+            let error = agents(&[value], Some(Path::new(""))).unwrap_err();
+            assert_eq!(chain(&error), problem);
+        };
+        check(
+            "default".into(),
+            "--ssh \"default\": SSH_AUTH_SOCK is not set, so there is no agent; \
+             start one or write default=SOCKET|KEY",
+        );
+        check(
+            format!("x={shown},{shown}"),
+            "--ssh \"x\": an agent is one socket or any number of keys, not both",
+        );
+        check(
+            format!("x={file},raw=true"),
+            &format!("--ssh \"x\": raw=true needs a socket, and {file} is none"),
+        );
+        check(
+            format!("x={file}.not"),
+            &format!("--ssh x: looking for {file}.not: No such file or directory (os error 2)"),
+        );
+        check(
+            format!("x={}", dir.path().display()),
+            &format!("--ssh x: reading {}: is a directory", dir.path().display()),
+        );
+        check(
+            format!("x={shown},{file}"),
+            &format!(
+                "--ssh x: key file {file}: \
+                 it is no private key: it has no -----BEGIN … PRIVATE KEY-----"
+            ),
+        );
+        let error = agents(&[format!("x={shown}"), format!("x={shown}")], None).unwrap_err();
+        assert_eq!(
+            chain(&error),
+            "--ssh \"x\": there are two agents of this id; give each its own"
+        );
+    }
+
+    #[test]
+    fn an_agent_that_is_missing_or_dead_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let (dead, path) = (dir.path().join("dead"), dir.path().join("socket"));
+        drop(std::os::unix::net::UnixListener::bind(&dead).unwrap());
+        let agents = agents(&[format!("x={}", dead.display())], None).unwrap();
+        assert!(agents.contains("x") && !agents.contains(""));
+        let check = |id: &str, expected: String| {
+            assert_eq!(chain(&agents.serve(id, &path).unwrap_err()), expected);
+            assert!(!path.exists());
+        };
+        check(
+            "",
+            "SSH agent \"default\" is needed and was not given; add --ssh default \
+             (the agent at SSH_AUTH_SOCK) or --ssh default=SOCKET|KEY"
+                .into(),
+        );
+        check(
+            "y",
+            "SSH agent \"y\" is needed and was not given; add --ssh y=SOCKET|KEY".into(),
+        );
+        check(
+            "x",
+            format!(
+                "--ssh x: connecting to the agent at {}: Connection refused (os error 111)",
+                dead.display()
+            ),
+        );
+    }
+}

@@ -43,3 +43,5 @@ mod sandbox;
 mod scenario;
 /// `sockless serve` over a real socket.
 mod service;
+/// SSH agents and keys, as OpenSSH's own programs see them.
+mod session;
