@@ -10,7 +10,7 @@ use futures_util::future::try_join_all;
 use crate::build::{self, Built, Timings};
 use crate::context::{self, BuildContext, IgnoreRules};
 use crate::dockerfile::Dockerfile;
-use crate::image::{self, Digest, History, Image, Reference};
+use crate::image::{self, Annotations, Digest, History, Image, Reference};
 use crate::plan::{self, ContextId, ImageNeed, ImageSource, Plan, StageGraph};
 use crate::progress::{BuildEvent, Progress};
 use crate::registry::{self, BlobContent, Client, Resolved};
@@ -38,6 +38,8 @@ pub struct BuildRequest {
     pub epoch: Option<i64>,
     /// How registries are reached.
     pub registry: registry::Options,
+    /// `--annotation`.
+    pub annotations: Annotations,
     /// `--secret`.
     pub secrets: Arc<Secrets>,
     /// `--ssh`.
@@ -160,7 +162,7 @@ async fn run(
     };
     let built = build::build(&plan, settings, Arc::clone(timings)).await?;
     let (origins, mut layer_bytes) = (built.origins.clone(), built.uploaded_bytes.clone());
-    let image = assemble(plan, built, epoch)?;
+    let image = assemble(plan, built, epoch, request.annotations.clone())?;
 
     let publishing = Instant::now();
     for output in &request.outputs {
@@ -278,7 +280,12 @@ fn needs_base_blobs(push: &[Reference], images: &[Resolved]) -> bool {
 }
 
 /// Joins layers, config and history.
-fn assemble(plan: Plan, built: Built, epoch: Option<i64>) -> anyhow::Result<Image> {
+fn assemble(
+    plan: Plan,
+    built: Built,
+    epoch: Option<i64>,
+    annotations: Annotations,
+) -> anyhow::Result<Image> {
     let Plan {
         mut config,
         history,
@@ -312,7 +319,7 @@ fn assemble(plan: Plan, built: Built, epoch: Option<i64>) -> anyhow::Result<Imag
     // Without a step that made a layer there is no time of this build that would not
     // change from one build to the next; the base's says when the files were made.
     config.created = last.or_else(|| Some(build::rfc3339(Some(0))));
-    Ok(image::assemble(config, built.layers))
+    Ok(image::assemble(config, built.layers, annotations))
 }
 
 /// Downloads blobs that an output needs and no step needed.
@@ -385,7 +392,7 @@ fn write_result_files(request: &BuildRequest, image: &Image) -> anyhow::Result<(
         let metadata = serde_json::json!({
             "containerimage.digest": image.raw_manifest.digest,
             "containerimage.config.digest": image.manifest.config.digest,
-            "containerimage.descriptor": image.raw_manifest.descriptor(),
+            "containerimage.descriptor": image.descriptor(),
             "image.name": names.join(","),
         });
         let text = serde_json::to_string_pretty(&metadata).expect("the keys are texts");

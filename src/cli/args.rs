@@ -114,6 +114,57 @@ pub(super) struct BuildArgs {
           hide_possible_values = true, value_name = "BOOL")]
     pub no_cache: bool,
 
+    /// Runs every step of the named stages, whatever the cache has
+    #[arg(long = "no-cache-filter", value_name = "STAGE,…")]
+    pub no_cache_filter: Vec<String>,
+
+    /// Asks the registry for the newest base images; sockless always does
+    #[arg(long, action = ArgAction::Set, num_args = 0..=1, require_equals = true,
+          default_value = "false", default_missing_value = "true", hide_default_value = true,
+          hide_possible_values = true, value_name = "BOOL")]
+    pub pull: bool,
+
+    /// Adds a label to the image's config
+    #[arg(long = "label", value_name = "NAME=VALUE")]
+    pub labels: Vec<String>,
+
+    /// Adds an annotation to the image's manifest; "manifest-descriptor:" in front adds it to
+    /// the manifest's entry in an index
+    #[arg(long = "annotation", value_name = "[TYPE:]NAME=VALUE")]
+    pub annotations: Vec<String>,
+
+    /// A directory, image, OCI layout or repository that stands in for a stage or an image
+    #[arg(long = "build-context", value_name = "NAME=VALUE")]
+    pub build_contexts: Vec<String>,
+
+    /// Lends steps a secret: id=ID[,src=FILE] or id=ID,env=VARIABLE
+    #[arg(long = "secret", value_name = "id=ID,…")]
+    pub secrets: Vec<String>,
+
+    /// Lends steps an SSH agent, or keys
+    #[arg(long = "ssh", value_name = "default|ID[=SOCKET|KEY,…]")]
+    pub ssh: Vec<String>,
+
+    /// Allows steps network.host, security.insecure or device
+    #[arg(long = "allow", value_name = "ENTITLEMENT")]
+    pub allow: Vec<String>,
+
+    /// The network of RUN steps that name none
+    #[arg(long, value_enum, value_name = "MODE")]
+    pub network: Option<NetworkArg>,
+
+    /// Adds a line to /etc/hosts of RUN steps
+    #[arg(long = "add-host", value_name = "NAME:IP")]
+    pub add_hosts: Vec<String>,
+
+    /// The size of /dev/shm of RUN steps, such as 128m
+    #[arg(long = "shm-size", value_name = "BYTES")]
+    pub shm_size: Option<String>,
+
+    /// A resource limit of RUN steps
+    #[arg(long = "ulimit", value_name = "NAME=SOFT[:HARD]")]
+    pub ulimits: Vec<String>,
+
     /// Writes the image's digest to a file
     #[arg(long = "iidfile", value_name = "FILE")]
     pub iid_file: Option<PathBuf>,
@@ -153,6 +204,17 @@ impl From<SandboxArg> for sandbox::Choice {
             SandboxArg::Crun => Self::Crun,
         }
     }
+}
+
+/// `--network`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum NetworkArg {
+    /// Outbound connections
+    Default,
+    /// Nothing
+    None,
+    /// This machine's network
+    Host,
 }
 
 /// `--progress`.

@@ -13,6 +13,7 @@ mod request;
 mod run;
 mod signal;
 mod unsupported;
+mod values;
 
 use std::ffi::OsString;
 use std::sync::LazyLock;

@@ -9,13 +9,17 @@ use clap::ValueEnum;
 use thiserror::Error;
 use url::Url;
 
-use super::args::{BuildArgs, ProgressArg, SandboxArg};
+use super::args::{BuildArgs, NetworkArg, ProgressArg, SandboxArg};
 use super::output::{OutputError, Wanted};
 use super::unsupported::UnsupportedFlag;
+use super::values::{self, ValueError};
+use crate::context::named::{NamedContextError, NamedContexts};
 use crate::image::{Platform, PlatformError, Reference, ReferenceError};
 use crate::pipeline::{BuildRequest, Output};
-use crate::plan::{self, NoCache};
+use crate::plan::{self, Entitlement, Network, NoCache, RunSettings, Ulimit};
+use crate::sandbox::{self, HostError, UlimitError};
 use crate::secret::RedactedUrl;
+use crate::session::{SecretSpec, Secrets, SessionError, SshAgents, SshSpec};
 
 /// The last second of the year 9999, beyond which RFC 3339 cannot write a time.
 const EPOCH_MAX: i64 = 253_402_300_799;
@@ -47,6 +51,21 @@ pub(super) enum RequestError {
     /// `--output`.
     #[error(transparent)]
     Output(#[from] OutputError),
+    /// `--label`, `--annotation`, `--allow`, `--shm-size`.
+    #[error(transparent)]
+    Value(#[from] ValueError),
+    /// `--build-context`.
+    #[error(transparent)]
+    NamedContext(#[from] NamedContextError),
+    /// `--secret`, `--ssh`.
+    #[error(transparent)]
+    Session(#[from] SessionError),
+    /// `--add-host`.
+    #[error("--add-host")]
+    Host(#[from] HostError),
+    /// `--ulimit`.
+    #[error("--ulimit")]
+    Ulimit(#[from] UlimitError),
     /// `--tag`.
     #[error("--tag")]
     Tag(#[source] ReferenceError),
@@ -247,6 +266,11 @@ impl BuildSettings {
         if to_stdout + usize::from(args.quiet) > 1 {
             return Err(RequestError::StandardOutput);
         }
+        let mut allowed = values::entitlements(&args.allow)?;
+        // Who asks for it on the command line allows it.
+        if args.network == Some(NetworkArg::Host) {
+            allowed.insert(Entitlement::NetworkHost);
+        }
         let mut build_args = build_args(&args.build_args, machine)?;
         let epoch = epoch(&mut build_args, machine)?;
         let request = BuildRequest {
@@ -258,10 +282,19 @@ impl BuildSettings {
             plan: plan::Settings {
                 build_args,
                 target: args.target.filter(|target| !target.is_empty()),
-                no_cache: if args.no_cache {
-                    NoCache::Everything
-                } else {
-                    NoCache::Nothing
+                no_cache: no_cache(args.no_cache, &args.no_cache_filter),
+                labels: values::labels(&args.labels)?,
+                contexts: NamedContexts::parse(&args.build_contexts)?,
+                allowed,
+                run: RunSettings {
+                    network: match args.network {
+                        None | Some(NetworkArg::Default) => Network::Default,
+                        Some(NetworkArg::None) => Network::None,
+                        Some(NetworkArg::Host) => Network::Host,
+                    },
+                    extra_hosts: extra_hosts(&args.add_hosts)?,
+                    shm_size: args.shm_size.as_deref().map(values::size).transpose()?,
+                    ulimits: ulimits(&args.ulimits)?,
                 },
                 ..plan::Settings::new(platform(&args.platforms, machine)?, Platform::host())
             },
@@ -272,8 +305,15 @@ impl BuildSettings {
                 args.registry_ca_files,
                 machine,
             )?,
-            secrets: Arc::default(),
-            agents: Arc::default(),
+            secrets: Arc::new(Secrets::new(
+                SecretSpec::parse_all(&args.secrets)?,
+                &machine.env,
+            )?),
+            agents: Arc::new(SshAgents::new(
+                SshSpec::parse_all(&args.ssh)?,
+                &machine.env,
+            )?),
+            annotations: values::annotations(&args.annotations)?,
             sandbox: match args.sandbox {
                 Some(sandbox) => sandbox.into(),
                 None => machine
@@ -293,6 +333,35 @@ impl BuildSettings {
             die_with_parent: args.die_with_parent,
         })
     }
+}
+
+/// `--no-cache` and `--no-cache-filter`, whose names are separated by commas too.
+fn no_cache(everything: bool, filter: &[String]) -> NoCache {
+    let names = filter.iter().flat_map(|flag| flag.split(','));
+    let names: BTreeSet<String> = names
+        .filter(|name| !name.is_empty())
+        .map(str::to_owned)
+        .collect();
+    match (everything, names.is_empty()) {
+        (true, _) => NoCache::Everything,
+        (false, true) => NoCache::Nothing,
+        (false, false) => NoCache::Stages(names),
+    }
+}
+
+fn extra_hosts(flags: &[String]) -> Result<Vec<(String, String)>, RequestError> {
+    let parsed = flags.iter().map(|flag| sandbox::parse_extra_host(flag));
+    Ok(parsed.collect::<Result<_, _>>()?)
+}
+
+/// `--ulimit`; a later one of a name wins.
+fn ulimits(flags: &[String]) -> Result<Vec<Ulimit>, RequestError> {
+    let mut limits = BTreeMap::new();
+    for flag in flags {
+        let sandbox::Ulimit { name, soft, hard } = flag.parse()?;
+        limits.insert(name.clone(), Ulimit { name, soft, hard });
+    }
+    Ok(limits.into_values().collect())
 }
 
 /// Whether this process is root on its machine, and not only inside a user namespace:

@@ -58,11 +58,7 @@ impl Unsupported {
 
 /// <https://docs.docker.com/reference/cli/docker/buildx/build/>
 const FLAGS: &[Unsupported] = &[
-    value("add-host"),
-    value("allow"),
-    value("annotation"),
     value("attest"),
-    value("build-context"),
     value("builder").hint("there is no daemon and no builder instance to choose; leave it out"),
     value("cache-from"),
     value("cache-to"),
@@ -81,24 +77,16 @@ const FLAGS: &[Unsupported] = &[
     boolean("disable-content-trust"),
     boolean("force-rm").hint("steps leave no containers behind; leave it out"),
     value("isolation"),
-    value("label").hint("LABEL in the Dockerfile does the same"),
     boolean("load")
         .hint("there is no daemon to load into; write an archive with -o type=oci,dest=FILE"),
     value("memory").short('m'),
     value("memory-swap"),
-    value("network").hint("RUN --network= in the Dockerfile sets it for a step"),
-    value("no-cache-filter").hint("--no-cache runs every step"),
     value("policy"),
     value("provenance"),
-    boolean("pull"),
     boolean("rm").hint("steps leave no containers behind; leave it out"),
     value("sbom"),
-    value("secret"),
     value("security-opt"),
-    value("shm-size"),
     boolean("squash"),
-    value("ssh"),
-    value("ulimit"),
 ];
 
 /// Adds the flags, hidden, to the definition of `build`.
@@ -193,13 +181,7 @@ mod tests {
     #[test]
     fn what_asks_for_nothing_is_accepted() {
         assert_eq!(
-            try_flags(&[
-                "--provenance=false",
-                "--sbom",
-                "false",
-                "--pull=false",
-                "--load=false"
-            ]),
+            try_flags(&["--provenance=false", "--sbom", "false", "--load=false"]),
             Ok(())
         );
         assert_eq!(

@@ -38,7 +38,9 @@ pub use instruction::{
     InstructionKind, KeyValue, Run, Span, Stage, Word,
 };
 
-pub use mount::{Mount, MountError, MountFault, MountKind, Sharing, check_mount, parse_mount};
+pub use mount::{
+    Mount, MountError, MountFault, MountKind, Sharing, check_mount, parse_mount, parse_size,
+};
 
 use lines::Reader;
 use statement::Statement;

@@ -607,7 +607,7 @@ fn parse_u32(text: &str, radix: u32) -> Option<u32> {
 
 /// A size in bytes with an optional binary unit, `1.5g`, `64 MiB`, `512b`; as Docker reads
 /// sizes of memory. Fractions of a byte are dropped.
-fn parse_size(text: &str) -> Option<u64> {
+pub fn parse_size(text: &str) -> Option<u64> {
     let last = text.rfind(|c: char| c.is_ascii_digit() || matches!(c, '.' | ' '))?;
     let suffix = text[last + 1..].to_lowercase();
     let number = if text[last..].starts_with(' ') {

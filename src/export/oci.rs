@@ -138,7 +138,7 @@ pub fn write_oci_archive<W: Write>(
 
 /// One entry a tag, or one without a name.
 fn index(image: &Image, tags: &[Reference]) -> Index {
-    let mut unnamed = image.raw_manifest.descriptor();
+    let mut unnamed = image.descriptor();
     unnamed.platform = Some(image.config.platform.clone());
     let manifests = if tags.is_empty() {
         vec![unnamed]
@@ -237,7 +237,7 @@ mod tests {
 
     use super::*;
     use crate::image::validate::validate;
-    use crate::image::{DiffId, History, ImageConfig, ImageLayer, Platform, assemble};
+    use crate::image::{Annotations, DiffId, History, ImageConfig, ImageLayer, Platform, assemble};
 
     struct Fixture {
         dir: tempfile::TempDir,
@@ -261,7 +261,7 @@ mod tests {
         });
         let mut config = ImageConfig::scratch(Platform::parse("linux/amd64").unwrap());
         config.history = vec![History::default(); 3];
-        let image = assemble(config, layers.to_vec());
+        let image = assemble(config, layers.to_vec(), Annotations::default());
         Fixture { dir, store, image }
     }
 

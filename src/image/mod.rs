@@ -11,7 +11,7 @@ mod manifest;
 mod reference;
 pub mod validate;
 
-pub use assemble::{Image, ImageLayer, assemble};
+pub use assemble::{Annotations, Image, ImageLayer, assemble};
 pub use config::{
     CONFIG_LIMIT_BYTES, DEFAULT_PATH, Empty, Healthcheck, History, ImageConfig, RootfsDiffIds,
     RunConfig,
