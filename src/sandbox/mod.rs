@@ -31,6 +31,7 @@
 )]
 
 mod bwrap;
+pub mod cdi;
 mod choose;
 mod enter;
 mod error;

@@ -130,9 +130,9 @@ impl Fixture {
         set_mode(&root.join("tmp"), 0o1777);
         std::fs::copy("/bin/busybox", root.join("bin/busybox")).unwrap();
         for applet in [
-            "cat", "df", "echo", "env", "grep", "head", "hostname", "id", "ip", "kill", "ls",
-            "mkdir", "mknod", "nc", "pwd", "readlink", "seq", "setsid", "sh", "sleep", "stat",
-            "touch", "tr", "true", "wc",
+            "cat", "df", "echo", "env", "grep", "head", "hostname", "id", "ip", "kill", "ln",
+            "logger", "ls", "mkdir", "mknod", "nc", "pwd", "readlink", "seq", "setsid", "sh",
+            "sleep", "stat", "touch", "tr", "true", "wc",
         ] {
             std::os::unix::fs::symlink("busybox", root.join("bin").join(applet)).unwrap();
         }
@@ -541,6 +541,337 @@ fn sandbox_mounts_are_where_and_what_was_asked_for() {
             "new\n"
         );
         std::fs::remove_file(source.join("new")).unwrap();
+    });
+}
+
+#[test]
+fn sandbox_mounts_lie_inside_mounts() {
+    everywhere(|fixture, sandbox| {
+        let cache = fixture.dir.path().join(format!("cache-{sandbox}"));
+        let source = fixture.dir.path().join(format!("source-{sandbox}"));
+        for dir in [&cache, &source] {
+            std::fs::create_dir_all(dir).unwrap();
+        }
+        std::fs::write(source.join("file"), "text\n").unwrap();
+        // What a step left in its cache leads no mount out of it.
+        std::os::unix::fs::symlink("/mnt", cache.join("up")).unwrap();
+        std::fs::set_permissions(&cache, std::fs::Permissions::from_mode(0o755)).unwrap();
+        let root = fixture.root();
+        let at = root.join("mnt/at");
+        std::fs::create_dir_all(&at).unwrap();
+        let _ = std::fs::remove_file(root.join("mnt/alias"));
+        std::os::unix::fs::symlink("../../../../mnt/at", root.join("mnt/alias")).unwrap();
+        fixture.give(&cache);
+        fixture.give(&source);
+        fixture.give(&root.join("mnt"));
+        let mounts = json!([
+            {"target": "/mnt/at", "source": cache},
+            {"target": "/mnt/at/sub/dir", "source": source, "read_only": true},
+            {"target": "/mnt/alias/other/file", "source": source.join("file")},
+            {"target": "/mnt/at/memory", "mode": 0o700},
+            {"target": "/mnt/at/memory/deep", "source": source},
+            {"target": "/dev/memory/deep", "source": source},
+            {"target": "/dev/memory", "mode": 0o700},
+            {"target": "/sys/fs", "read_only": true},
+            {"target": "/tmp"},
+        ]);
+        let script = "cat /mnt/at/sub/dir/file /mnt/at/other/file /mnt/at/memory/deep/file \
+                      /dev/memory/deep/file; stat -c %a /mnt/at/memory /mnt/at/sub /tmp /sys/fs; \
+                      touch /sys/fs/x 2>/dev/null || echo denied; pwd; echo new > /mnt/at/new";
+        let more = json!({"mounts": mounts, "cwd": "/mnt/at/memory/work"});
+        let ran = fixture.run(sandbox, with(script, more));
+        assert_eq!(
+            ran.stdout,
+            "text\ntext\ntext\ntext\n700\n755\n1777\n755\ndenied\n/mnt/at/memory/work\n",
+            "{sandbox} {:?} {} {}",
+            fixture.who,
+            ran.stderr,
+            ran.own
+        );
+        let names = |dir: &Path| {
+            let entries = std::fs::read_dir(dir).unwrap();
+            let mut names: Vec<String> = entries
+                .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+                .collect();
+            names.sort();
+            names
+        };
+        // The mount points stay where they were made: in the outer mount, not in the image.
+        assert_eq!(names(&cache), ["memory", "new", "other", "sub", "up"]);
+        assert!(names(&at).is_empty() && names(&root.join("dev")).is_empty());
+
+        let check = |target: &str, reason: &str| {
+            let mounts = json!([
+                {"target": "/mnt/at", "source": cache, "read_only": true},
+                {"target": target, "source": source},
+            ]);
+            let ran = fixture.run(sandbox, with("ls", json!({"mounts": mounts})));
+            assert_eq!(ran.status, NO_OUTCOME, "{sandbox} {target} {ran:?}");
+            let expected = format!("sandbox: mounting {target} in the sandbox: {reason}");
+            assert!(ran.own.contains(&expected), "{sandbox} {target} {ran:?}");
+        };
+        check(
+            "/mnt/at/absent",
+            "making its mount point: Read-only file system (os error 30)",
+        );
+        check(
+            "/mnt/at/up/absent",
+            "attaching it: No such file or directory (os error 2)",
+        );
+        for (link, target) in [("proc", "/proc"), ("slash", "/"), ("device", "/dev")] {
+            let link = cache.join(link);
+            let _ = std::fs::remove_file(&link);
+            std::os::unix::fs::symlink(target, &link).unwrap();
+        }
+        for name in ["proc", "slash", "device"] {
+            check(
+                &format!("/mnt/at/{name}"),
+                "nothing can be mounted there: Invalid argument (os error 22)",
+            );
+        }
+    });
+}
+
+#[test]
+fn sandbox_files_from_memory_have_owner_and_mode() {
+    everywhere(|fixture, sandbox| {
+        for name in ["mnt/secret", "mnt/program"] {
+            std::fs::write(fixture.root().join(name), "").unwrap();
+        }
+        let owner = if fixture.who.has_many_ids() { 1000 } else { 0 };
+        let mounts = json!([
+            {"target": "/mnt/secret", "content": "hidden\n", "mode": 0o440, "uid": owner,
+             "gid": owner, "read_only": true},
+            {"target": "/mnt/program", "content": "#!/bin/sh\necho runs\n", "mode": 0o700},
+            {"target": "/dev/secret", "content": "below dev\n"},
+        ]);
+        let script = "cat /mnt/secret /dev/secret; stat -c '%a %u %g' /mnt/secret /dev/secret; \
+                      /mnt/program; echo x >> /mnt/program && echo written; \
+                      echo x 2>/dev/null >> /mnt/secret || echo denied; \
+                      grep -c ' /mnt/secret ro,nosuid,nodev,noexec' /proc/self/mountinfo";
+        let ran = fixture.run(sandbox, with(script, json!({"mounts": mounts})));
+        assert_eq!(
+            ran.stdout,
+            format!("hidden\nbelow dev\n440 {owner} {owner}\n400 0 0\nruns\nwritten\ndenied\n1\n"),
+            "{sandbox} {:?} {} {}",
+            fixture.who,
+            ran.stderr,
+            ran.own
+        );
+        let left = std::fs::read(fixture.root().join("mnt/secret")).unwrap();
+        assert!(left.is_empty());
+
+        let mounts =
+            json!([{"target": "/mnt/secret", "content": "hidden", "uid": 4_000_000_000_u32}]);
+        let ran = fixture.run(sandbox, with("ls", json!({"mounts": mounts})));
+        if !fixture.who.is_real_root() {
+            let expected = "mounting /mnt/secret in the sandbox: giving the file to 4000000000:0: \
+                            not all of these exist in this user namespace";
+            assert_eq!(ran.status, NO_OUTCOME);
+            assert!(ran.own.contains(expected), "{sandbox} {ran:?}");
+        }
+        assert!(!ran.own.contains("hidden"));
+    });
+}
+
+#[test]
+fn sandbox_sockets_can_be_reached() {
+    everywhere(|fixture, sandbox| {
+        let path = fixture.dir.path().join(format!("log-{sandbox}"));
+        let socket = std::os::unix::net::UnixDatagram::bind(&path).unwrap();
+        socket
+            .set_read_timeout(Some(Duration::from_secs(60)))
+            .unwrap();
+        fixture.give(&path);
+        // `logger` writes to the socket /dev/log.
+        let mounts = json!([{"target": "/dev/log", "source": path, "read_only": true}]);
+        let script = "stat -c %F /dev/log; logger from the step";
+        let ran = fixture.run(sandbox, with(script, json!({"mounts": mounts})));
+        assert_eq!(
+            (ran.status, ran.stdout.as_str()),
+            (0, "socket\n"),
+            "{sandbox} {ran:?}"
+        );
+        let mut message = [0; 256];
+        let length = socket.recv(&mut message).unwrap();
+        let message = String::from_utf8_lossy(&message[..length]);
+        assert!(message.contains("from the step"), "{sandbox} {message}");
+    });
+}
+
+#[test]
+fn sandbox_devices_are_those_of_this_machine() {
+    everywhere(|fixture, sandbox| {
+        std::fs::write(fixture.root().join("work/node"), "").unwrap();
+        let device = |path: &str, host_path: &Path| json!({"path": path, "host_path": host_path, "permissions": "rwm"});
+        let zero = Path::new("/dev/zero");
+        let devices = [device("/dev/extra/zero", zero), device("/work/node", zero)];
+        let script = "head -c 4 /dev/extra/zero | wc -c; head -c 5 /work/node | wc -c; \
+                      echo x > /dev/extra/zero && stat -c %F:%t:%T /dev/extra/zero";
+        let ran = fixture.run(sandbox, with(script, json!({"devices": devices})));
+        assert_eq!(
+            ran.stdout, "4\n5\ncharacter special file:1:5\n",
+            "{sandbox} {:?} {} {}",
+            fixture.who, ran.stderr, ran.own
+        );
+        let check = |host_path: &Path, reason: &str| {
+            let devices = [device("/dev/extra", host_path)];
+            let ran = fixture.run(sandbox, with("ls", json!({"devices": devices})));
+            let expected = format!(
+                "mounting /dev/extra in the sandbox: opening the device {}: {reason}",
+                host_path.display()
+            );
+            assert_eq!(ran.status, NO_OUTCOME, "{sandbox} {ran:?}");
+            assert!(ran.own.contains(&expected), "{sandbox} {ran:?}");
+        };
+        check(&fixture.root().join("etc/hosts"), "it is no device");
+        check(
+            Path::new("/dev/absent"),
+            "No such file or directory (os error 2)",
+        );
+    });
+}
+
+#[test]
+fn sandbox_an_insecure_step_may_do_what_the_builder_may() {
+    everywhere(|fixture, sandbox| {
+        let script = "grep -E '^Cap' /proc/self/status; \
+                      grep -cE ' /(proc|sys)/[^ ]* ' /proc/self/mountinfo; \
+                      grep -cE ' /sys rw' /proc/self/mountinfo; \
+                      grep -cE ' /proc rw' /proc/self/mountinfo; \
+                      cat /proc/sys/kernel/hostname; echo changed > /proc/sys/kernel/hostname; \
+                      cat /proc/sys/kernel/hostname; \
+                      ls /dev | grep -E '^(fuse|kmsg|loop0|net)$'; \
+                      mknod /work/made c 1 5 2>/dev/null && head -c 3 /work/made | wc -c; exit 0";
+        let _ = std::fs::remove_file(fixture.root().join("work/made"));
+        let run = |user: u32| {
+            let more =
+                json!({"security": "Insecure", "user": {"uid": user, "gid": user, "groups": []}});
+            fixture.run(sandbox, with(script, more))
+        };
+        let all = (0..41).fold(0_u64, |all, number| all | 1 << number);
+        let ran = run(0);
+        let mut lines = ran.stdout.lines();
+        let mut masks = Vec::new();
+        for _ in 0..5 {
+            let (_, mask) = lines.next().unwrap().split_once('\t').unwrap();
+            masks.push(u64::from_str_radix(mask, 16).unwrap());
+        }
+        // A container that the tests run in may have fewer.
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let own = status
+            .lines()
+            .find_map(|line| line.strip_prefix("CapBnd:\t"))
+            .unwrap();
+        let own = u64::from_str_radix(own, 16).unwrap();
+        let expected = if fixture.who.is_real_root() {
+            own
+        } else {
+            masks[3]
+        };
+        assert_eq!(masks, [expected; 5], "{sandbox} {:?} {ran:?}", fixture.who);
+        assert_eq!(expected & all, all & own, "{sandbox} {:?}", fixture.who);
+
+        let rest: Vec<&str> = lines.collect();
+        let (mounts, rest) = rest.split_first().unwrap();
+        // Nothing but cgroups is mounted in /proc and /sys.
+        assert!(["0", "1"].contains(mounts), "{sandbox} {ran:?}");
+        let devices: &[&str] = match fixture.who.is_real_root() {
+            true => &["fuse", "kmsg", "loop0", "net", "3"],
+            false => &[],
+        };
+        let expected = [&["1", "1", "sockless", "changed"], devices].concat();
+        assert_eq!(rest, expected, "{sandbox} {:?} {}", fixture.who, ran.stderr);
+
+        if fixture.who.has_many_ids() {
+            let script = "id -u; grep -E '^Cap(Eff|Amb)' /proc/self/status";
+            let more =
+                json!({"security": "Insecure", "user": {"uid": 1000, "gid": 1000, "groups": []}});
+            let ran = fixture.run(sandbox, with(script, more));
+            let mask = format!("{:016x}", masks[0]);
+            assert_eq!(
+                ran.stdout,
+                format!("1000\nCapEff:\t{mask}\nCapAmb:\t{mask}\n"),
+                "{sandbox} {:?} {ran:?}",
+                fixture.who
+            );
+        }
+    });
+}
+
+#[test]
+fn sandbox_limits_are_those_asked_for() {
+    everywhere(|fixture, sandbox| {
+        let limit =
+            |name: &str, soft: i64, hard: i64| json!({"name": name, "soft": soft, "hard": hard});
+        let limits = [
+            limit("nofile", 100, 200),
+            limit("core", 0, 0),
+            limit("nproc", 500, 600),
+        ];
+        let script = "ulimit -S -n; ulimit -H -n; ulimit -c; ulimit -S -p; ulimit -H -p; \
+                      df -P -k /dev/shm | grep -o ' 128 ' | head -1";
+        let more = json!({"ulimits": limits, "shm_size": 131_072});
+        let ran = fixture.run(sandbox, with(script, more));
+        assert_eq!(
+            ran.stdout, "100\n200\n0\n500\n600\n 128 \n",
+            "{sandbox} {:?} {} {}",
+            fixture.who, ran.stderr, ran.own
+        );
+        // More files than a kernel lets anybody open, root included.
+        let max = std::fs::read_to_string("/proc/sys/fs/nr_open").unwrap();
+        let above = max.trim().parse::<i64>().unwrap() + 1;
+        let more = json!({"ulimits": [limit("nofile", 100, above)]});
+        let ran = fixture.run(sandbox, with("ls", more));
+        let expected = format!(
+            "sandbox: setting the limit nofile=100:{above}: only root can go above the hard limit, \
+             which is "
+        );
+        assert_eq!(ran.status, NO_OUTCOME, "{sandbox} {ran:?}");
+        assert!(ran.own.contains(&expected), "{sandbox} {ran:?}");
+    });
+}
+
+#[test]
+fn sandbox_names_of_hosts_lead_where_they_should() {
+    let listener = std::net::TcpListener::bind("0.0.0.0:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    std::thread::spawn(move || {
+        for connection in listener.incoming() {
+            let _ = connection.and_then(|mut connection| connection.write_all(b"from the host\n"));
+        }
+    });
+    everywhere(|fixture, sandbox| {
+        let own_resolv_conf = std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
+        let more =
+            json!({"network": "Host", "extra_hosts": [["me", "host-gateway"], ["db", "::1"]]});
+        let script = format!(
+            "hostname; grep -E 'me|db' /etc/hosts; nc -w 20 me {port} < /dev/null; \
+                              cat /etc/resolv.conf"
+        );
+        let ran = fixture.run(sandbox, with(&script, more));
+        assert_eq!(
+            ran.stdout,
+            format!("sockless\n127.0.0.1\tme\n::1\tdb\nfrom the host\n{own_resolv_conf}"),
+            "{sandbox} {:?} {ran:?}",
+            fixture.who
+        );
+
+        let more = json!({"network": "Private", "extra_hosts": [["me", "host-gateway"]]});
+        let script = format!("nc -w 20 me {port} < /dev/null");
+        let ran = fixture.run(sandbox, with(&script, more));
+        if ran
+            .own
+            .contains("this machine has none to reach others from")
+        {
+            skip(&format!("host-gateway: {}", ran.own));
+        } else {
+            assert_eq!(
+                ran.stdout, "from the host\n",
+                "{sandbox} {:?} {ran:?}",
+                fixture.who
+            );
+        }
     });
 }
 
