@@ -414,7 +414,7 @@ struct Request {
     #[serde(default)]
     security: Security,
     #[serde(default)]
-    devices: Vec<Device>,
+    devices: Vec<RequestDevice>,
     shm_size: Option<u64>,
     #[serde(default)]
     ulimits: Vec<Ulimit>,
@@ -438,6 +438,14 @@ struct RequestMount {
     uid: u32,
     #[serde(default)]
     gid: u32,
+}
+
+/// A device in a [`Request`].
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RequestDevice {
+    path: String,
+    host_path: String,
 }
 
 fn root_dir() -> String {
@@ -468,6 +476,11 @@ impl Request {
             },
             read_only: mount.read_only,
         };
+        let device = |device: &RequestDevice| Device {
+            path: device.path.clone().into(),
+            host_path: device.host_path.clone().into(),
+            permissions: "rwm".to_owned(),
+        };
         Process {
             rootfs: Path::new(&self.rootfs).to_owned(),
             args: os_strings(&self.args),
@@ -479,7 +492,7 @@ impl Request {
             hostname: "sockless".to_owned(),
             extra_hosts: self.extra_hosts.clone(),
             security: self.security,
-            devices: self.devices.clone(),
+            devices: self.devices.iter().map(device).collect(),
             shm_size: self.shm_size,
             ulimits: self.ulimits.clone(),
         }

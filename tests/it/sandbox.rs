@@ -703,7 +703,7 @@ fn sandbox_sockets_can_be_reached() {
 fn sandbox_devices_are_those_of_this_machine() {
     everywhere(|fixture, sandbox| {
         std::fs::write(fixture.root().join("work/node"), "").unwrap();
-        let device = |path: &str, host_path: &Path| json!({"path": path, "host_path": host_path, "permissions": "rwm"});
+        let device = |path: &str, host_path: &Path| json!({"path": path, "host_path": host_path});
         let zero = Path::new("/dev/zero");
         let devices = [device("/dev/extra/zero", zero), device("/work/node", zero)];
         let script = "head -c 4 /dev/extra/zero | wc -c; head -c 5 /work/node | wc -c; \
@@ -764,13 +764,16 @@ fn sandbox_an_insecure_step_may_do_what_the_builder_may() {
             .find_map(|line| line.strip_prefix("CapBnd:\t"))
             .unwrap();
         let own = u64::from_str_radix(own, 16).unwrap();
+        // A user namespace of its own has all that there are.
         let expected = if fixture.who.is_real_root() {
             own
         } else {
             masks[3]
         };
         assert_eq!(masks, [expected; 5], "{sandbox} {:?} {ran:?}", fixture.who);
-        assert_eq!(expected & all, all & own, "{sandbox} {:?}", fixture.who);
+        if !fixture.who.is_real_root() {
+            assert_eq!(expected & all, all, "{sandbox} {:?}", fixture.who);
+        }
 
         let rest: Vec<&str> = lines.collect();
         let (mounts, rest) = rest.split_first().unwrap();
@@ -809,12 +812,12 @@ fn sandbox_limits_are_those_asked_for() {
             limit("core", 0, 0),
             limit("nproc", 500, 600),
         ];
-        let script = "ulimit -S -n; ulimit -H -n; ulimit -c; ulimit -S -p; ulimit -H -p; \
+        let script = "ulimit -S -n; ulimit -H -n; ulimit -c; grep processes /proc/self/limits | tr -s ' '; \
                       df -P -k /dev/shm | grep -o ' 128 ' | head -1";
         let more = json!({"ulimits": limits, "shm_size": 131_072});
         let ran = fixture.run(sandbox, with(script, more));
         assert_eq!(
-            ran.stdout, "100\n200\n0\n500\n600\n 128 \n",
+            ran.stdout, "100\n200\n0\nMax processes 500 600 processes \n 128 \n",
             "{sandbox} {:?} {} {}",
             fixture.who, ran.stderr, ran.own
         );
