@@ -136,7 +136,7 @@ impl Endpoint {
 }
 
 /// Whether credentials for `a` may be sent to `b`: scheme, host and port are the same.
-pub(super) fn same_origin(a: &Url, b: &Url) -> bool {
+pub(crate) fn same_origin(a: &Url, b: &Url) -> bool {
     a.scheme() == b.scheme()
         && a.host() == b.host()
         && a.port_or_known_default() == b.port_or_known_default()
@@ -197,11 +197,11 @@ fn host_kind(url: &Url) -> HostKind {
     }
 }
 
-/// Whether a registry at `registry` may send a request on to `to`, without credentials.
+/// Whether a registry (or any server) at `registry` may send a request on to `to`, without credentials.
 ///
 /// # Errors
 /// The reason why not, for people.
-pub(super) fn may_follow(
+pub(crate) fn may_follow(
     registry: &Url,
     to: &Url,
     insecure: &BTreeSet<String>,
@@ -217,7 +217,7 @@ pub(super) fn may_follow(
     }
     match host_kind(to) {
         kind @ (HostKind::Loopback | HostKind::LinkLocal) if host_kind(registry) != kind => {
-            Err("a registry elsewhere must not name a loopback or link-local address")
+            Err("a server elsewhere must not name a loopback or link-local address")
         }
         _ => Ok(()),
     }

@@ -318,7 +318,7 @@ impl RegistryError {
     }
 
     /// The error of a request that got no answer.
-    pub(super) fn connection(method: &Method, url: &Url, error: reqwest::Error) -> Self {
+    pub(crate) fn connection(method: &Method, url: &Url, error: reqwest::Error) -> Self {
         let error = error.without_url();
         let failure = if error.is_builder() {
             ConnectionFailure::Invalid
@@ -357,7 +357,7 @@ impl RegistryError {
 
 impl StatusError {
     /// Reads the specification's error document in `body`, which may be anything.
-    pub(super) fn new(
+    pub(crate) fn new(
         method: &Method,
         url: &Url,
         status: StatusCode,
@@ -389,7 +389,7 @@ impl From<StatusError> for RegistryError {
 }
 
 /// Method and redacted URL, as every message names a request.
-pub(super) fn request_label(method: &Method, url: &Url) -> String {
+pub(crate) fn request_label(method: &Method, url: &Url) -> String {
     format!("{method} {}", RedactedUrl(url))
 }
 

@@ -31,13 +31,13 @@ const PROXY_VARIABLES: [&str; 6] = [
 
 /// How long things may take and how often they are tried.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Timing {
+pub(crate) struct Timing {
     /// Until a connection stands, TLS included.
     pub(super) connect: Duration,
     /// Until an answer begins, where no long body is sent.
-    pub(super) answer: Duration,
+    pub(crate) answer: Duration,
     /// Between two pieces of an answer.
-    pub(super) idle: Duration,
+    pub(crate) idle: Duration,
     /// While uploading: without a byte taken, or from the last byte to the answer.
     pub(super) upload_idle: Duration,
     /// Until an upload is committed. Some registries copy the whole blob then.
@@ -63,11 +63,11 @@ impl Default for Timing {
 }
 
 /// The clients for trusted and insecure hosts, through proxies and not.
-pub(super) struct Http {
+pub(crate) struct Http {
     verified: Pair,
     unverified: Pair,
     insecure: BTreeSet<String>,
-    pub(super) timing: Timing,
+    pub(crate) timing: Timing,
 }
 
 struct Pair {
@@ -112,12 +112,12 @@ impl Http {
     }
 
     /// The hosts that the user named as insecure.
-    pub(super) fn insecure(&self) -> &BTreeSet<String> {
+    pub(crate) fn insecure(&self) -> &BTreeSet<String> {
         &self.insecure
     }
 
     /// Starts a request with the client that fits the URL.
-    pub(super) fn request(&self, method: &Method, url: &Url) -> RequestBuilder {
+    pub(crate) fn request(&self, method: &Method, url: &Url) -> RequestBuilder {
         let pair = if is_insecure(&self.insecure, url) {
             &self.unverified
         } else {
@@ -133,7 +133,7 @@ impl Http {
     }
 
     /// Sends a request and waits for the head of the answer, not longer than `limit` where given.
-    pub(super) async fn execute(
+    pub(crate) async fn execute(
         &self,
         request: RequestBuilder,
         method: &Method,
@@ -154,7 +154,7 @@ impl Http {
     }
 
     /// A fresh retry budget.
-    pub(super) fn patience(&self) -> Patience {
+    pub(crate) fn patience(&self) -> Patience {
         Patience::new(self.timing)
     }
 }
@@ -180,7 +180,7 @@ impl Pair {
 
 /// When to try again, and when to give up.
 #[derive(Debug)]
-pub(super) struct Patience {
+pub(crate) struct Patience {
     timing: Timing,
     pauses: ExponentialBackoff,
 }
@@ -196,7 +196,7 @@ impl Patience {
     }
 
     /// Waits where `error` may pass and the budget is not used up; says whether to try again.
-    pub(super) async fn wait(&mut self, error: &RegistryError) -> bool {
+    pub(crate) async fn wait(&mut self, error: &RegistryError) -> bool {
         error.is_temporary() && self.wait_anyway(error).await
     }
 
@@ -217,7 +217,7 @@ impl Patience {
     }
 
     /// Starts afresh, because there was progress.
-    pub(super) fn renew(&mut self) {
+    pub(crate) fn renew(&mut self) {
         *self = Self::new(self.timing);
     }
 }

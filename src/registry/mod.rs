@@ -49,11 +49,15 @@ mod push_tests;
 #[cfg(test)]
 mod real_tests;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 
+pub(crate) use address::{may_follow, same_origin};
+pub(crate) use error::request_label;
 pub use error::{ConnectionFailure, RegistryError, SpecError, StatusError};
+pub(crate) use http::{Http, Patience};
 pub use pull::{BlobStream, Resolved};
 pub use push::PushedBlob;
+pub(crate) use transport::next_chunk;
 pub use upload::BlobContent;
 
 /// How registries are reached.
@@ -112,6 +116,12 @@ impl Client {
             pushes: Mutex::default(),
             dead_mirrors: Mutex::default(),
         })))
+    }
+
+    /// What other servers than registries are reached with: the same certificates, proxies,
+    /// time limits and patience.
+    pub(crate) fn http(&self) -> &Http {
+        &self.0.transport.http
     }
 
     fn transport(&self) -> &transport::Transport {

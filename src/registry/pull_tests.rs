@@ -493,7 +493,7 @@ async fn redirects_end_and_lead_only_to_fit_places() {
         ("loop", "too many redirects"),
         (
             "metadata",
-            "a registry elsewhere must not name a loopback or link-local address",
+            "a server elsewhere must not name a loopback or link-local address",
         ),
         ("file", "that is not HTTP"),
     ] {

@@ -347,7 +347,7 @@ async fn an_upload_location_leads_only_to_fit_places() {
     for (location, expected) in [
         (
             "http://169.254.169.254/upload",
-            "a registry elsewhere must not name a loopback or link-local address",
+            "a server elsewhere must not name a loopback or link-local address",
         ),
         ("gopher://127.0.0.1/", "that is not HTTP"),
     ] {

@@ -382,7 +382,7 @@ impl Answer {
     }
 }
 
-async fn next_chunk(
+pub(crate) async fn next_chunk(
     response: &mut Response,
     method: &Method,
     url: &Url,

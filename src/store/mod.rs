@@ -7,6 +7,7 @@
 //! ├── trees/<hex>/        unpacked layers, named by diff ID
 //! ├── trees/<hex>.chain/  those that depend on the layers below, named by chain ID
 //! ├── cache/steps/<definition>/<inputs>.json
+//! ├── cache/http/<url>.json  what servers said about files that are blobs now
 //! ├── jobs/               the service's database
 //! └── tmp/<random>/       everything unfinished, one locked directory per process
 //! ```
@@ -224,6 +225,11 @@ impl Store {
     /// Where the directories of cache mounts live.
     pub fn cache_mounts_path(&self) -> PathBuf {
         self.root.join("cache/mounts")
+    }
+
+    /// Where is remembered what came from URLs.
+    pub fn http_path(&self) -> PathBuf {
+        self.root.join("cache/http")
     }
 
     /// Where the service keeps its database.
