@@ -32,7 +32,7 @@ impl From<ContextNode> for SourceNode {
                 NodeKind::CharDevice(_) => FileType::CharacterDevice,
                 NodeKind::BlockDevice(_) => FileType::BlockDevice,
             },
-            // Who owns a file on the user's machine means nothing in the image.
+            // Who owns a file on the user's machine means nothing in the image; see `with_owner`.
             metadata: Metadata {
                 mode: node.mode,
                 mtime: node.mtime,
@@ -48,10 +48,20 @@ impl From<ContextNode> for SourceNode {
     }
 }
 
+impl ContextTree {
+    /// A node with the owner that it has in the archive that the context was.
+    fn with_owner(&self, node: ContextNode) -> SourceNode {
+        let (uid, gid) = self.0.owner(&node);
+        let mut node = SourceNode::from(node);
+        (node.metadata.uid, node.metadata.gid) = (uid, gid);
+        node
+    }
+}
+
 impl SourceTree for ContextTree {
     fn lookup(&self, path: &Path, follow_last: bool) -> io::Result<Option<SourceNode>> {
         let node = self.0.lookup(path, follow_last).map_err(into_io)?;
-        Ok(node.map(SourceNode::from))
+        Ok(node.map(|node| self.with_owner(node)))
     }
 
     fn read_dir(&self, path: &Path) -> io::Result<Vec<(OsString, SourceNode)>> {
@@ -61,7 +71,7 @@ impl SourceTree for ContextTree {
             .map(|node| {
                 (
                     node.path.file_name().unwrap_or_default().to_owned(),
-                    SourceNode::from(node),
+                    self.with_owner(node),
                 )
             })
             .collect())
@@ -75,9 +85,9 @@ impl SourceTree for ContextTree {
         self.0.read_link(path).map_err(into_io)
     }
 
-    /// Attributes of the user's files stay on the user's machine.
-    fn xattrs(&self, _: &Path) -> io::Result<BTreeMap<OsString, Vec<u8>>> {
-        Ok(BTreeMap::new())
+    /// Attributes of the user's files stay on the user's machine; those in an archive do not.
+    fn xattrs(&self, path: &Path) -> io::Result<BTreeMap<OsString, Vec<u8>>> {
+        self.0.xattrs(path).map_err(into_io)
     }
 }
 

@@ -24,6 +24,7 @@ use super::unpack::{self, UnpackError};
 use crate::context::glob::Pattern;
 use crate::image::{Digest, Hasher};
 use crate::io::HashingReader;
+use crate::layer::archive::is_archive;
 use crate::plan::{Chmod, CopyDefinition, CopySource};
 use crate::rootfs::{Change, Data, FileContent, FileSource, Metadata, Node, Stack, Time};
 
@@ -189,7 +190,7 @@ pub(super) fn select(
             } else {
                 let is_archive = definition.unpack && node.file_type == FileType::RegularFile && {
                     let file = tree.open(&node.path).map_err(read_error)?;
-                    unpack::is_archive(file).map_err(read_error)?
+                    is_archive(file).map_err(read_error)?
                 };
                 items.push(if is_archive {
                     Item::Archive { node }

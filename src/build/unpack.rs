@@ -1,7 +1,6 @@
 //! ADD of an archive: its entries → additions on top of a filesystem.
 //!
-//! What an archive is, is told by content, as in Docker: a tar, plain or compressed. A
-//! compressed file that is no tar is copied as it is. Names are resolved inside the
+//! What an archive is, [`crate::layer::archive::is_archive`] tells. Names are resolved inside the
 //! destination's root; `..` ends there.
 
 use std::collections::BTreeMap;
@@ -12,16 +11,9 @@ use std::path::{Component, Path, PathBuf};
 use thiserror::Error;
 
 use super::additions::{Addition, Additions};
-use crate::image::MediaType;
-use crate::layer::{self, EntryKind, LayerError, Limits, Segment, TarReader};
+use crate::layer::archive::decompress;
+use crate::layer::{EntryKind, LayerError, Limits, Segment, TarReader};
 use crate::rootfs::{Data, FileContent, FileSource, Metadata, belongs_in_layer};
-
-/// The first block of a tar, which is its first header.
-const HEADER_BYTES: usize = 512;
-
-/// The most memory that an xz archive may take to decompress, in bytes: `xz -9` takes
-/// 65 MiB; a hostile header could ask for 4 GiB.
-const XZ_MEMORY_BYTES: u64 = 96 << 20;
 
 /// What is wrong with an archive.
 #[derive(Debug, Error)]
@@ -55,61 +47,6 @@ pub(super) enum UnpackError {
         #[source]
         source: io::Error,
     },
-}
-
-/// Whether ADD unpacks `file`.
-pub(super) fn is_archive(file: impl Read + Send + 'static) -> io::Result<bool> {
-    let mut first = Vec::new();
-    // What cannot be decompressed is a file that happens to begin like an archive; one that
-    // breaks off later has a header, and its error comes when it is unpacked.
-    let Ok(decompressed) = decompress(file) else {
-        return Ok(false);
-    };
-    let read = decompressed
-        .take(HEADER_BYTES as u64)
-        .read_to_end(&mut first);
-    Ok(read.is_ok() && is_header(&first))
-}
-
-/// The bytes of `file`, decompressed if it is gzip, bzip2, xz or zstd.
-fn decompress(mut file: impl Read + Send + 'static) -> Result<Box<dyn Read + Send>, LayerError> {
-    let mut magic = Vec::new();
-    (&mut file)
-        .take(6)
-        .read_to_end(&mut magic)
-        .map_err(LayerError::Read)?;
-    let is_bzip2 = magic.starts_with(b"BZh");
-    let is_xz = magic == [0xfd, b'7', b'z', b'X', b'Z', 0];
-    let whole = io::Cursor::new(magic).chain(file);
-    Ok(if is_bzip2 {
-        Box::new(bzip2::read::MultiBzDecoder::new(whole))
-    } else if is_xz {
-        let stream = liblzma::stream::Stream::new_stream_decoder(
-            XZ_MEMORY_BYTES,
-            liblzma::stream::CONCATENATED,
-        );
-        let stream = stream.map_err(|error| LayerError::Read(error.into()))?;
-        Box::new(liblzma::read::XzDecoder::new_stream(whole, stream))
-    } else {
-        Box::new(layer::decompress(&MediaType::LAYER_TAR, whole)?)
-    })
-}
-
-/// Whether a block is a tar header: its checksum is right. Not all tars have a magic.
-fn is_header(block: &[u8]) -> bool {
-    if block.len() != HEADER_BYTES || block[0] == 0 {
-        return false;
-    }
-    let digits = block[148..156]
-        .split(|b| *b == 0 || *b == b' ')
-        .find(|digits| !digits.is_empty());
-    let stored =
-        digits.and_then(|digits| u32::from_str_radix(std::str::from_utf8(digits).ok()?, 8).ok());
-    let sum = block.iter().enumerate().map(|(at, byte)| match at {
-        148..156 => u32::from(b' '),
-        _ => u32::from(*byte),
-    });
-    stored == Some(sum.sum())
 }
 
 /// Adds the entries of `archive` below `destination`, a path without links.
@@ -304,60 +241,4 @@ fn write_content(
         }
     }
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn tar_of(name: &str) -> Vec<u8> {
-        let mut builder = tar::Builder::new(Vec::new());
-        let mut header = tar::Header::new_ustar();
-        header.set_size(1);
-        header.set_cksum();
-        builder.append_data(&mut header, name, &b"x"[..]).unwrap();
-        builder.into_inner().unwrap()
-    }
-
-    #[test]
-    fn archives_are_told_by_content() {
-        let gzip = |bytes: &[u8]| {
-            let mut encoder =
-                flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
-            encoder.write_all(bytes).unwrap();
-            encoder.finish().unwrap()
-        };
-        let bzip2 = |bytes: &[u8]| {
-            let level = bzip2::Compression::fast();
-            let mut encoder = bzip2::write::BzEncoder::new(Vec::new(), level);
-            encoder.write_all(bytes).unwrap();
-            encoder.finish().unwrap()
-        };
-        let xz = |bytes: &[u8]| {
-            let mut encoder = liblzma::write::XzEncoder::new(Vec::new(), 1);
-            encoder.write_all(bytes).unwrap();
-            encoder.finish().unwrap()
-        };
-        let tar = tar_of("a");
-        for (bytes, expected) in [
-            (tar.clone(), true),
-            (gzip(&tar), true),
-            (bzip2(&tar), true),
-            (xz(&tar), true),
-            (zstd::encode_all(&tar[..], 1).unwrap(), true),
-            (gzip(b"not a tar"), false),
-            (xz(b"not a tar"), false),
-            (gzip(&tar)[..20].to_vec(), false),
-            (b"BZh9".to_vec(), false),
-            (b"text".to_vec(), false),
-            (vec![0; 1024], false),
-            (Vec::new(), false),
-        ] {
-            assert_eq!(
-                is_archive(io::Cursor::new(bytes.clone())).unwrap(),
-                expected,
-                "{bytes:02x?}"
-            );
-        }
-    }
 }

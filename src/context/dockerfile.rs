@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{Mode, OFlags};
 
-use super::{ContextError, IgnoreRules, only_regular};
+use super::{ContextError, IgnoreRules, InputFile, only_regular};
 use crate::confined::ConfinedDir;
 use crate::io::LimitedReader;
 
@@ -67,11 +67,75 @@ pub fn read_dockerfile(
     file: Option<&Path>,
     stdin: impl Read,
 ) -> Result<DockerfileSource, ContextError> {
+    let place = match file {
+        None => DockerfilePlace::Default,
+        Some(file) if file == Path::new("-") => DockerfilePlace::Stdin(Box::new(stdin)),
+        Some(file) => DockerfilePlace::Path(file),
+    };
+    read_dockerfile_at(context, place, true)
+}
+
+/// Where a Dockerfile is.
+pub(super) enum DockerfilePlace<'a> {
+    /// In the context, under its usual name.
+    Default,
+    /// In the context, under this name, whose leading slashes mean nothing.
+    Inside(&'a Path),
+    /// At this path of the machine, from the current directory.
+    Path(&'a Path),
+    /// On standard input.
+    Stdin(Box<dyn Read + 'a>),
+    /// In a file that was fetched.
+    Fetched(&'a InputFile),
+}
+
+/// [`read_dockerfile`] for all places; the ignore rules stay empty unless `with_ignore`.
+pub(super) fn read_dockerfile_at(
+    context: &Path,
+    place: DockerfilePlace<'_>,
+    with_ignore: bool,
+) -> Result<DockerfileSource, ContextError> {
     let root = open_dir(context)?;
-    if file == Some(Path::new("-")) {
-        let text = read_limited(stdin).map_err(read_error(Path::new("-")))?;
-        return with_rules("-".to_owned(), text, None, &root);
+    let (name, text, own) = find(context, &root, place)?;
+    if with_ignore {
+        return with_rules(name, text, own, &root);
     }
+    Ok(DockerfileSource {
+        name,
+        text,
+        ignore: Vec::new(),
+        ignore_name: None,
+    })
+}
+
+/// The rules of one Dockerfile alone: their name and text.
+type OwnRules = Option<(String, Vec<u8>)>;
+
+/// Finds and reads a Dockerfile: its name, its text, its own rules.
+fn find(
+    context: &Path,
+    root: &ConfinedDir,
+    place: DockerfilePlace<'_>,
+) -> Result<(String, Vec<u8>, OwnRules), ContextError> {
+    let within;
+    let file = match place {
+        DockerfilePlace::Default => None,
+        DockerfilePlace::Inside(file) => {
+            within = context.join(super::clean(file));
+            Some((file, within.as_path()))
+        }
+        DockerfilePlace::Path(file) => Some((file, file)),
+        DockerfilePlace::Stdin(stdin) => {
+            let text = read_limited(stdin).map_err(read_error(Path::new("-")))?;
+            return Ok(("-".to_owned(), text, None));
+        }
+        DockerfilePlace::Fetched(file) => {
+            let text = File::open(&file.path).and_then(read_limited);
+            let text = text.map_err(read_error(Path::new(&file.shown)))?;
+            return Ok((file.shown.clone(), text, None));
+        }
+    };
+    let (given, file) = file.unzip();
     let shown = file.map_or_else(|| context.join(DEFAULT_NAME), Path::to_owned);
     let inside_context = file.and_then(|file| path_inside(context, file));
     if file.is_some() && inside_context.is_none() && is_pipe(&shown) {
@@ -79,13 +143,13 @@ pub fn read_dockerfile(
         let text = File::open(&shown)
             .and_then(read_limited)
             .map_err(read_error(&shown))?;
-        return with_rules(shown.display().to_string(), text, None, &root);
+        return Ok((shown.display().to_string(), text, None));
     }
     let beside;
     let (dir, inside) = match file {
-        None => (&root, PathBuf::from(DEFAULT_NAME)),
+        None => (root, PathBuf::from(DEFAULT_NAME)),
         Some(file) => match inside_context {
-            Some(inside) => (&root, inside),
+            Some(inside) => (root, inside),
             None => {
                 let name = file
                     .file_name()
@@ -95,7 +159,7 @@ pub fn read_dockerfile(
             }
         },
     };
-    let name = match file {
+    let name = match given {
         None => inside.display().to_string(),
         Some(file) => file.display().to_string(),
     };
@@ -117,7 +181,7 @@ pub fn read_dockerfile(
     rules.push(".dockerignore");
     let rules = PathBuf::from(rules);
     let own = read_inside(dir, &rules)?.map(|bytes| (rules.display().to_string(), bytes));
-    with_rules(name_read, text, own, &root)
+    Ok((name_read, text, own))
 }
 
 /// The rules of the `.dockerignore` in the directory `context`; none where there is no such file.
@@ -214,7 +278,7 @@ fn read_inside(dir: &ConfinedDir, path: &Path) -> Result<Option<Vec<u8>>, Contex
     }
 }
 
-fn read_limited(reader: impl Read) -> io::Result<Vec<u8>> {
+pub(super) fn read_limited(reader: impl Read) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     LimitedReader::new(reader, LIMIT_BYTES, "the file").read_to_end(&mut bytes)?;
     Ok(bytes)

@@ -13,8 +13,10 @@ mod dockerfile;
 pub mod glob;
 pub mod ignore;
 pub mod named;
+mod source;
 mod walk;
 
+use std::collections::{BTreeMap, HashMap};
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io;
@@ -26,7 +28,9 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, Stat};
 use rustix::io::Errno;
 use thiserror::Error;
 
-use crate::confined::ConfinedDir;
+use crate::confined::{self, ConfinedDir};
+use crate::layer::LayerError;
+use crate::layer::archive::Owner;
 use crate::rootfs::Time;
 
 pub use address::{is_git, is_git_context};
@@ -36,6 +40,7 @@ pub use ignore::IgnoreRules;
 pub use named::{
     LayoutReference, NamedContext, NamedContextError, NamedContexts, open_named_directory,
 };
+pub use source::{ContextSource, DockerfileLocation, InputFile, OpenedContext, SourceInput, open};
 pub use walk::Walk;
 
 /// How many links one look-up follows; the number that Docker's tools allow.
@@ -49,6 +54,23 @@ const NAME_MAX: usize = 255;
 pub struct BuildContext {
     dir: ConfinedDir,
     rules: IgnoreRules,
+    /// By device and inode; absent where the directory is the user's own, whose owners
+    /// mean nothing in an image.
+    owners: Option<HashMap<(u64, u64), Owner>>,
+    /// Removed with the context.
+    temporary: Option<Temporary>,
+}
+
+/// A directory that is removed when nobody needs it any more.
+#[derive(Debug)]
+struct Temporary(PathBuf);
+
+impl Drop for Temporary {
+    fn drop(&mut self) {
+        if let Err(error) = confined::remove_tree(&self.0) {
+            tracing::warn!(path = %self.0.display(), %error, "a temporary directory stays");
+        }
+    }
 }
 
 /// A file of the context, of any type, and its metadata.
@@ -140,6 +162,49 @@ pub enum ContextError {
         /// Whether a link is there, to nothing inside of the directory it was looked for in.
         is_link: bool,
     },
+    /// The main context is none of the forms that there are.
+    #[error("unable to prepare context: {source_text:?} is neither a directory, a URL nor \"-\"")]
+    NoContext {
+        /// What was given.
+        source_text: String,
+    },
+    /// The address of the main context is none.
+    #[error("invalid URL of the build context {url}: {reason}")]
+    Url {
+        /// The URL, redacted.
+        url: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// Two things are to be read from where there is one.
+    #[error("{0}")]
+    Conflict(&'static str),
+    /// Standard input or a download is no context.
+    #[error("{input} {reason}")]
+    NotAContext {
+        /// Where it came from.
+        input: String,
+        /// What was expected.
+        reason: &'static str,
+    },
+    /// An archive cannot be unpacked.
+    #[error("unpacking the build context from {input}")]
+    Unpack {
+        /// Where it came from.
+        input: String,
+        /// Why.
+        #[source]
+        source: LayerError,
+    },
+    /// There is no place for the files of a context.
+    #[error("making a temporary directory in {}", path.display())]
+    Temporary {
+        /// Where.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
     /// A Dockerfile or ignore file cannot be read.
     #[error("reading {}", path.display())]
     Read {
@@ -161,7 +226,37 @@ impl BuildContext {
             path: path.to_owned(),
             source,
         })?;
-        Ok(Self { dir, rules })
+        Ok(Self {
+            dir,
+            rules,
+            owners: None,
+            temporary: None,
+        })
+    }
+
+    /// The user and group that own the file in the image, if nobody says otherwise: as in the
+    /// archive that the context was; else 0:0.
+    pub fn owner(&self, node: &ContextNode) -> (u32, u32) {
+        self.recorded(node)
+            .map_or((0, 0), |owner| (owner.uid, owner.gid))
+    }
+
+    /// The extended attributes that the file at `path`, a resolved path, has in the archive
+    /// that the context was; none where it was a directory.
+    ///
+    /// # Errors
+    /// [`ContextError::Io`].
+    pub fn xattrs(&self, path: &Path) -> Result<BTreeMap<OsString, Vec<u8>>, ContextError> {
+        if self.owners.is_none() {
+            return Ok(BTreeMap::new());
+        }
+        let node = self.visible(path)?;
+        let owner = node.and_then(|node| self.recorded(&node));
+        Ok(owner.map_or_else(BTreeMap::new, |owner| owner.xattrs.clone()))
+    }
+
+    fn recorded(&self, node: &ContextNode) -> Option<&Owner> {
+        self.owners.as_ref()?.get(&node.inode)
     }
 
     /// Where the context is; for messages.

@@ -200,19 +200,7 @@ impl Applier {
             })?
             .map_err(LayerError::tree("creating", &entry.name))?;
         let file = File::from(file);
-        let fail = |error: io::Error| LayerError::tree("writing", &entry.name)(error);
-        match segments {
-            None => {
-                let mut file = &file;
-                copy(tar, |bytes| file.write_all(bytes).map_err(fail))?;
-            }
-            Some(segments) => {
-                file.set_len(entry.size_bytes).map_err(fail)?;
-                scatter(tar, segments, |bytes, at| {
-                    file.write_all_at(bytes, at).map_err(fail)
-                })?;
-            }
-        }
+        write_content(tar, segments, entry.size_bytes, &file, &entry.name)?;
         let skipped = &mut self.tree.skipped_xattrs;
         let before = skipped.len();
         set_on_fd(file.as_fd(), &entry.name, &entry.metadata, skipped)?;
@@ -323,6 +311,26 @@ fn refused(entry: &TarEntry, reason: &'static str) -> LayerError {
     LayerError::Refused {
         path: entry.name.clone(),
         reason,
+    }
+}
+
+/// Writes the content of the current entry to the new `file`; holes stay holes. `path` is for messages.
+pub(super) fn write_content<R: BufRead>(
+    tar: &mut TarReader<R>,
+    segments: Option<&[Segment]>,
+    size_bytes: u64,
+    mut file: &File,
+    path: &Path,
+) -> Result<(), LayerError> {
+    let fail = |error: io::Error| LayerError::tree("writing", path)(error);
+    match segments {
+        None => copy(tar, |bytes| file.write_all(bytes).map_err(fail)),
+        Some(segments) => {
+            file.set_len(size_bytes).map_err(fail)?;
+            scatter(tar, segments, |bytes, at| {
+                file.write_all_at(bytes, at).map_err(fail)
+            })
+        }
     }
 }
 

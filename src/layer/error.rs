@@ -97,7 +97,7 @@ pub enum LayerError {
         want: DiffId,
     },
     /// An entry would be outside of the root, or has a name that means something else.
-    #[error("refusing entry {path:?} of the layer: {reason}")]
+    #[error("refusing entry {path:?} of the archive: {reason}")]
     Refused {
         /// The entry's name as it is in the archive.
         path: PathBuf,

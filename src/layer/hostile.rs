@@ -98,11 +98,11 @@ fn names_stay_inside() {
     ] {
         check_error(
             file(name),
-            &format!("refusing entry {name:?} of the layer: its path has a \"..\""),
+            &format!("refusing entry {name:?} of the archive: its path has a \"..\""),
         );
         check_error(
             new().pax(&[("path", name.as_bytes())]).file("x", b"x"),
-            &format!("refusing entry {name:?} of the layer: its path has a \"..\""),
+            &format!("refusing entry {name:?} of the archive: its path has a \"..\""),
         );
     }
     // The root itself is left alone.
@@ -224,11 +224,11 @@ fn hard_links_stay_inside_and_do_not_follow() {
     }
     check_error(
         new().hardlink("h", "../outside/canary"),
-        "refusing entry \"../outside/canary\" of the layer: its path has a \"..\"",
+        "refusing entry \"../outside/canary\" of the archive: its path has a \"..\"",
     );
     check_error(
         new().file("h", b"x").hardlink("./h", "/h"),
-        "refusing entry \"./h\" of the layer: it is a hard link to itself",
+        "refusing entry \"./h\" of the archive: it is a hard link to itself",
     );
     // The entry's metadata is the file's, as in containerd; a capability survives.
     check_tree(
@@ -313,16 +313,16 @@ fn whiteouts_hide_lower_layers_only() {
     for name in [".wh.", "a/.wh..", "a/.wh..."] {
         check_error(
             new().file(name, b""),
-            &format!("refusing entry {name:?} of the layer: it is a whiteout of nothing"),
+            &format!("refusing entry {name:?} of the archive: it is a whiteout of nothing"),
         );
     }
     check_error(
         new().file(".wh.a/b", b""),
-        "refusing entry \".wh.a/b\" of the layer: a directory cannot have the name of a whiteout",
+        "refusing entry \".wh.a/b\" of the archive: a directory cannot have the name of a whiteout",
     );
     check_error(
         new().file(".wh..wh..opq", b""),
-        "refusing entry \".wh..wh..opq\" of the layer: it would hide all layers below this one, which is not supported",
+        "refusing entry \".wh..wh..opq\" of the archive: it would hide all layers below this one, which is not supported",
     );
 }
 

@@ -19,6 +19,7 @@
 
 mod ahead;
 mod apply;
+pub mod archive;
 mod compress;
 mod decompress;
 mod error;

@@ -199,6 +199,14 @@ impl Tree {
         Ok(())
     }
 
+    /// Makes a directory hide nothing of what is below: there is nothing in an archive that
+    /// is no layer.
+    pub(super) fn make_transparent(&mut self, place: &Place) {
+        if let Some(directory) = self.directories.get_mut(&place.path()) {
+            directory.opaque = false;
+        }
+    }
+
     /// Whether the new directory hides what lower layers have there: where the layer first
     /// removes or replaces a path and then makes it a directory, that is a new one.
     fn mkdir(&mut self, place: &Place, path: &Path) -> Result<bool, LayerError> {

@@ -64,7 +64,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("layout", &["registry", "store", "image"]),
     ("plan", &["dockerfile", "image"]),
     ("store", &["image", "confined"]),
-    ("context", &["confined", "image", "rootfs"]),
+    ("context", &["confined", "image", "layer", "rootfs"]),
     ("rootfs", &["confined", "image"]),
     ("config", &["image", "sandbox", "registry"]),
     (
