@@ -8,9 +8,11 @@ use std::error::Error;
 use std::fmt;
 
 use crate::build::{NoRootfs, SandboxUnavailable, Shared_, StepFailed};
-use crate::context::ContextError;
+use crate::context::{ContextError, NamedContextError};
 use crate::dockerfile::DockerfileError;
+use crate::layout::LayoutError;
 use crate::registry::RegistryError;
+use crate::remote::http::HttpError;
 use crate::sandbox::SandboxError;
 
 /// What kind of failure ended a build.
@@ -22,7 +24,7 @@ pub enum Kind {
     Dockerfile,
     /// Arguments, settings, files that were named and are not there.
     Configuration,
-    /// A registry refused, answered nonsense or was out of reach.
+    /// A registry or another server refused, answered nonsense or was out of reach.
     Registry,
     /// This machine offers no sandbox that was allowed.
     SandboxUnavailable,
@@ -113,7 +115,10 @@ fn kind_of_cause(cause: &(dyn Error + 'static)) -> Option<Kind> {
     let cause = unwrapped(cause);
     if cause.is::<DockerfileError>() {
         Some(Kind::Dockerfile)
-    } else if cause.is::<ContextError>() {
+    } else if cause.is::<ContextError>()
+        || cause.is::<NamedContextError>()
+        || cause.is::<LayoutError>()
+    {
         Some(Kind::Configuration)
     } else if cause.is::<StepFailed>() {
         Some(Kind::StepFailed)
@@ -122,6 +127,12 @@ fn kind_of_cause(cause: &(dyn Error + 'static)) -> Option<Kind> {
         || cause.is::<SandboxError>()
     {
         Some(Kind::SandboxUnavailable)
+    } else if let Some(error) = cause.downcast_ref::<HttpError>() {
+        Some(match error {
+            // A full disk.
+            HttpError::Store { .. } => Kind::Internal,
+            _ => Kind::Registry,
+        })
     } else if cause.is::<RegistryError>() {
         Some(Kind::Registry)
     } else {

@@ -97,7 +97,7 @@ pub enum LayoutError {
         path: PathBuf,
         /// What is wrong.
         #[source]
-        source: ManifestError,
+        source: Box<ManifestError>,
     },
     /// Indexes lead to more and more indexes.
     #[error(
@@ -358,7 +358,10 @@ impl Layout {
         };
         let mut budget = DOCUMENTS_LIMIT;
         match self.search(&index, platform, DEPTH_LIMIT, &mut budget)? {
-            Search::Found(raw, manifest) => Ok((Some(first), raw, manifest)),
+            Search::Found(found) => {
+                let (raw, manifest) = *found;
+                Ok((Some(first), raw, manifest))
+            }
             Search::TooDeep => Err(LayoutError::TooDeep {
                 digest: first.digest,
                 path: self.path.clone(),
@@ -374,7 +377,7 @@ impl Layout {
                 Err(LayoutError::Manifest {
                     digest: first.digest,
                     path: self.path.clone(),
-                    source,
+                    source: Box::new(source),
                 })
             }
         }
@@ -420,7 +423,7 @@ impl Layout {
                         config.platform.fitness_for(platform).is_some()
                     };
                     if fits {
-                        return Ok(Search::Found(raw, manifest));
+                        return Ok(Search::Found(Box::new((raw, manifest))));
                     }
                 }
             }
@@ -432,7 +435,7 @@ impl Layout {
         raw.parse().map_err(|source| LayoutError::Manifest {
             digest: raw.digest.clone(),
             path: self.path.clone(),
-            source,
+            source: Box::new(source),
         })
     }
 
@@ -480,7 +483,7 @@ impl Layout {
 
 /// What a search in an index ended with.
 enum Search {
-    Found(RawManifest, Manifest),
+    Found(Box<(RawManifest, Manifest)>),
     Nothing,
     TooDeep,
 }

@@ -98,3 +98,49 @@ fn into_io(error: ContextError) -> io::Error {
         other => io::Error::other(other),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::context::{IgnoreRules, SourceInput, open};
+
+    /// An archive with one file of user 1000, group 50, with an attribute.
+    fn archive() -> Vec<u8> {
+        let mut builder = tar::Builder::new(Vec::new());
+        let attribute = [("SCHILY.xattr.user.a", &b"b"[..])];
+        builder.append_pax_extensions(attribute).unwrap();
+        let mut header = tar::Header::new_ustar();
+        header.set_size(12);
+        header.set_mode(0o644);
+        header.set_uid(1000);
+        header.set_gid(50);
+        let content = &b"FROM scratch"[..];
+        builder
+            .append_data(&mut header, "Dockerfile", content)
+            .unwrap();
+        builder.into_inner().unwrap()
+    }
+
+    #[test]
+    fn owners_and_attributes_are_those_of_an_archive_and_not_of_a_directory() {
+        let tmp = tempfile::tempdir().unwrap();
+        let stdin = io::Cursor::new(archive());
+        let opened = open(&SourceInput::StandardInput, None, None, stdin, tmp.path()).unwrap();
+        let tree = ContextTree(Arc::new(opened.context));
+        let path = Path::new("Dockerfile");
+        let node = tree.lookup(path, true).unwrap().unwrap();
+        assert_eq!((node.metadata.uid, node.metadata.gid), (1000, 50));
+        let (name, listed) = &tree.read_dir(Path::new("")).unwrap()[0];
+        assert_eq!(name, "Dockerfile");
+        assert_eq!(listed.metadata, node.metadata);
+        let attributes = BTreeMap::from([("user.a".into(), b"b".to_vec())]);
+        assert_eq!(tree.xattrs(path).unwrap(), attributes);
+
+        let rules = IgnoreRules::default();
+        let directory = BuildContext::directory(tree.0.path(), rules).unwrap();
+        let directory = ContextTree(Arc::new(directory));
+        let node = directory.lookup(path, true).unwrap().unwrap();
+        assert_eq!((node.metadata.uid, node.metadata.gid), (0, 0));
+        assert_eq!(directory.xattrs(path).unwrap(), BTreeMap::new());
+    }
+}

@@ -509,7 +509,7 @@ mod tests {
         let (dir, result) = unpack(archive.end());
         let extracted = result.unwrap();
         let owner = |name: &str| {
-            let stat = rustix::fs::lstat(&dir.path().join("in").join(name)).unwrap();
+            let stat = rustix::fs::lstat(dir.path().join("in").join(name)).unwrap();
             let owner = extracted.owners.get(&(stat.st_dev, stat.st_ino));
             owner.map_or((0, 0), |owner| (owner.uid, owner.gid))
         };
@@ -587,7 +587,7 @@ mod tests {
         let (dir, result) = unpack(archive.end());
         let owners = result.unwrap().owners;
         for name in ["a", "x", "x/y", "z", "z/z"] {
-            let stat = rustix::fs::lstat(&dir.path().join("in").join(name)).unwrap();
+            let stat = rustix::fs::lstat(dir.path().join("in").join(name)).unwrap();
             assert_eq!(owners.get(&(stat.st_dev, stat.st_ino)), None, "{name}");
         }
     }

@@ -16,24 +16,21 @@
 //!
 //! <https://www.rfc-editor.org/rfc/rfc9110>
 
+mod memory;
+mod write;
+
 use std::ffi::OsString;
-use std::io::{self, Write};
+use std::io;
 use std::os::unix::ffi::OsStringExt as _;
-use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::UNIX_EPOCH;
 
 use base64::Engine as _;
-use bytes::Bytes;
 use percent_encoding::percent_decode_str;
 use reqwest::header::{
-    ACCEPT_ENCODING, AUTHORIZATION, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, DATE, ETAG,
-    HeaderMap, HeaderName, HeaderValue, IF_MODIFIED_SINCE, IF_NONE_MATCH, IF_RANGE, LAST_MODIFIED,
-    LOCATION, RANGE,
+    ACCEPT_ENCODING, AUTHORIZATION, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, ETAG,
+    HeaderMap, HeaderName, HeaderValue, IF_RANGE, LOCATION, RANGE,
 };
 use reqwest::{Method, Response, StatusCode};
-use serde::{Deserialize, Serialize};
-use sha2::{Digest as _, Sha384, Sha512};
 use thiserror::Error;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -45,7 +42,9 @@ use crate::registry::{
     same_origin,
 };
 use crate::secret::{RedactedUrl, Secret};
-use crate::store::{BlobWriter, Store, StoreError};
+use crate::store::{Store, StoreError};
+use memory::{Memory, Record};
+use write::{Piece, Writer};
 
 /// How often a request is sent on; the number that Go's client allows.
 const REDIRECT_LIMIT: usize = 10;
@@ -55,10 +54,6 @@ const PROGRESS_BYTES: u64 = 1 << 20;
 
 /// How many pieces may wait to be written; each has at most some ten kilobytes.
 const PIECES_AHEAD: usize = 16;
-
-/// `Last-Modified` tells versions apart only where it was this long ago when it was said,
-/// in seconds (RFC 9110, 8.8.2.2).
-const SETTLED_SECONDS: i64 = 60;
 
 /// What a file is called whose URL says nothing.
 const UNNAMED: &str = "__unnamed__";
@@ -327,11 +322,6 @@ fn text(headers: &HeaderMap, name: HeaderName) -> Option<&str> {
     headers.get(name)?.to_str().ok()
 }
 
-/// The tag without what marks it as weak, as BuildKit compares them.
-fn strong(etag: &str) -> &str {
-    etag.strip_prefix("W/").unwrap_or(etag)
-}
-
 fn without_credentials(url: &Url) -> Url {
     let mut url = url.clone();
     // Both fail only for URLs that cannot have any.
@@ -353,135 +343,11 @@ fn basic(url: &Url) -> Option<Secret> {
     Some(Secret::new(format!("Basic {encoded}")))
 }
 
-/// Seconds since 1970 of an HTTP date.
-fn seconds(date: &str) -> Option<i64> {
-    let time = httpdate::parse_http_date(date).ok()?;
-    let since = time.duration_since(UNIX_EPOCH).ok()?;
-    i64::try_from(since.as_secs()).ok()
-}
-
-/// What is remembered of a URL, as it is written to a file.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct Record {
-    version: u32,
-    digest: Digest,
-    size_bytes: u64,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    etag: Option<String>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    last_modified: Option<String>,
-    /// Whether `last_modified` tells this version from all others.
-    #[serde(default)]
-    settled: bool,
-}
-
-impl Record {
-    const VERSION: u32 = 1;
-
-    fn new(headers: &HeaderMap, digest: Digest, size_bytes: u64) -> Self {
-        let last_modified = text(headers, LAST_MODIFIED).map(str::to_owned);
-        let modified = last_modified.as_deref().and_then(seconds);
-        let said = text(headers, DATE).and_then(seconds);
-        Self {
-            version: Self::VERSION,
-            digest,
-            size_bytes,
-            etag: text(headers, ETAG).map(str::to_owned),
-            settled: matches!((modified, said), (Some(modified), Some(said))
-                if modified <= said - SETTLED_SECONDS),
-            last_modified,
-        }
-    }
-
-    fn into_fetched(self) -> Fetched {
-        Fetched {
-            last_modified: self.last_modified.as_deref().and_then(seconds),
-            digest: self.digest,
-            size_bytes: self.size_bytes,
-            from_cache: true,
-        }
-    }
-
-    /// The question whether the file is still the same.
-    fn ask(&self, headers: &mut HeaderMap) {
-        if let Some(etag) = &self.etag {
-            if let Ok(value) = HeaderValue::from_str(etag) {
-                headers.insert(IF_NONE_MATCH, value);
-            }
-        } else if self.settled
-            && let Some(date) = &self.last_modified
-            && let Ok(value) = HeaderValue::from_str(date)
-        {
-            headers.insert(IF_MODIFIED_SINCE, value);
-        }
-    }
-
-    /// Whether the answer `headers` to [`Self::ask`] is about this version. Some servers
-    /// send the file again although they give it the same tag; it need not be read.
-    fn is_same(&self, status: StatusCode, headers: &HeaderMap) -> bool {
-        match (&self.etag, text(headers, ETAG)) {
-            (Some(ours), Some(theirs)) => strong(ours) == strong(theirs),
-            _ => status == StatusCode::NOT_MODIFIED,
-        }
-    }
-}
-
-/// Where the record of one URL is. Whatever fails here, fails silently but for the log.
-struct Memory {
-    store: Arc<Store>,
-    path: PathBuf,
-}
-
-impl Memory {
-    fn new(store: &Arc<Store>, url: &Url) -> Self {
-        // A hash, because URLs may hold credentials.
-        let name = Digest::of(url.as_str().as_bytes());
-        Self {
-            path: store.http_path().join(format!("{}.json", name.hex())),
-            store: store.clone(),
-        }
-    }
-
-    /// The record, if the blob is still there and whole.
-    async fn load(&self) -> Option<Record> {
-        let (store, path) = (self.store.clone(), self.path.clone());
-        let load = move || {
-            let record: Record = serde_json::from_slice(&std::fs::read(path).ok()?).ok()?;
-            let whole = record.version == Record::VERSION
-                && matches!(store.verify_blob(&record.digest), Ok(true));
-            whole.then_some(record)
-        };
-        tokio::task::spawn_blocking(load).await.ok().flatten()
-    }
-
-    async fn save(self, record: Record) {
-        let save = move || {
-            let bytes = serde_json::to_vec(&record).map_err(io::Error::other);
-            let bytes = bytes.map_err(StoreError::io("serialising", &self.path))?;
-            self.store.write_file(&self.path, &bytes)
-        };
-        match tokio::task::spawn_blocking(save).await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => {
-                tracing::warn!(%error, "a fetched file will be fetched again by the next build");
-            }
-            Err(error) => tracing::warn!(%error, "a fetched file will be fetched again"),
-        }
-    }
-}
-
 /// What a download ended with.
 enum Outcome {
     /// It is what is known.
     Same,
     Fetched(Fetched, Record),
-}
-
-/// What goes to the thread that writes.
-enum Piece {
-    Bytes(Bytes),
-    /// All came: name the blob.
-    End,
 }
 
 /// Bytes on their way into a blob. Dropped, nothing stays.
@@ -734,192 +600,6 @@ fn continues(sink: &Sink, response: &Response) -> bool {
         && headers
             .get(ETAG)
             .is_none_or(|tag| Some(tag) == sink.validator.as_ref())
-}
-
-/// Writes one file; on a thread of its own, because disks block.
-struct Writer {
-    /// Where the bytes come from, for messages.
-    request: String,
-    /// What is fetched, for messages.
-    url: String,
-    limit_bytes: Option<u64>,
-    checksum: Option<Checksum>,
-    gzip: bool,
-    /// How many bytes the server announced, for the message about a full disk.
-    expected: Option<u64>,
-}
-
-impl Writer {
-    fn write(
-        self,
-        store: &Store,
-        mut pieces: mpsc::Receiver<Piece>,
-    ) -> Result<(Digest, u64), HttpError> {
-        let out = Out {
-            blob: store
-                .write_blob()
-                .map_err(|error| self.store_error(error))?,
-            written: 0,
-            limit_bytes: self.limit_bytes,
-            second: Second::of(self.checksum.as_ref()),
-        };
-        let mut out = if self.gzip {
-            Stage::Gzip(Box::new(flate2::write::MultiGzDecoder::new(out)))
-        } else {
-            Stage::Plain(out)
-        };
-        loop {
-            match pieces.blocking_recv() {
-                Some(Piece::Bytes(bytes)) => out
-                    .write_all(&bytes)
-                    .map_err(|error| self.write_error(store, error))?,
-                Some(Piece::End) => break,
-                // Whoever sent the pieces has given up and does not listen.
-                None => {
-                    return Err(HttpError::Url {
-                        url: self.url,
-                        reason: "the download was abandoned",
-                    });
-                }
-            }
-        }
-        let out = match out {
-            Stage::Plain(out) => out,
-            Stage::Gzip(decoder) => decoder
-                .finish()
-                .map_err(|error| self.write_error(store, error))?,
-        };
-        let mismatch = |got: String, want: &Checksum| HttpError::Checksum {
-            url: self.url.clone(),
-            got,
-            want: want.text.clone(),
-        };
-        if let (Some(second), Some(want)) = (out.second, &self.checksum) {
-            let got = second.finish();
-            if got != want.text {
-                return Err(mismatch(got, want));
-            }
-        }
-        let want = self.checksum.as_ref().and_then(Checksum::blob);
-        match (out.blob.commit(want.as_ref()), &self.checksum) {
-            (Err(StoreError::Damaged { got, .. }), Some(want)) => {
-                Err(mismatch(got.to_string(), want))
-            }
-            (result, _) => result.map_err(|error| self.store_error(error)),
-        }
-    }
-
-    fn store_error(&self, source: StoreError) -> HttpError {
-        let url = match self.expected {
-            Some(bytes) if !self.gzip => format!("{} ({bytes} bytes)", self.url),
-            _ => self.url.clone(),
-        };
-        HttpError::Store { url, source }
-    }
-
-    /// Tells what went wrong with the disk, with the limit and with the compressed stream.
-    fn write_error(&self, store: &Store, error: io::Error) -> HttpError {
-        match error.downcast::<OutError>() {
-            Ok(OutError::TooLarge(limit_bytes)) => HttpError::TooLarge {
-                url: self.url.clone(),
-                limit_bytes,
-            },
-            Ok(OutError::Disk(error)) => {
-                self.store_error(StoreError::io("writing a blob in", store.tmp())(error))
-            }
-            Err(source) => HttpError::Decode {
-                request: self.request.clone(),
-                source,
-            },
-        }
-    }
-}
-
-/// What bytes go through.
-enum Stage<'s> {
-    Plain(Out<'s>),
-    Gzip(Box<flate2::write::MultiGzDecoder<Out<'s>>>),
-}
-
-impl Stage<'_> {
-    fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
-        match self {
-            Self::Plain(out) => out.write_all(bytes),
-            Self::Gzip(decoder) => decoder.write_all(bytes),
-        }
-    }
-}
-
-/// The file's own bytes on their way to the disk.
-struct Out<'s> {
-    blob: BlobWriter<'s>,
-    written: u64,
-    limit_bytes: Option<u64>,
-    second: Option<Second>,
-}
-
-/// What cannot be told from a decoder's error by its kind.
-#[derive(Debug, Error)]
-enum OutError {
-    #[error("the file is larger than {0} bytes")]
-    TooLarge(u64),
-    #[error(transparent)]
-    Disk(io::Error),
-}
-
-impl Write for Out<'_> {
-    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
-        let written = self
-            .blob
-            .write(buf)
-            .map_err(|error| io::Error::other(OutError::Disk(error)))?;
-        self.written += written as u64;
-        if let Some(limit) = self.limit_bytes
-            && self.written > limit
-        {
-            return Err(io::Error::other(OutError::TooLarge(limit)));
-        }
-        if let Some(second) = &mut self.second {
-            second.update(&buf[..written]);
-        }
-        Ok(written)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.blob.flush()
-    }
-}
-
-/// A checksum of another algorithm than the store's.
-enum Second {
-    Sha384(Sha384),
-    Sha512(Sha512),
-}
-
-impl Second {
-    fn of(checksum: Option<&Checksum>) -> Option<Self> {
-        match checksum?.algorithm {
-            Algorithm::Sha256 => None,
-            Algorithm::Sha384 => Some(Self::Sha384(Sha384::new())),
-            Algorithm::Sha512 => Some(Self::Sha512(Sha512::new())),
-        }
-    }
-
-    fn update(&mut self, bytes: &[u8]) {
-        match self {
-            Self::Sha384(hasher) => hasher.update(bytes),
-            Self::Sha512(hasher) => hasher.update(bytes),
-        }
-    }
-
-    fn finish(self) -> String {
-        let (name, hash) = match self {
-            Self::Sha384(hasher) => ("sha384", hasher.finalize().to_vec()),
-            Self::Sha512(hasher) => ("sha512", hasher.finalize().to_vec()),
-        };
-        let hex: String = hash.iter().map(|byte| format!("{byte:02x}")).collect();
-        format!("{name}:{hex}")
-    }
 }
 
 #[cfg(test)]

@@ -69,7 +69,15 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("config", &["image", "sandbox", "registry"]),
     (
         "failure",
-        &["build", "context", "dockerfile", "registry", "sandbox"],
+        &[
+            "build",
+            "context",
+            "dockerfile",
+            "layout",
+            "registry",
+            "remote",
+            "sandbox",
+        ],
     ),
     ("session", &["dockerfile"]),
     ("confined", &[]),

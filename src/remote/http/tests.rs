@@ -1,5 +1,7 @@
 //! Fetching from servers in this process, honest and faulty.
 
+use std::io::Write as _;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::*;
