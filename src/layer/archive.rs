@@ -86,9 +86,10 @@ pub fn decompress(
     })
 }
 
-/// Whether a block is a tar header: its checksum is right. Not all tars have a magic.
+/// Whether a block is a tar header: its checksum is right, which a block of zeros has none of.
+/// Not all tars have a magic, and extended headers need no name.
 fn is_header(block: &[u8]) -> bool {
-    if block.len() != HEADER_BYTES || block[0] == 0 {
+    if block.len() != HEADER_BYTES {
         return false;
     }
     let digits = block[148..156]
@@ -628,6 +629,7 @@ mod tests {
     fn what_is_meant_as_an_archive_is_told_by_its_first_bytes() {
         for (first, expected) in [
             (tar_of("a"), true),
+            (Archive::default().raw(b'x', "", b"", |_| {}).0, true),
             (b"BZh91AY".to_vec(), true),
             (b"\x1f\x8b\x08\0".to_vec(), true),
             (b"\xfd7zXZ\0".to_vec(), true),
