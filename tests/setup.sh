@@ -10,7 +10,7 @@ set -eu
 # and what makes the base image.
 packages="gcc libc6-dev make ca-certificates curl openssl jq time procps
   bubblewrap runc crun uidmap passt
-  docker-registry skopeo apache2-utils
+  docker-registry skopeo apache2-utils git
   debootstrap busybox-static openssh-client $*"
 
 if ! command -v dpkg-query >/dev/null || ! command -v apt-get >/dev/null; then

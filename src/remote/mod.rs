@@ -1,3 +1,5 @@
-//! Files and trees of other servers, for `ADD` and for build contexts.
+//! Files and trees of other servers that are not registries: what `ADD` and build contexts
+//! name by URL.
 
+pub mod git;
 pub mod http;
