@@ -27,7 +27,7 @@
 //! | [`session`] | secrets and SSH agents lent to steps | steps, mounts |
 //! | [`store`] | blobs, trees and records on disk | registries |
 //! | [`registry`] | the distribution protocol | layers' content |
-//! | [`remote`] | files of other servers → blobs | Dockerfiles |
+//! | [`remote`] | files and git repositories of other servers | images, Dockerfiles |
 //! | [`layout`] | an image in a directory of this machine → manifest, config, blobs | layers' content |
 //! | [`layer`] | the layer archive, both directions | Dockerfiles, registries |
 //! | [`rootfs`] | unpacked layers ⇄ a mounted filesystem | archives |
@@ -46,8 +46,9 @@
 //!
 //! - `dockerfile`, `plan` and `image` do no I/O, start no process, read no clock and no
 //!   environment variable. Time and platform arrive as values.
-//! - Only `sandbox` and `service::child` start processes, and `registry::credentials`
-//!   credential helpers. Only `registry`, `remote`, `service` and `session` open sockets.
+//! - Only `sandbox` and `service::child` start processes, `registry::credentials`
+//!   credential helpers, and `remote::git` `ssh`. Only `registry`, `remote`, `service` and
+//!   `session` open sockets.
 //! - Nothing depends on `service` or `cli`. `registry` and `layer` reach blobs only
 //!   through `store`.
 //! - Only `cli` and `main` print. Everything else emits a [`progress::BuildEvent`] or a

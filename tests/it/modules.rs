@@ -60,7 +60,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("export", &["registry", "layer", "store", "image"]),
     ("layer", &["rootfs", "store", "image", "confined"]),
     ("registry", &["store", "image"]),
-    ("remote", &["registry", "store", "image"]),
+    ("remote", &["registry", "store", "image", "confined"]),
     ("layout", &["registry", "store", "image"]),
     ("plan", &["dockerfile", "image"]),
     ("store", &["image", "confined"]),

@@ -7,12 +7,15 @@
 
 use std::path::{Path, PathBuf};
 
-use gix_attributes::Search;
-use gix_attributes::search::MetadataCollection;
+use gix_attributes::search::{MetadataCollection, Outcome};
+use gix_attributes::{Search, StateRef};
 use gix_filter::Pipeline;
 use gix_filter::pipeline::convert::to_worktree::{Options, UnknownEncoding};
-use gix_object::bstr::BStr;
+use gix_object::bstr::{BStr, ByteSlice};
 
+/// The attributes that the filters do in part: the encoder knows no UTF-16, and `$Id$` is not
+/// quite as git has it.
+const OWN: [&str; 2] = ["working-tree-encoding", "ident"];
 /// The name of the files.
 pub(super) const FILE_NAME: &[u8] = b".gitattributes";
 
@@ -21,6 +24,8 @@ pub(super) struct Attributes {
     search: Search,
     names: MetadataCollection,
     pipeline: Pipeline,
+    /// Set where a file speaks of what is completed here.
+    own: Option<Outcome>,
     /// Whether any file was found; without one nothing is changed.
     any: bool,
 }
@@ -43,6 +48,7 @@ impl Attributes {
                 hash,
                 gix_filter::pipeline::Options::default(),
             ),
+            own: None,
             any: false,
         })
     }
@@ -59,7 +65,13 @@ impl Attributes {
         self.any = true;
         self.search
             .add_patterns_buffer(bytes, file, root, &mut self.names, macros)
-            .map_err(|error| error.to_string())
+            .map_err(|error| error.to_string())?;
+        if self.own.is_some() || OWN.iter().any(|name| bytes.contains_str(name)) {
+            let mut outcome = Outcome::default();
+            outcome.initialize_with_selection(&self.names, OWN);
+            self.own = Some(outcome);
+        }
+        Ok(())
     }
 
     /// Leaves the directory that was entered last.
@@ -67,13 +79,14 @@ impl Attributes {
         self.search.pop_pattern_list();
     }
 
-    /// What is written for the file `path`; `None` where that is what the repository has.
+    /// What is written for the file `path`, whose blob is `id`; `None` where that is what the repository has.
     ///
     /// # Errors
     /// A text, where `bytes` cannot be converted.
     pub(super) fn converted(
         &mut self,
         path: &BStr,
+        id: &gix_hash::oid,
         bytes: &[u8],
     ) -> Result<Option<Vec<u8>>, String> {
         if !self.any {
@@ -93,11 +106,69 @@ impl Attributes {
             .pipeline
             .convert_to_worktree(bytes, path, &mut attributes, options)
             .map_err(|error| super::objects::causes(&error))?;
-        Ok(converted
+        let mut changed = converted
             .is_changed()
             .then(|| converted.as_bytes().map(<[u8]>::to_vec))
-            .flatten())
+            .flatten();
+        let Some(outcome) = &mut self.own else {
+            return Ok(changed);
+        };
+        outcome.initialize(&self.names);
+        let case = gix_attributes::glob::pattern::Case::Sensitive;
+        self.search
+            .pattern_matching_relative_path(path, case, Some(false), outcome);
+        let mut selected = outcome.iter_selected().map(|found| found.assignment.state);
+        let (encoding, ident) = (selected.next(), selected.next());
+        if let (Some(text), Some(StateRef::Set)) = (&mut changed, ident) {
+            *text = text.replace(format!("$Id: {id}$"), format!("$Id: {id} $"));
+        }
+        if let Some(StateRef::Value(name)) = encoding
+            && let Some(text) = wide(name.as_bstr(), changed.as_deref().unwrap_or(bytes))
+        {
+            changed = Some(text);
+        }
+        Ok(changed)
     }
+}
+
+/// UTF-8 in a wider form of Unicode; `None` where `encoding` is none, or the text is not UTF-8,
+/// which git leaves as it is, too.
+fn wide(encoding: &[u8], text: &[u8]) -> Option<Vec<u8>> {
+    let text = std::str::from_utf8(text).ok()?;
+    let name = encoding.to_ascii_uppercase();
+    let name = name.strip_prefix(b"UTF-").or(name.strip_prefix(b"UTF"))?;
+    // Without an order of bytes it is the machine's, and a mark says so.
+    let (is_wider, is_big, mark) = match name {
+        b"16" | b"16LE-BOM" => (false, false, true),
+        b"16LE" => (false, false, false),
+        b"16BE" => (false, true, false),
+        b"16BE-BOM" => (false, true, true),
+        b"32" | b"32LE-BOM" => (true, false, true),
+        b"32LE" => (true, false, false),
+        b"32BE" => (true, true, false),
+        b"32BE-BOM" => (true, true, true),
+        _ => return None,
+    };
+    let mut out = Vec::with_capacity(text.len() * 2 + 4);
+    for c in mark.then_some('\u{feff}').into_iter().chain(text.chars()) {
+        if is_wider {
+            let unit = u32::from(c);
+            out.extend(if is_big {
+                unit.to_be_bytes()
+            } else {
+                unit.to_le_bytes()
+            });
+            continue;
+        }
+        for unit in c.encode_utf16(&mut [0; 2]) {
+            out.extend(if is_big {
+                unit.to_be_bytes()
+            } else {
+                unit.to_le_bytes()
+            });
+        }
+    }
+    Some(out)
 }
 
 #[cfg(test)]
@@ -108,7 +179,10 @@ mod tests {
     fn line_ends_and_more_are_as_the_attributes_say() {
         let mut attributes = Attributes::new(gix_hash::Kind::Sha1).unwrap();
         let check = |attributes: &mut Attributes, path: &str, bytes: &[u8], want: Option<&[u8]>| {
-            let got = attributes.converted(path.into(), bytes).unwrap();
+            let id = gix_object::compute_hash(gix_hash::Kind::Sha1, gix_object::Kind::Blob, bytes);
+            let got = attributes
+                .converted(path.into(), &id.unwrap(), bytes)
+                .unwrap();
             assert_eq!(got.as_deref(), want, "{path}");
         };
         check(&mut attributes, "a.bat", b"x\n", None);
@@ -116,7 +190,9 @@ mod tests {
             .push(
                 Path::new(""),
                 b"*.bat text eol=crlf\n*.id ident\n*.bin binary\n/d/* eol=crlf\n\
-                  *.u16 working-tree-encoding=UTF-16LE\n[attr]dos eol=crlf\n*.dos dos\n\
+                  *.u16 working-tree-encoding=UTF-16LE\n\
+                  b.u16 working-tree-encoding=utf-16 eol=crlf\n\
+                  *.latin working-tree-encoding=ISO-8859-1\n[attr]dos eol=crlf\n*.dos dos\n\
                   *.lfs filter=lfs -text\n",
             )
             .unwrap();
@@ -124,13 +200,21 @@ mod tests {
         check(&mut attributes, "a.txt", b"x\n", None);
         check(&mut attributes, "d/a.bin", b"x\n", None);
         check(&mut attributes, "a.dos", b"x\n", Some(b"x\r\n"));
-        check(&mut attributes, "a.u16", b"x", Some(b"x\0"));
+        check(&mut attributes, "a.u16", b"x\n", Some(b"x\0\n\0"));
+        check(&mut attributes, "a.u16", b"\xff", None);
+        check(
+            &mut attributes,
+            "b.u16",
+            b"x\n",
+            Some(b"\xff\xfex\0\r\0\n\0"),
+        );
+        check(&mut attributes, "a.latin", "é".as_bytes(), Some(b"\xe9"));
         check(&mut attributes, "a.lfs", b"version x\n", None);
         check(
             &mut attributes,
             "a.id",
             b"$Id$",
-            Some(b"$Id: 055c8729cdcc372500a08db659c045e16c4409fb $"),
+            Some(b"$Id: b3f5ebfb5843bc43ceecff6d4f26bb37c615beb1 $"),
         );
         check(&mut attributes, "e/a.txt", b"x\n", None);
         attributes

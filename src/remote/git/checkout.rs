@@ -243,7 +243,7 @@ impl<'c> Checkout<'c> {
         let bytes = self.objects.read_as(&id, Kind::Blob)?;
         let converted = self
             .attributes
-            .converted(self.path.as_ref(), &bytes)
+            .converted(self.path.as_ref(), &id, &bytes)
             .map_err(|reason| self.wrong(reason))?;
         let bytes = converted.as_ref().unwrap_or(&bytes);
         self.take(bytes.len())?;
@@ -422,5 +422,38 @@ fn index_stat(stat: &Stat) -> gix_index::entry::Stat {
         uid: stat.st_uid,
         gid: stat.st_gid,
         size: stat.st_size as u32,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_is_one_component() {
+        for name in [
+            &b"a"[..],
+            b"...",
+            b"-rf",
+            b".gitignore",
+            b"\xff",
+            b"a\nb",
+            b"git",
+        ] {
+            assert_eq!(component(name), Ok(OsStr::from_bytes(name)));
+        }
+        for name in [
+            &b""[..],
+            b".",
+            b"..",
+            b".git",
+            b".GIT",
+            b"a/b",
+            b"/",
+            b"a/../b",
+            b"a\0b",
+        ] {
+            assert!(component(name).is_err(), "{name:?}");
+        }
     }
 }

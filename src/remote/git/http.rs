@@ -248,14 +248,7 @@ impl<'o> Http<'o> {
         if redirects > REDIRECT_LIMIT {
             return Err(fail("too many redirects"));
         }
-        match (from.scheme(), url.scheme()) {
-            (_, "https") | ("http", "http") => {}
-            ("https", "http") => return Err(fail("it leads from https to http")),
-            _ => return Err(fail("its scheme is not https")),
-        }
-        if !url.path().ends_with(INFO_REFS) || url.query() != Some("service=git-upload-pack") {
-            return Err(fail("it leads to something that is no git repository"));
-        }
+        may_follow(from, url).map_err(fail)?;
         let mut url = url.clone();
         let _ = url.set_username("");
         let _ = url.set_password(None);
@@ -298,6 +291,19 @@ impl<'o> Http<'o> {
             hint,
         })
     }
+}
+
+/// Whether the first request may go from one place to another.
+fn may_follow(from: &Url, to: &Url) -> Result<(), &'static str> {
+    match (from.scheme(), to.scheme()) {
+        (_, "https") | ("http", "http") => {}
+        ("https", "http") => return Err("it leads from https to http"),
+        _ => return Err("its scheme is not https"),
+    }
+    if !to.path().ends_with(INFO_REFS) || to.query() != Some("service=git-upload-pack") {
+        return Err("it leads to something that is no git repository");
+    }
+    Ok(())
 }
 
 fn below(base: &Url, path: &str) -> Url {
@@ -393,5 +399,26 @@ mod tests {
         };
         assert!(all.covers(&url("https://github.com/a/b")));
         assert!(!all.covers(&url("https://github.com.evil/a/b")));
+    }
+
+    #[test]
+    fn redirects_lead_to_nothing_weaker() {
+        let check = |from: &str, to: &str, expected: Option<&str>| {
+            let url = |base: &str, tail: &str| Url::parse(&format!("{base}{tail}")).unwrap();
+            let tail = "/info/refs?service=git-upload-pack";
+            let got = may_follow(&url(from, tail), &url(to, tail));
+            assert_eq!(got.err(), expected, "{from} {to}");
+        };
+        check("https://h/a.git", "https://x/b.git", None);
+        check("http://h/a.git", "https://x/b.git", None);
+        check("http://h/a.git", "http://x/b.git", None);
+        let weaker = Some("it leads from https to http");
+        check("https://h/a.git", "http://h/a.git", weaker);
+        let scheme = Some("its scheme is not https");
+        check("https://h/a.git", "ftp://h/a.git", scheme);
+        check("http://h/a.git", "file:///a.git", scheme);
+        let other = Some("it leads to something that is no git repository");
+        check("https://h/a.git", "https://h/login?next=", other);
+        check("https://h/a.git", "https://h/a.git/info/refs?x=", other);
     }
 }

@@ -287,6 +287,9 @@ struct Want<'w> {
     is_hash: bool,
 }
 
+/// Which references a `.git` directory has, by what was asked for and its commit.
+type Names<'n> = dyn Fn(ObjectId, &CommitObject) -> Vec<(String, ObjectId)> + 'n;
+
 /// Where files are written.
 struct Target<'t> {
     dir: BorrowedFd<'t>,
@@ -512,7 +515,7 @@ impl<'o> Session<'o> {
         server: Option<Server<'s>>,
         want: &Want<'_>,
         target: &Target<'_>,
-        names: &dyn Fn(ObjectId, &CommitObject) -> Vec<(String, ObjectId)>,
+        names: &Names<'_>,
         with_modules: bool,
         usage: &mut Usage,
         depth: usize,
@@ -752,9 +755,13 @@ impl<'o> Session<'o> {
             commit = want.id,
             "the server gives no commits by hash: fetching all branches and tags"
         );
-        if server.is_used_up() || !matches!(remote.location, Location::Http(_)) {
-            server = self.connect(remote)?;
-        }
+        let mut server = if matches!(remote.location, Location::Http(_)) {
+            server
+        } else {
+            // An old server says nothing more after a request; and one connection is enough.
+            drop(server);
+            self.connect(remote)?
+        };
         let tips = server.references(&prefixes)?;
         let wants: BTreeSet<ObjectId> = tips.iter().map(|tip| tip.id).collect();
         if wants.is_empty() {

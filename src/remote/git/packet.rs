@@ -259,7 +259,7 @@ mod tests {
             take(b"0007\x01ab0008\x02hey0005\x010006\x01c0000"),
             (b"abc".to_vec(), true, None)
         );
-        let (_, ok, failure) = take(b"0007\x01ab000a\x03oh \x1bno");
+        let (_, ok, failure) = take(b"0007\x01ab000c\x03oh \x1bno");
         assert!(!ok);
         assert_eq!(
             failure.as_deref(),

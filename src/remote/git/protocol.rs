@@ -74,8 +74,6 @@ enum Version {
         side_band: bool,
         /// Whether commits can be asked for that no reference names.
         any_commit: bool,
-        /// Whether a request was sent, after which the server says no more.
-        used: bool,
     },
 }
 
@@ -182,12 +180,6 @@ impl<'o> Server<'o> {
         }
     }
 
-    /// Whether another request needs another connection.
-    pub(super) fn is_used_up(&self) -> bool {
-        matches!(self.connection, Connection::Stream(_))
-            && matches!(self.version, Version::Zero { used: true, .. })
-    }
-
     /// Asks for a pack with `wants` and all they need; of their history only themselves where
     /// `alone` is set and the server can do so. `consume` reads it.
     ///
@@ -202,13 +194,8 @@ impl<'o> Server<'o> {
         consume: impl FnOnce(&mut PackReader<'_, '_>) -> Result<T, GitError>,
     ) -> Result<T, GitError> {
         let mut request = Vec::new();
-        let deepen = match &mut self.version {
-            Version::Two { shallow } => alone && *shallow,
-            Version::Zero { shallow, used, .. } => {
-                *used = true;
-                alone && *shallow
-            }
-        };
+        let (Version::Two { shallow } | Version::Zero { shallow, .. }) = &self.version;
+        let deepen = alone && *shallow;
         match &self.version {
             Version::Two { .. } => {
                 put(&mut request, b"command=fetch\n");
@@ -368,7 +355,6 @@ fn greeting(
         shallow: has("shallow"),
         side_band: has("side-band-64k"),
         any_commit: has("allow-reachable-sha1-in-want") || has("allow-any-sha1-in-want"),
-        used: false,
     };
     Ok((version, hash))
 }

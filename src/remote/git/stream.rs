@@ -34,6 +34,8 @@ const MESSAGES_BYTES: u64 = 4 << 10;
 /// What ssh is given.
 #[derive(Clone, Debug)]
 pub struct Ssh {
+    /// The program; a mere name is looked for in `PATH`.
+    pub program: PathBuf,
     /// The socket of the agent that has the keys (`SSH_AUTH_SOCK`).
     pub agent: PathBuf,
     /// A file of known hosts; without one any host is believed, as BuildKit does.
@@ -130,7 +132,7 @@ impl<'o> Stream<'o> {
         let command = arguments(user, host, port, path, ssh);
         let messages = tempfile::tempfile().map_err(|e| fail(e.to_string()))?;
         let stderr = messages.try_clone().map_err(|e| fail(e.to_string()))?;
-        let mut child = Command::new("ssh")
+        let mut child = Command::new(&ssh.program)
             .args(command)
             .env("SSH_AUTH_SOCK", &ssh.agent)
             .env("GIT_PROTOCOL", "version=2")
@@ -140,11 +142,13 @@ impl<'o> Stream<'o> {
             .spawn()
             .map_err(|error| {
                 fail(if error.kind() == io::ErrorKind::NotFound {
-                    "the program ssh is not installed (OpenSSH's client); install it, or use the \
-                     repository's https:// address"
-                        .to_owned()
+                    format!(
+                        "the program {} is not installed (OpenSSH's client); install it, or use \
+                         the repository's https:// address",
+                        ssh.program.display()
+                    )
                 } else {
-                    format!("starting ssh: {error}")
+                    format!("starting {}: {error}", ssh.program.display())
                 })
             })?;
         let (Some(stdin), Some(stdout)) = (child.stdin.take(), child.stdout.take()) else {
@@ -290,6 +294,7 @@ mod tests {
     #[test]
     fn nothing_of_an_address_is_an_option_or_a_command() {
         let ssh = Ssh {
+            program: "ssh".into(),
             agent: "/run/agent".into(),
             known_hosts: Some("/k h".into()),
         };

@@ -14,13 +14,7 @@ use super::*;
 macro_rules! needs_git {
     () => {
         if Command::new("git").arg("http-backend").output().is_err() {
-            let reason = "git is not installed";
-            assert_ne!(
-                std::env::var("SOCKLESS_TEST_REQUIRE_ALL").as_deref(),
-                Ok("1"),
-                "{reason}"
-            );
-            eprintln!("skipped: {reason}");
+            crate::rootfs::testing::skip("git is not installed");
             return;
         }
     };
@@ -51,6 +45,14 @@ impl Server {
     }
 
     fn with(answer: impl Fn(&Request) -> Option<String> + Send + Sync + 'static) -> Self {
+        Self::new(answer, true)
+    }
+
+    /// One that knows nothing of protocol versions where `is_new` is not set.
+    fn new(
+        answer: impl Fn(&Request) -> Option<String> + Send + Sync + 'static,
+        is_new: bool,
+    ) -> Self {
         let root = tempfile::tempdir().unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
@@ -61,7 +63,7 @@ impl Server {
             for stream in listener.incoming() {
                 let (path, log, answer) = (path.clone(), log.clone(), answer.clone());
                 // A client that goes away is part of some tests.
-                std::thread::spawn(move || serve(stream.unwrap(), &path, &log, &answer));
+                std::thread::spawn(move || serve(stream.unwrap(), &path, &log, &answer, is_new));
             }
         });
         Self { root, port, seen }
@@ -88,7 +90,13 @@ impl Server {
     }
 }
 
-fn serve(stream: TcpStream, root: &Path, log: &Mutex<Vec<Request>>, answer: &Answer) -> Option<()> {
+fn serve(
+    stream: TcpStream,
+    root: &Path,
+    log: &Mutex<Vec<Request>>,
+    answer: &Answer,
+    is_new: bool,
+) -> Option<()> {
     let mut reader = BufReader::new(stream.try_clone().ok()?);
     let mut line = String::new();
     reader.read_line(&mut line).ok()?;
@@ -134,16 +142,18 @@ fn serve(stream: TcpStream, root: &Path, log: &Mutex<Vec<Request>>, answer: &Ans
         .env("QUERY_STRING", query)
         .env("CONTENT_TYPE", header("content-type"))
         .env("CONTENT_LENGTH", length.to_string())
-        .env("GIT_PROTOCOL", header("git-protocol"))
+        .env(
+            "GIT_PROTOCOL",
+            if is_new { header("git-protocol") } else { "" },
+        )
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
         .spawn()
         .unwrap();
-    child.stdin.take()?.write_all(&request.body).ok()?;
-    let mut output = Vec::new();
-    child.stdout.take()?.read_to_end(&mut output).ok()?;
-    child.wait().ok()?;
+    let sent = child.stdin.take().unwrap().write_all(&request.body);
+    let output = child.wait_with_output().unwrap().stdout;
+    sent.ok()?;
     let end = output.windows(4).position(|w| w == b"\r\n\r\n")?;
     let head = String::from_utf8_lossy(&output[..end]).into_owned();
     let status = head
@@ -512,6 +522,60 @@ fn subdirectories() {
 }
 
 #[test]
+fn files_are_as_git_checks_them_out() {
+    needs_git!();
+    let server = Server::start();
+    let repository = server.repository("r");
+    repository.write(
+        ".gitattributes",
+        "[attr]dos text eol=crlf\n*.bat dos\n*.txt text=auto\n*.id ident\n\
+         *.u16 text working-tree-encoding=UTF-16LE eol=crlf\n\
+         *.u16b text working-tree-encoding=UTF-16\n*.u32 working-tree-encoding=UTF-32BE\n\
+         *.l1 working-tree-encoding=ISO-8859-1\n\
+         *.lfs filter=lfs diff=lfs merge=lfs -text\n/top export-subst\n\"a b\" eol=crlf\n",
+    );
+    repository.write(
+        "sub/.gitattributes",
+        "*.bat -text\nsub.txt eol=crlf\n[attr]x eol=crlf\n",
+    );
+    let text = "one\ntwo $Id$\n\u{e9}\n";
+    for name in [
+        "x.bat",
+        "x.txt",
+        "x.id",
+        "x.lfs",
+        "top",
+        "a b",
+        "sub/x.bat",
+        "sub/sub.txt",
+        "sub/x.id",
+    ] {
+        repository.write(name, text);
+    }
+    // Added as they are in the repository, without a conversion the other way.
+    repository.git(&["add", "-A"]);
+    for name in ["x.u16", "x.u16b", "x.u32", "x.l1"] {
+        let id = repository.object("blob", text.as_bytes());
+        let entry = format!("100644,{id},{name}");
+        repository.git(&["update-index", "--add", "--cacheinfo", &entry]);
+    }
+    repository.git(&["commit", "-q", "-m", "x"]);
+    let other = server.root.path().join("other");
+    let (from, to) = (repository.path.display(), other.display());
+    repository.git(&["clone", "-q", &from.to_string(), &to.to_string()]);
+    let (work, _) = fetched(&format!("{}?keep-git-dir", server.url("r/.git")));
+    let x = work.path().join("x");
+    let names = git_in(&other, b"", &["ls-files", "-z"]);
+    let names: Vec<&str> = names.split_terminator('\0').collect();
+    assert_eq!(names.len(), 15);
+    for name in names {
+        let (ours, gits) = (fs::read(x.join(name)), fs::read(other.join(name)));
+        assert_eq!(ours.unwrap(), gits.unwrap(), "{name}");
+    }
+    assert_eq!(git_in(&x, b"", &["status", "--porcelain"]), "");
+}
+
+#[test]
 fn times_are_those_of_writing_or_of_the_commit() {
     needs_git!();
     let server = Server::start();
@@ -618,30 +682,36 @@ fn what_is_not_there_is_named() {
 #[test]
 fn old_servers_are_understood() {
     needs_git!();
-    let server = Server::start();
+    let server = Server::new(|_| None, false);
     let (repository, first, second) = sample(&server);
-    // The test's server has to hear nothing of the new protocol.
-    repository.git(&["config", "protocol.version", "0"]);
-    let old = Server::with({
-        let port = server.port;
-        move |request| {
-            let mut stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
-            let mut head = format!("{} {} HTTP/1.1\r\n", request.method, request.target);
-            for (name, value) in &request.headers {
-                if name != "git-protocol" {
-                    head.push_str(&format!("{name}: {value}\r\n"));
-                }
-            }
-            stream.write_all(head.as_bytes()).unwrap();
-            stream.write_all(b"\r\n").unwrap();
-            stream.write_all(&request.body).unwrap();
-            let mut answer = Vec::new();
-            stream.read_to_end(&mut answer).unwrap();
-            // Bytes to text and back, one to one.
-            Some(answer.into_iter().map(char::from).collect())
-        }
-    });
-    let _ = (first, second, old);
+    let noted = repository.git(&["rev-parse", "noted"]);
+    let url = server.url("r.git/.git");
+    let check = |suffix: &str, object: &str, commit: &str| {
+        let (work, got) = fetched(&format!("{url}?keep-git-dir{suffix}"));
+        assert_eq!(got.resolved.object, object, "{suffix}");
+        assert_eq!(got.commit, commit, "{suffix}");
+        let log = git_in(&work.path().join("x"), b"", &["log", "--format=%H"]);
+        assert_eq!(log, commit, "{suffix}");
+    };
+    check("", &second, &second);
+    check("#main", &second, &second);
+    check("#noted", &noted, &first);
+    check(&format!("#{second}"), &second, &second);
+    assert_eq!(server.targets().len(), 8);
+    let error = refused(&format!("{url}#mian"));
+    assert!(error.contains("did you mean \"main\"?"), "{error}");
+    // What no reference names is in the history of one, or it is not there.
+    repository.write("a", "3");
+    repository.commit("third");
+    server.seen.lock().unwrap().clear();
+    check(&format!("#{second}"), &second, &second);
+    assert_eq!(server.targets().len(), 2);
+    let none = "0123456789".repeat(4);
+    let error = refused(&format!("{url}#{none}"));
+    assert!(
+        error.contains(&format!("does not give commit {none}")),
+        "{error}"
+    );
 }
 
 #[test]
@@ -847,7 +917,6 @@ fn hostile_trees_write_nothing_elsewhere() {
     check("git", &[("40000", b".git", &tree)], own);
     check("git2", &[("40000", b".GiT", &tree)], own);
     check("git3", &[("120000", b".git", &up)], own);
-    check("empty", &[("100644", b"", &text)], "it has no name");
     // A link, and then something through it.
     check(
         "link",
@@ -1120,7 +1189,7 @@ fn answers_that_are_not_gits() {
             "error.git" => answer(kind, "0014ERR not for you\n"),
             "hash.git" => answer(
                 kind,
-                "000eversion 2\n000efetch=x  \n001aobject-format=sha512\n0000",
+                "000eversion 2\n000efetch=x  \n0019object-format=sha512\n0000",
             ),
             "busy.git" => "HTTP/1.1 503 x\r\nContent-Length: 0\r\n\r\n".to_owned(),
             _ => return None,
@@ -1179,23 +1248,31 @@ fn repositories_of_the_longer_hash() {
 fn the_git_protocol_itself() {
     needs_git!();
     let server = Server::start();
-    let (_, first, _) = sample(&server);
-    for version in ["2", "0"] {
-        // `git daemon` in its form for inetd: one connection, on its standard input and output.
+    let (repository, first, second) = sample(&server);
+    repository.write("a", "3");
+    repository.commit("third");
+    for version in ["version=2", ""] {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
         let root = server.root.path().to_owned();
         std::thread::spawn(move || {
             for stream in listener.incoming() {
-                let stream = stream.unwrap();
+                let mut stream = stream.unwrap();
+                let mut length = [0; 4];
+                stream.read_exact(&mut length).unwrap();
+                let length = usize::from_str_radix(std::str::from_utf8(&length).unwrap(), 16);
+                let mut request = vec![0; length.unwrap() - 4];
+                stream.read_exact(&mut request).unwrap();
+                let request = String::from_utf8(request).unwrap();
+                let (command, rest) = request.split_once('\0').unwrap();
+                assert_eq!(rest, format!("host=127.0.0.1:{port}\0\0version=2\0"));
+                let path = command.strip_prefix("git-upload-pack /").unwrap();
                 let output: OwnedFd = stream.try_clone().unwrap().into();
                 let input: OwnedFd = stream.into();
                 let mut child = Command::new("git")
-                    .args(["-c", "safe.directory=*"])
-                    .args(["-c", &format!("protocol.version={version}")])
-                    .args(["daemon", "--inetd", "--export-all", "--base-path"])
-                    .arg(&root)
-                    .env("GIT_CONFIG_NOSYSTEM", "1")
+                    .args(["-c", "safe.directory=*", "upload-pack"])
+                    .arg(root.join(path))
+                    .env("GIT_PROTOCOL", version)
                     .stdin(input)
                     .stdout(output)
                     .stderr(Stdio::null())
@@ -1205,14 +1282,86 @@ fn the_git_protocol_itself() {
             }
         });
         let url = format!("git://127.0.0.1:{port}/r.git/.git");
-        let (work, _) = fetched(&url);
-        assert_eq!(listing(&work.path().join("x")), SECOND);
-        let (work, got) = fetched(&format!("{url}#{first}"));
+        let (work, got) = fetched(&format!("{url}#side/one"));
         assert_eq!(got.commit, first);
         assert_eq!(listing(&work.path().join("x")), ["old 644 \"1\""]);
+        let (work, got) = fetched(&format!("{url}#{second}"));
+        assert_eq!(got.commit, second);
+        assert_eq!(listing(&work.path().join("x")), SECOND);
+        let error = refused(&format!("{url}#mian"));
+        assert!(error.contains("did you mean \"main\"?"), "{error}");
         let error = refused(&format!("git://127.0.0.1:{port}/none"));
-        assert!(error.contains("git://127.0.0.1"), "{error}");
+        assert!(error.contains("/none: the connection ended"), "{error}");
     }
+}
+
+#[test]
+fn over_ssh() {
+    needs_git!();
+    let server = Server::start();
+    let (repository, ..) = sample(&server);
+    // Written by another process, so that none of this one's children can hold it open.
+    let program = server.root.path().join("ssh");
+    let write = Command::new("sh")
+        .arg("-c")
+        .arg(
+            "cat > \"$0\" <<'E' && chmod 755 \"$0\"\n#!/bin/sh\necho \"$SSH_AUTH_SOCK $*\" >> \"$0.log\"\n\
+             for last; do :; done\neval \"set -- $last\"\n[ \"$1\" = git-upload-pack ] || exit 1\n\
+             [ -d \"$2\" ] || { echo \"no such repository\" >&2; exit 128; }\n\
+             exec git upload-pack \"$2\"\nE\n",
+        )
+        .arg(&program)
+        .status()
+        .unwrap();
+    assert!(write.success());
+    let path = repository.path.join(".git").display().to_string();
+    let with = |text: &str, program: &Path| {
+        fetch_with(text, |options| {
+            options.ssh = Some(Ssh {
+                program: program.to_owned(),
+                agent: "/run/agent".into(),
+                known_hosts: None,
+            });
+        })
+    };
+    for text in [
+        format!("ssh://git@example.com:22{path}"),
+        format!("git@example.com:{path}"),
+    ] {
+        let (work, got) = with(&text, &program);
+        got.unwrap();
+        assert_eq!(listing(&work.path().join("x")), SECOND);
+    }
+    let log = fs::read_to_string(server.root.path().join("ssh.log")).unwrap();
+    let options =
+        "-F /dev/null -o BatchMode=yes -o StrictHostKeyChecking=no -o SendEnv=GIT_PROTOCOL";
+    assert_eq!(
+        log,
+        format!(
+            "/run/agent {options} -p 22 -- git@example.com git-upload-pack '{path}'\n\
+             /run/agent {options} -- git@example.com git-upload-pack '{path}'\n"
+        )
+    );
+    let wrong = |text: &str, program: &Path, expected: &str| {
+        let error = with(text, program).1.unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}");
+    };
+    let text = "git@example.com:none.git";
+    wrong(
+        text,
+        &program,
+        "ended in the middle of an answer; ssh says: no such repository",
+    );
+    wrong(
+        text,
+        Path::new("no-such-ssh"),
+        "the program no-such-ssh is not installed",
+    );
+    let error = refused(text);
+    assert!(
+        error.contains("needs an ssh agent: give --ssh default"),
+        "{error}"
+    );
 }
 
 #[test]
