@@ -2,7 +2,7 @@
 
 use super::error::quoted;
 use super::lines::trim_line_end;
-use super::{Directives, Problem, Span, Word};
+use super::{Check, Directives, Problem, Span, Word, check};
 
 /// The escape character where no directive says otherwise.
 pub(super) const DEFAULT_ESCAPE: char = '\\';
@@ -17,15 +17,21 @@ struct Found {
 
 /// The directives of `text`.
 ///
-/// Scanning ends at the first line that is no known directive. A first line with `#!` is
-/// skipped; as in BuildKit, `escape` then has no effect and repetitions go unnoticed.
+/// Scanning ends at the first line that is no known directive. As in BuildKit, which looks
+/// for `escape` and for the others in two ways:
+/// - A first line with `#!` is skipped, `escape` then has no effect, and scanning ends at a
+///   repetition.
+/// - White space before `#` is for `escape` only: `syntax` and `check` must not stand there,
+///   nor below such a line.
 pub(super) fn parse(text: &str, problems: &mut Vec<Problem>) -> Directives {
     let mut directives = Directives {
         syntax: None,
         escape: DEFAULT_ESCAPE,
         check: None,
+        check_options: Check::default(),
     };
     let shebang = text.starts_with("#!");
+    let mut indented = false;
     let mut seen: Vec<String> = Vec::new();
     let mut start = 0;
     for (index, line) in text.split_inclusive('\n').enumerate() {
@@ -37,13 +43,15 @@ pub(super) fn parse(text: &str, problems: &mut Vec<Problem>) -> Directives {
         let Some(found) = directive(line, at) else {
             break;
         };
+        indented |= found.line.start > at;
         if seen.contains(&found.name) {
-            if !shebang {
-                problems.push(Problem::new(
-                    found.line,
-                    format!("only one {} parser directive can be used", found.name),
-                ));
+            if shebang {
+                break;
             }
+            problems.push(Problem::new(
+                found.line,
+                format!("only one {} parser directive can be used", found.name),
+            ));
             continue;
         }
         match found.name.as_str() {
@@ -59,15 +67,28 @@ pub(super) fn parse(text: &str, problems: &mut Vec<Problem>) -> Directives {
                     ),
                 )),
             },
-            "syntax" => {
-                // What follows the first blank is for the command line of a front end.
+            _ if indented => {}
+            name => {
+                // BuildKit keeps what follows the first blank for the command line of a
+                // front end.
                 let mut value = found.value;
                 let end = value.raw.find(' ').unwrap_or(value.raw.len());
                 value.raw.truncate(end);
                 value.span.end = value.span.start + end;
-                directives.syntax = Some(value);
+                if name == "syntax" {
+                    directives.syntax = Some(value);
+                } else {
+                    match check::parse_check(&value.raw) {
+                        Ok(options) => directives.check_options = options,
+                        Err(error) => problems.push(Problem {
+                            message: error.to_string(),
+                            hint: error.hint,
+                            span: value.span_of(text, error.range),
+                        }),
+                    }
+                    directives.check = Some(value);
+                }
             }
-            _ => directives.check = Some(found.value),
         }
         seen.push(found.name);
     }
@@ -145,7 +166,7 @@ mod tests {
         check("\n# escape=`\n", '\\');
         check("# escape=\n", '\\');
         check("#!/bin/x\n# escape=`\n# escape=`\n", '\\');
-        check("# syntax=a\n# check=b\n# escape=`", '`');
+        check("# syntax=a\n# check=skip=b\n# escape=`", '`');
     }
 
     #[test]
@@ -165,6 +186,46 @@ mod tests {
     }
 
     #[test]
+    fn white_space_before_directives_is_for_escape_only() {
+        let names = |text: &str| {
+            let (directives, messages) = parsed(text);
+            assert_eq!(messages, [""; 0], "{text:?}");
+            let raw = |word: Option<Word>| word.map(|w| w.raw).unwrap_or_default();
+            (
+                raw(directives.syntax),
+                raw(directives.check),
+                directives.escape,
+            )
+        };
+        let found =
+            |syntax: &str, check: &str, escape| (syntax.to_owned(), check.to_owned(), escape);
+        assert_eq!(names(" # syntax=a\n# escape=`\n"), found("", "", '`'));
+        assert_eq!(
+            names("# syntax=a\n # escape=`\n# check=skip=b\n"),
+            found("a", "", '`')
+        );
+        assert_eq!(
+            names("#!x\n# syntax=a\n# syntax=b\n# check=skip=c\n"),
+            found("a", "", '\\')
+        );
+    }
+
+    #[test]
+    fn check_options_are_read_up_to_a_blank() {
+        let (directives, messages) = parsed("# check=skip=A,B;error=true or=not\n");
+        assert_eq!(messages, [""; 0]);
+        assert_eq!(
+            directives.check_options,
+            Check {
+                skip: vec!["A".to_owned(), "B".to_owned()],
+                error: true,
+                ..Check::default()
+            }
+        );
+        assert_eq!(parsed("# comment\n").0.check_options, Check::default());
+    }
+
+    #[test]
     fn wrong_directives_are_problems() {
         let check = |text: &str, message: &str| assert_eq!(parsed(text).1, [message], "{text:?}");
         check(
@@ -178,6 +239,10 @@ mod tests {
         check(
             "# escape=\\\n # Escape=`\n",
             "# Escape=`: only one escape parser directive can be used",
+        );
+        check(
+            "#check = skip=all;eror=true\n",
+            "eror=true: invalid check option \"eror\": skip, experimental and error exist",
         );
         check(
             "# syntax=a\n# syntax=b\n",

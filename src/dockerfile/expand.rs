@@ -11,10 +11,13 @@
 //! messages and patterns are expanded themselves.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 
 use super::Word;
 use super::error::quoted;
-use super::pattern::{Extent, Pattern, PatternError};
+use super::pattern::{Extent, Pattern};
+
+pub use super::pattern::PatternError;
 
 /// What variables are worth.
 pub type Environment = BTreeMap<String, String>;
@@ -26,10 +29,17 @@ pub const MAX_EXPANSION_BYTES: usize = 4 << 20;
 /// How deep substitutions may stand in substitutions.
 pub const MAX_NESTING: usize = 64;
 
-/// Why a word cannot be expanded.
+/// Why a text cannot be expanded.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{0}")]
-pub struct ExpandError(pub String);
+#[error("cannot expand {}: {fault}", quoted(.text))]
+pub struct ExpandError {
+    /// The whole text.
+    pub text: String,
+    /// The bytes of the text with the faulty quotes or substitution.
+    pub range: Range<usize>,
+    /// What is wrong.
+    pub fault: ExpandFault,
+}
 
 /// Departures from the usual treatment. The default is what [`expand_word`] does.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -106,7 +116,10 @@ pub fn expand(
     options: Options,
 ) -> Result<Expansion, ExpandError> {
     let mut lexer = Lexer {
-        rest: text,
+        length: text.len(),
+        // Go's scanner, which BuildKit reads words with, skips this one.
+        rest: text.strip_prefix('\u{feff}').unwrap_or(text),
+        place: None,
         escape,
         environment,
         options,
@@ -123,36 +136,59 @@ pub fn expand(
             used: lexer.used,
             unset: lexer.unset,
         }),
-        Err(fault) => Err(ExpandError(format!(
-            "cannot expand {}: {fault}",
-            quoted(text)
-        ))),
+        Err(fault) => Err(ExpandError {
+            text: text.to_owned(),
+            range: lexer.place.unwrap_or(0..text.len()),
+            fault,
+        }),
     }
 }
 
 /// What is wrong inside a text.
-#[derive(Debug, thiserror::Error)]
-enum Fault {
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ExpandFault {
+    /// A quote that nothing closes: `single` or `double`.
     #[error("a {0} quote has no end")]
     Quote(&'static str),
+    /// `${` without `}`.
     #[error("the \"}}\" of \"${{\" is missing")]
     Brace,
+    /// `${name/` without the second `/`.
     #[error("the second \"/\" of \"${{…/…/…}}\" is missing")]
     Slash,
+    /// `${}` and its kin.
     #[error("bad substitution: a name must follow \"${{\"")]
     Name,
+    /// What follows the name is no operator.
     #[error("unsupported modifier {modifier:?} in the substitution of \"{name}\"")]
-    Modifier { name: String, modifier: String },
-    #[error("{name}: {message}")]
-    Required { name: String, message: String },
-    #[error("invalid pattern {pattern} in the substitution of \"{name}\": {source}")]
-    Pattern {
+    Modifier {
+        /// The variable.
         name: String,
+        /// What stands where an operator is expected.
+        modifier: String,
+    },
+    /// `${name:?message}`, and there is no value.
+    #[error("{name}: {message}")]
+    Required {
+        /// The variable.
+        name: String,
+        /// The author's message, or what is usual.
+        message: String,
+    },
+    /// The pattern of `${name#pattern}` or `${name/pattern/…}` makes no sense.
+    #[error("invalid pattern {} in the substitution of \"{name}\": {source}", quoted(.pattern))]
+    Pattern {
+        /// The variable.
+        name: String,
+        /// The pattern, expanded.
         pattern: String,
+        /// What is wrong with it.
         source: PatternError,
     },
+    /// Above [`MAX_NESTING`].
     #[error("substitutions stand more than {MAX_NESTING} deep in each other")]
     Nesting,
+    /// Above [`MAX_EXPANSION_BYTES`].
     #[error("the result is larger than {MAX_EXPANSION_BYTES} bytes")]
     Size,
 }
@@ -182,7 +218,11 @@ impl Words {
 }
 
 struct Lexer<'a> {
+    /// Of the whole text, in bytes.
+    length: usize,
     rest: &'a str,
+    /// Where the innermost fault is.
+    place: Option<Range<usize>>,
     escape: char,
     environment: &'a Environment,
     options: Options,
@@ -205,6 +245,23 @@ impl Lexer<'_> {
         Some(c)
     }
 
+    /// The bytes read so far.
+    fn at(&self) -> usize {
+        self.length - self.rest.len()
+    }
+
+    /// `result`; if it is a fault, what was read since `start` is its place.
+    fn placed<T>(
+        &mut self,
+        start: usize,
+        result: Result<T, ExpandFault>,
+    ) -> Result<T, ExpandFault> {
+        if result.is_err() && self.place.is_none() {
+            self.place = Some(start..self.at());
+        }
+        result
+    }
+
     /// Takes the next character if it is `c`.
     fn eat(&mut self, c: char) -> bool {
         let found = self.peek() == Some(c);
@@ -215,23 +272,27 @@ impl Lexer<'_> {
     }
 
     /// Accounts for `bytes` more of results.
-    fn produce(&mut self, bytes: usize) -> Result<(), Fault> {
+    fn produce(&mut self, bytes: usize) -> Result<(), ExpandFault> {
         self.produced = self.produced.saturating_add(bytes);
         if self.produced > MAX_EXPANSION_BYTES {
-            return Err(Fault::Size);
+            return Err(ExpandFault::Size);
         }
         Ok(())
     }
 
     /// Everything up to and without `stop`, or up to the end.
-    fn until(&mut self, stop: Option<char>, keep_escapes: bool) -> Result<(String, Words), Fault> {
+    fn until(
+        &mut self,
+        stop: Option<char>,
+        keep_escapes: bool,
+    ) -> Result<(String, Words), ExpandFault> {
         let outer = std::mem::replace(&mut self.keep_escapes, keep_escapes);
         let result = self.until_inner(stop);
         self.keep_escapes = outer;
         result
     }
 
-    fn until_inner(&mut self, stop: Option<char>) -> Result<(String, Words), Fault> {
+    fn until_inner(&mut self, stop: Option<char>) -> Result<(String, Words), ExpandFault> {
         let mut text = String::new();
         let mut words = Words::default();
         while let Some(c) = self.peek() {
@@ -252,11 +313,13 @@ impl Lexer<'_> {
                     text.push_str(&operator);
                 }
                 '\'' | '"' if !self.options.literal_quotes => {
+                    let start = self.at();
                     let quoted = if c == '"' {
-                        self.double_quoted()?
+                        self.double_quoted()
                     } else {
-                        self.single_quoted()?
+                        self.single_quoted()
                     };
+                    let quoted = self.placed(start, quoted)?;
                     self.produce(quoted.len())?;
                     words.word.push_str(&quoted);
                     text.push_str(&quoted);
@@ -281,8 +344,8 @@ impl Lexer<'_> {
         }
         match stop {
             None => Ok((text, words)),
-            Some('/') => Err(Fault::Slash),
-            Some(_) => Err(Fault::Brace),
+            Some('/') => Err(ExpandFault::Slash),
+            Some(_) => Err(ExpandFault::Brace),
         }
     }
 
@@ -301,9 +364,12 @@ impl Lexer<'_> {
         operator
     }
 
-    fn single_quoted(&mut self) -> Result<String, Fault> {
+    fn single_quoted(&mut self) -> Result<String, ExpandFault> {
         self.next();
-        let end = self.rest.find('\'').ok_or(Fault::Quote("single"))?;
+        let Some(end) = self.rest.find('\'') else {
+            self.rest = "";
+            return Err(ExpandFault::Quote("single"));
+        };
         let quoted = &self.rest[..end];
         self.rest = &self.rest[end + 1..];
         Ok(if self.options.keep_quotes {
@@ -313,14 +379,14 @@ impl Lexer<'_> {
         })
     }
 
-    fn double_quoted(&mut self) -> Result<String, Fault> {
+    fn double_quoted(&mut self) -> Result<String, ExpandFault> {
         let mut text = String::new();
         self.next();
         if self.options.keep_quotes {
             text.push('"');
         }
         loop {
-            match self.peek().ok_or(Fault::Quote("double"))? {
+            match self.peek().ok_or(ExpandFault::Quote("double"))? {
                 '"' => {
                     self.next();
                     if self.options.keep_quotes {
@@ -372,7 +438,13 @@ impl Lexer<'_> {
     }
 
     /// `$name` or `${…}`.
-    fn dollar(&mut self) -> Result<String, Fault> {
+    fn dollar(&mut self) -> Result<String, ExpandFault> {
+        let start = self.at();
+        let result = self.dollar_inner();
+        self.placed(start, result)
+    }
+
+    fn dollar_inner(&mut self) -> Result<String, ExpandFault> {
         self.next();
         if !self.eat('{') {
             let name = self.name();
@@ -386,7 +458,7 @@ impl Lexer<'_> {
             });
         }
         if self.depth == MAX_NESTING {
-            return Err(Fault::Nesting);
+            return Err(ExpandFault::Nesting);
         }
         self.depth += 1;
         let result = self.substitution();
@@ -395,14 +467,14 @@ impl Lexer<'_> {
     }
 
     /// What stands after `${`.
-    fn substitution(&mut self) -> Result<String, Fault> {
+    fn substitution(&mut self) -> Result<String, ExpandFault> {
         match self.peek() {
-            None => return Err(Fault::Brace),
-            Some('{' | '}' | ':') => return Err(Fault::Name),
+            None => return Err(ExpandFault::Brace),
+            Some('{' | '}' | ':') => return Err(ExpandFault::Name),
             Some(_) => {}
         }
         let name = self.name();
-        let mut operator = self.next().ok_or(Fault::Brace)?;
+        let mut operator = self.next().ok_or(ExpandFault::Brace)?;
         let mut modifier = String::from(operator);
         let mut empty_is_unset = false;
         match operator {
@@ -416,15 +488,15 @@ impl Lexer<'_> {
             '/' => return self.replacement(&name),
             ':' => {
                 empty_is_unset = true;
-                operator = self.next().ok_or(Fault::Brace)?;
+                operator = self.next().ok_or(ExpandFault::Brace)?;
                 modifier.push(operator);
             }
             '+' | '-' | '?' | '#' | '%' => {}
-            _ => return Err(Fault::Modifier { name, modifier }),
+            _ => return Err(ExpandFault::Modifier { name, modifier }),
         }
         let trims = matches!(operator, '#' | '%');
         if trims && empty_is_unset {
-            return Err(Fault::Modifier { name, modifier });
+            return Err(ExpandFault::Modifier { name, modifier });
         }
         let word = self.operand('}', trims)?;
         let value = self.look_up(&name);
@@ -447,20 +519,23 @@ impl Lexer<'_> {
                     ("", Some(_)) => "is not allowed to be empty".to_owned(),
                     _ => word,
                 };
-                Err(Fault::Required { name, message })
+                Err(ExpandFault::Required { name, message })
             }
             '#' | '%' => self.trimmed(name, operator, &word, &value.unwrap_or_default()),
-            _ => Err(Fault::Modifier { name, modifier }),
+            _ => Err(ExpandFault::Modifier { name, modifier }),
         }
     }
 
     /// Like [`Self::until`]; whatever breaks off at the end of the text, it is `stop` that
     /// is missing first of all.
-    fn operand(&mut self, stop: char, keep_escapes: bool) -> Result<String, Fault> {
+    fn operand(&mut self, stop: char, keep_escapes: bool) -> Result<String, ExpandFault> {
         let (text, _) = self
             .until(Some(stop), keep_escapes)
             .map_err(|fault| match fault {
-                Fault::Quote(_) | Fault::Brace | Fault::Slash if stop == '}' => Fault::Brace,
+                ExpandFault::Quote(_) | ExpandFault::Brace | ExpandFault::Slash if stop == '}' => {
+                    self.place = None;
+                    ExpandFault::Brace
+                }
                 fault => fault,
             })?;
         self.produce(text.len())?;
@@ -474,7 +549,7 @@ impl Lexer<'_> {
         operator: char,
         word: &str,
         value: &str,
-    ) -> Result<String, Fault> {
+    ) -> Result<String, ExpandFault> {
         let (text, extent) = match word.strip_prefix(operator) {
             Some(rest) => (rest, Extent::Longest),
             None => (word, Extent::Shortest),
@@ -484,15 +559,15 @@ impl Lexer<'_> {
                 '#' => pattern.trim_start(value, extent),
                 _ => pattern.trim_end(value, extent),
             })
-            .map_err(|source| Fault::Pattern {
+            .map_err(|source| ExpandFault::Pattern {
                 name,
-                pattern: quoted(text),
+                pattern: text.to_owned(),
                 source,
             })
     }
 
     /// What stands after `${name/`.
-    fn replacement(&mut self, name: &str) -> Result<String, Fault> {
+    fn replacement(&mut self, name: &str) -> Result<String, ExpandFault> {
         let all = self.eat('/');
         let text = self.operand('/', true)?;
         let by = self.operand('}', true)?;
@@ -513,12 +588,12 @@ impl Lexer<'_> {
                     pattern.replace(&value, &by).map(Some)
                 }
             })
-            .map_err(|source| Fault::Pattern {
+            .map_err(|source| ExpandFault::Pattern {
                 name: name.to_owned(),
-                pattern: quoted(&text),
+                pattern: text.clone(),
                 source,
             })?;
-        replaced.ok_or(Fault::Size)
+        replaced.ok_or(ExpandFault::Size)
     }
 
     /// A name: letters, digits and `_`; or digits alone; or one of the shell's special
@@ -692,6 +767,24 @@ mod tests {
     }
 
     #[test]
+    fn faults_have_places() {
+        let check = |text: &str, expected: &str| {
+            let error = run(text, '\\', Options::default()).unwrap_err();
+            assert_eq!(&text[error.range], expected, "{text}");
+        };
+        check("a ${X} it's b", "'s b");
+        check("a \"b ${X} c", "\"b ${X} c");
+        check("a ${U:?x} b", "${U:?x}");
+        check("a \"${U:?x}\" b", "${U:?x}");
+        check("a ${X^^} b", "${X^");
+        check("a ${} b", "${");
+        check("a ${X:-${U?}} b", "${U?}");
+        check("a ${X:-'b}", "${X:-'b}");
+        check("a ${X#b\\c} d", "${X#b\\c}");
+        check("a ${X/b}", "${X/b}");
+    }
+
+    #[test]
     fn words_are_split() {
         let check = |text: &str, expected: &[&str]| {
             let words = run(text, '\\', Options::default()).unwrap().words;
@@ -760,12 +853,12 @@ mod tests {
         let big = Environment::from([("B".to_owned(), "x".repeat(1 << 20))]);
         let error = expand("$B$B$B$B$B", '\\', &big, Options::default()).unwrap_err();
         assert_eq!(
-            error.0,
+            error.to_string(),
             "cannot expand \"$B$B$B$B$B\": the result is larger than 4194304 bytes"
         );
         let error = expand("${B//x/xxxxx}", '\\', &big, Options::default()).unwrap_err();
         assert_eq!(
-            error.0,
+            error.to_string(),
             "cannot expand \"${B//x/xxxxx}\": the result is larger than 4194304 bytes"
         );
     }

@@ -9,6 +9,8 @@
 use std::fmt;
 use std::ops::Range;
 
+use super::Check;
+
 /// A range of bytes in the Dockerfile's text.
 #[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Span {
@@ -81,6 +83,8 @@ pub struct Directives {
     pub escape: char,
     /// `# check=`: the raw value.
     pub check: Option<Word>,
+    /// What [`Self::check`] says, or the default.
+    pub check_options: Check,
 }
 
 /// A stage: `FROM` and what follows it.

@@ -14,6 +14,7 @@
 //! What needs variables, other stages or the build context is checked by the planner:
 //! mounts beyond their syntax, ports, signals, modes, owners, references, `COPY --from`.
 
+mod check;
 mod csv;
 mod directive;
 mod duration;
@@ -31,6 +32,7 @@ mod split;
 mod statement;
 mod suggest;
 
+pub use check::{Check, CheckError, CheckFault, parse_check};
 pub use csv::{CommaError, comma_fields};
 pub use error::{DockerfileError, Problem, line_column, place};
 pub use instruction::{

@@ -7,15 +7,15 @@
 const MAX_WORK: usize = 1 << 27;
 
 /// Why a pattern cannot be used.
-#[derive(Debug, PartialEq, Eq, thiserror::Error)]
-pub(super) enum PatternError {
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PatternError {
     /// `\` before something else than `*`, `?`, `\`, `/`, `}`.
     #[error("invalid escape \"\\{0}\"")]
     Escape(char),
     /// `\` as the last character.
     #[error("\"\\\" at the end escapes nothing")]
     Trailing,
-    /// See [`MAX_WORK`].
+    /// Matching would take too long.
     #[error("a pattern of {pattern} characters is too long for a value of {value}")]
     TooCostly {
         /// The pattern's length.
