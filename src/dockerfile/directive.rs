@@ -40,7 +40,7 @@ pub(super) fn parse(text: &str, problems: &mut Vec<Problem>) -> Directives {
         if shebang && index == 0 {
             continue;
         }
-        let Some(found) = directive(line, at) else {
+        let Some(found) = directive(line, "#", at) else {
             break;
         };
         indented |= found.line.start > at;
@@ -95,11 +95,48 @@ pub(super) fn parse(text: &str, problems: &mut Vec<Problem>) -> Directives {
     directives
 }
 
-/// `line` as a directive, if it is a known one. `at` is where the line starts.
-fn directive(line: &str, at: usize) -> Option<Found> {
+/// What a file that is no Dockerfile says about its front end: `// syntax=` at the top, or a
+/// JSON object with `syntax`. BuildKit takes both for other front ends' sake.
+pub(super) fn other_front_end(text: &str) -> Option<Word> {
+    let skipped = match text.split_once('\n') {
+        Some((first, _)) if first.starts_with("#!") => first.len() + 1,
+        _ => 0,
+    };
+    let mut start = skipped;
+    for line in text[skipped..].split_inclusive('\n') {
+        if !line.starts_with("//") {
+            break;
+        }
+        let Some(found) = directive(line, "//", start) else {
+            break;
+        };
+        if found.name == "syntax" {
+            return Some(found.value);
+        }
+        start += line.len();
+    }
+    let body = &text[skipped..];
+    if !body.trim_start().starts_with('{') {
+        return None;
+    }
+    let object: serde_json::Map<String, serde_json::Value> = serde_json::from_str(body).ok()?;
+    let raw = object.get("syntax")?.as_str()?.to_owned();
+    let end = skipped + body.trim_end().len();
+    Some(Word {
+        raw,
+        span: Span {
+            start: end - body.trim().len(),
+            end,
+        },
+    })
+}
+
+/// `line` as a directive, if it is a known one. `at` is where the line starts, `comment`
+/// what comments begin with.
+fn directive(line: &str, comment: &str, at: usize) -> Option<Found> {
     let line = trim_line_end(line);
     let body = line.trim_start();
-    let rest = body.strip_prefix('#')?.trim_start();
+    let rest = body.strip_prefix(comment)?.trim_start();
     let (name, raw) = rest.split_once('=')?;
     let name = name.trim_end_matches(is_space).to_ascii_lowercase();
     if !matches!(name.as_str(), "syntax" | "escape" | "check") {
@@ -208,6 +245,30 @@ mod tests {
             names("#!x\n# syntax=a\n# syntax=b\n# check=skip=c\n"),
             found("a", "", '\\')
         );
+    }
+
+    #[test]
+    fn other_front_ends_are_recognised() {
+        let check = |text: &str, expected: Option<(&str, &str)>| {
+            let found = other_front_end(text);
+            let found = (found.as_ref())
+                .map(|word| (word.raw.as_str(), &text[word.span.start..word.span.end]));
+            assert_eq!(found, expected, "{text}");
+        };
+        check("//syntax=foo\n//key=value", Some(("foo", "foo")));
+        check("#!/bin/sh\n// Syntax = x y", Some(("x y", "x y")));
+        check("// escape=`\n// syntax=x", Some(("x", "x")));
+        check("// comment\n// syntax=x", None);
+        check(" // syntax=x", None);
+        check("# syntax=x\n// syntax=y", None);
+        let json = "{\"syntax\": \"foo\", \"bar\": [\"abc\"]}";
+        check(json, Some(("foo", json)));
+        check(&format!("#!x\n {json}\n"), Some(("foo", json)));
+        check("{\"syntax\": \"foo\"", None);
+        check("{\"syntax\": 1}", None);
+        check("{\"syntax\": \"foo\"}\n# syntax=bar", None);
+        check("FROM a", None);
+        check("", None);
     }
 
     #[test]

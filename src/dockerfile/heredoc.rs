@@ -1,9 +1,11 @@
 //! Here-documents: which ones a line announces, and their content.
 
+use std::ops::Range;
+
 use super::error::quoted;
 use super::expand::{self, Environment, ExpandError, Options};
 use super::lines::{Line, Reader, trim_line_end};
-use super::{Heredoc, MAX_HEREDOCS, Problem, Span};
+use super::{Heredoc, MAX_HEREDOCS, Problem, Span, suggest};
 
 /// A here-document operator such as `3<<-"EOF"`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -53,6 +55,31 @@ pub(super) fn announced(word: &str) -> Result<Option<Announced>, ExpandError> {
     }))
 }
 
+/// The words of a line as the search for operators takes them. None if the shell lexer
+/// cannot follow the line.
+fn words(line: &str) -> Vec<String> {
+    if !line.contains("<<") {
+        return Vec::new();
+    }
+    let options = Options {
+        keep_quotes: true,
+        keep_escapes: true,
+        keep_unset: true,
+        ..Options::default()
+    };
+    expand::expand(line, '\\', &Environment::new(), options)
+        .map(|expansion| expansion.words)
+        .unwrap_or_default()
+}
+
+/// The names of the here-documents that `line`, which has been read before, announces.
+pub(super) fn names(line: &str) -> Vec<String> {
+    (words(line).iter())
+        .filter_map(|word| announced(word).ok().flatten())
+        .map(|announced| announced.name)
+        .collect()
+}
+
 /// Reads the here-documents that `line` announces from what follows it.
 ///
 /// A line whose quotes or substitutions the shell lexer cannot follow has none, as in
@@ -63,21 +90,9 @@ pub(super) fn read(
     problems: &mut Vec<Problem>,
 ) -> Vec<Heredoc> {
     let text = line.slice().text();
-    if !text.contains("<<") {
-        return Vec::new();
-    }
-    let options = Options {
-        keep_quotes: true,
-        keep_escapes: true,
-        keep_unset: true,
-        ..Options::default()
-    };
-    let Ok(expansion) = expand::expand(text, '\\', &Environment::new(), options) else {
-        return Vec::new();
-    };
     let mut heredocs = Vec::new();
     let mut searched = 0;
-    for word in &expansion.words {
+    for word in &words(text) {
         let announced = match announced(word) {
             Ok(None) => continue,
             Ok(Some(announced)) => Ok(announced),
@@ -111,8 +126,17 @@ pub(super) fn read(
     heredocs
 }
 
-/// The problem of a missing terminator; `almost` is the number of a line that is nearly one.
-fn unterminated(place: Span, announced: &Announced, almost: Option<usize>) -> Problem {
+/// A line that was perhaps meant to be a terminator.
+#[derive(Debug)]
+struct Almost {
+    /// Its number, from 1.
+    line: usize,
+    /// It, without blanks around it.
+    text: String,
+}
+
+/// The problem of a missing terminator.
+fn unterminated(place: Span, announced: &Announced, almost: Option<Almost>) -> Problem {
     let problem = Problem::new(
         place,
         format!(
@@ -121,19 +145,24 @@ fn unterminated(place: Span, announced: &Announced, almost: Option<usize>) -> Pr
         ),
     );
     match almost {
-        Some(number) => problem.with_hint(format!(
-            "line {number} has it between blanks; only tabs before it are allowed, and only \
-             with \"<<-\""
+        Some(Almost { line, text }) if text == announced.name => problem.with_hint(format!(
+            "line {line} has it between blanks; only tabs before it are allowed, and only with \
+             \"<<-\""
         )),
+        Some(Almost { line, text }) => {
+            problem.with_hint(format!("did you mean {} in line {line}?", quoted(&text)))
+        }
         None => problem,
     }
 }
 
-/// Reads up to the terminator. The error is the number of a line that almost is one.
-fn content(announced: &Announced, reader: &mut Reader<'_>) -> Result<Heredoc, Option<usize>> {
+/// Reads up to the terminator. The error is the line that is nearest to being one.
+fn content(announced: &Announced, reader: &mut Reader<'_>) -> Result<Heredoc, Option<Almost>> {
     let text = reader.text();
     let mut span: Option<Span> = None;
-    let mut almost = None;
+    // Between blanks, and misspelt.
+    let mut blanks: Option<Range<usize>> = None;
+    let mut misspelt: Option<Range<usize>> = None;
     while let Some(range) = reader.physical() {
         let line = trim_line_end(&text[range.clone()]);
         let candidate = if announced.chomp {
@@ -155,15 +184,20 @@ fn content(announced: &Announced, reader: &mut Reader<'_>) -> Result<Heredoc, Op
                 span,
             });
         }
-        if almost.is_none() && line.trim() == announced.name {
-            almost = Some(range.start);
+        if blanks.is_none() && line.trim() == announced.name {
+            blanks = Some(range.clone());
+        } else if misspelt.is_none() && suggest::is_typo(line.trim(), &announced.name) {
+            misspelt = Some(range.clone());
         }
         span = Some(Span {
             start: span.map_or(range.start, |s| s.start),
             end: range.end,
         });
     }
-    Err(almost.map(|at| super::line_column(text, at).0))
+    Err(blanks.or(misspelt).map(|range| Almost {
+        line: super::line_column(text, range.start).0,
+        text: text[range].trim().to_owned(),
+    }))
 }
 
 #[cfg(test)]
@@ -240,6 +274,27 @@ mod tests {
         assert_eq!(
             problem.hint.as_deref().unwrap(),
             "line 4 has it between blanks; only tabs before it are allowed, and only with \"<<-\""
+        );
+    }
+
+    #[test]
+    fn a_misspelt_end_is_named() {
+        let check = |text: &str, expected: Option<&str>| {
+            let (_, problems, _) = read_all(text);
+            assert_eq!(problems[0].hint.as_deref(), expected, "{text}");
+        };
+        let eof = |end: &str| format!("RUN <<EOF\nx\ny\n{end}\n");
+        check(&eof("eof"), Some("did you mean \"eof\" in line 4?"));
+        check(&eof(" EOF."), Some("did you mean \"EOF.\" in line 4?"));
+        check(&eof("EFO"), Some("did you mean \"EFO\" in line 4?"));
+        check(&eof("FROM"), None);
+        check(&eof("EO"), None);
+        check("RUN <<A\nx\ny\nB\n", None);
+        check(
+            "RUN <<A\nx\na\nA \n",
+            Some(
+                "line 4 has it between blanks; only tabs before it are allowed, and only with \"<<-\"",
+            ),
         );
     }
 

@@ -25,6 +25,18 @@ struct Segment {
 }
 
 impl Line {
+    /// A line that stands in one piece at the start of its source.
+    pub(super) fn of(text: &str) -> Self {
+        Self {
+            text: text.to_owned(),
+            segments: Vec::new(),
+            span: Span {
+                start: 0,
+                end: text.len(),
+            },
+        }
+    }
+
     /// The whole line as a slice.
     pub(super) fn slice(&self) -> Slice<'_> {
         Slice {
@@ -256,7 +268,7 @@ impl Line {
 }
 
 /// Where the escape character stands that continues `line`. A doubled one continues nothing.
-fn continuation(line: &str, escape: char) -> Option<usize> {
+pub(super) fn continuation(line: &str, escape: char) -> Option<usize> {
     let before = line.trim_end_matches([' ', '\t']).strip_suffix(escape)?;
     (!before.ends_with(escape)).then_some(before.len())
 }

@@ -27,6 +27,7 @@ mod json;
 mod lines;
 mod mount;
 mod pattern;
+mod print;
 mod run;
 mod split;
 mod statement;
@@ -68,6 +69,15 @@ pub const MAX_HEREDOCS: usize = 64;
 /// [`DockerfileError`] with every independent problem found.
 pub fn parse(name: &str, text: &[u8]) -> Result<Dockerfile, DockerfileError> {
     let text = decode(name, text)?;
+    if let Some(front_end) = directive::other_front_end(text) {
+        let message = format!(
+            "this is no Dockerfile: it asks for the front end {}",
+            error::quoted(&front_end.raw)
+        );
+        let problem = Problem::new(front_end.span, message)
+            .with_hint("front ends are never fetched or executed; only Dockerfiles are built");
+        return Err(failure(name, text, vec![problem]));
+    }
     let mut problems = long_lines(text);
     let directives = directive::parse(text, &mut problems);
     let mut global_args = Vec::new();

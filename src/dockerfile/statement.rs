@@ -79,6 +79,11 @@ pub(super) fn may_have_heredocs(line: &Line, escape: char) -> bool {
         && json::parse_array(split.args.text()) == Json::Other
 }
 
+/// [`may_have_heredocs`] for the text of a line.
+pub(super) fn may_have_heredocs_text(text: &str, escape: char) -> bool {
+    may_have_heredocs(&Line::of(text), escape)
+}
+
 fn find_name(written: &str) -> Option<&'static str> {
     let mut names = NAMES.iter().copied();
     names.find(|name| name.eq_ignore_ascii_case(written))

@@ -14,6 +14,25 @@ pub(super) fn nearest<'o>(word: &str, options: &[&'o str]) -> Option<&'o str> {
         .map(|(_, option)| option)
 }
 
+/// Whether `written` is probably `meant`: the same but for upper and lower case, or for a
+/// slip in a word long enough.
+pub(super) fn is_typo(written: &str, meant: &str) -> bool {
+    if written.len() > meant.len() + MAX_DISTANCE || written.is_empty() {
+        return false;
+    }
+    let same_letters = || {
+        let sorted = |text: &str| {
+            let mut letters: Vec<char> = text.chars().collect();
+            letters.sort_unstable();
+            letters
+        };
+        sorted(written) == sorted(meant)
+    };
+    let letters: Vec<char> = written.chars().collect();
+    written.to_lowercase() == meant.to_lowercase()
+        || letters.len() > 2 && (same_letters() || distance(&letters, meant) < MAX_DISTANCE)
+}
+
 /// Levenshtein's distance.
 fn distance(word: &[char], option: &str) -> usize {
     let option: Vec<char> = option.chars().collect();
