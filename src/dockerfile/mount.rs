@@ -161,7 +161,7 @@ pub enum MountFault {
     Empty,
     /// A value cannot be expanded.
     #[error(transparent)]
-    Expand(#[from] ExpandError),
+    Expand(Box<ExpandError>),
     /// `from` holds a variable.
     #[error("\"from\" does not support variables, got {}", quoted(.0))]
     Variable(String),
@@ -353,7 +353,7 @@ impl Fields {
         let key = key.to_lowercase();
         let value = match expand(value) {
             Ok(value) => value,
-            Err(error) => return fail(MountFault::Expand(error)),
+            Err(error) => return fail(MountFault::Expand(Box::new(error))),
         };
         let Some(&key) = KEYS.iter().find(|known| **known == key) else {
             return Err(MountError {

@@ -190,7 +190,7 @@ mod tests {
     #[test]
     fn long_lines_are_continued() {
         let part = "\\\\ # \u{e9}".repeat(5_000);
-        let text = format!("FROM a\nRUN {}\n", vec![part.as_str(); 10].join("\\\n"));
+        let text = format!("FROM a\nRUN {}\n", [part.as_str(); 10].join("\\\n"));
         assert!(text.len() < MAX_DOCKERFILE_BYTES);
         let first = parse("Dockerfile", text.as_bytes()).unwrap();
         let second = parse("Dockerfile", first.to_string().as_bytes()).unwrap();

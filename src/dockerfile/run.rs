@@ -1,9 +1,10 @@
 //! `RUN`, and what its flags may say before variables are known.
 
+use super::csv::{self, CommaField};
 use super::error::quoted;
 use super::split::{FlagKind, Split};
 use super::statement::{Parser, command};
-use super::{CommandLine, Problem, Run, Word, csv, mount, suggest};
+use super::{CommandLine, Problem, Run, Word, mount, suggest};
 
 const RUN_FLAGS: &[(&str, FlagKind)] = &[
     ("device", FlagKind::Many),
@@ -16,6 +17,16 @@ impl Parser<'_> {
     /// `RUN`.
     pub(super) fn run(&mut self, split: &Split<'_>) -> Result<Run, Problem> {
         let flags = self.flags(&split.flags, "RUN", RUN_FLAGS);
+        let (mounts, devices) = (flags.many("mount"), flags.many("device"));
+        for mount in &mounts {
+            self.problems.extend(mount_problem(mount, self.source));
+        }
+        for device in &devices {
+            self.problems.extend(device_problem(device, self.source));
+        }
+        let (network, security) = (flags.one("network"), flags.one("security"));
+        self.one_of("network mode", &network, &["default", "none", "host"]);
+        self.one_of("security mode", &security, &["sandbox", "insecure"]);
         let command = command(split.args)?;
         if command == CommandLine::Exec(Vec::new()) {
             return Err(Problem::new(
@@ -23,23 +34,14 @@ impl Parser<'_> {
                 "RUN requires a command: the array is empty",
             ));
         }
-        let run = Run {
+        Ok(Run {
             command,
             heredocs: std::mem::take(&mut self.heredocs),
-            mounts: flags.many("mount"),
-            network: flags.one("network"),
-            security: flags.one("security"),
-            devices: flags.many("device"),
-        };
-        for mount in &run.mounts {
-            self.problems.extend(mount_problem(mount, self.source));
-        }
-        for device in &run.devices {
-            self.problems.extend(device_problem(device));
-        }
-        self.one_of("network mode", &run.network, &["default", "none", "host"]);
-        self.one_of("security mode", &run.security, &["sandbox", "insecure"]);
-        Ok(run)
+            mounts,
+            network,
+            security,
+            devices,
+        })
     }
 
     fn one_of(&mut self, what: &str, word: &Option<Word>, allowed: &[&str]) {
@@ -72,38 +74,40 @@ fn mount_problem(mount: &Word, source: &str) -> Option<Problem> {
 }
 
 /// What is wrong with a `--device`; variables are not expanded in it.
-fn device_problem(device: &Word) -> Option<Problem> {
-    let problem = |fault: String| {
+fn device_problem(device: &Word, source: &str) -> Option<Problem> {
+    let problem = |range, fault: String| {
         Some(Problem::new(
-            device.span,
+            device.span_of(source, range),
             format!("invalid --device: {fault}"),
         ))
     };
-    let fields = match csv::comma_fields(&device.raw) {
+    let fields = match csv::placed_fields(&device.raw) {
         Ok(fields) => fields,
-        Err(fault) => return problem(fault.to_string()),
+        Err((fault, range)) => return problem(range, fault.to_string()),
     };
     if fields.is_empty() {
-        return problem("it has no name".to_owned());
+        return problem(0..0, "it has no name".to_owned());
     }
     let mut named = false;
-    for field in &fields {
-        match field.split_once('=') {
-            None if field.eq_ignore_ascii_case("required") => {}
+    for CommaField { text, range } in fields {
+        match text.split_once('=') {
+            None if text.eq_ignore_ascii_case("required") => {}
             Some((key, _)) if key.eq_ignore_ascii_case("name") && named => {
-                return problem(format!("a second name in {}", quoted(field)));
+                return problem(range, format!("a second name in {}", quoted(&text)));
             }
             Some((key, value)) if key.eq_ignore_ascii_case("required") => {
                 if mount::parse_bool(value).is_none() {
-                    return problem(format!("invalid value {} for required", quoted(value)));
+                    let fault = format!("invalid value {} for required", quoted(value));
+                    return problem(range, fault);
                 }
             }
             _ if !named => named = true,
             _ => {
-                return problem(format!(
+                let fault = format!(
                     "unexpected field {}: name and required exist",
-                    quoted(field)
-                ));
+                    quoted(&text)
+                );
+                return problem(range, fault);
             }
         }
     }
