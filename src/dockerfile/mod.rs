@@ -5,6 +5,10 @@
 //! - Everything that is wrong is reported at once, each with its place.
 //! - The text must be UTF-8, also in flags, which BuildKit takes for Latin-1.
 //! - `ONBUILD` triggers are checked when they are written, not only when they are executed.
+//! - Where a text is split into words (`EXPOSE`, the search for here-documents), what stands
+//!   before a substitution with an operand stays: `EXPOSE 80${UNSET:-80}` is port 8080, while
+//!   BuildKit forgets the first half.
+//! - Expansions and their patterns have limits, see [`expand`].
 //!
 //! ```text
 //! bytes ─ lines ─▶ logical lines ─ heredoc ─▶ + contents ─ split ─▶ name, flags, arguments

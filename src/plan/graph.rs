@@ -216,8 +216,8 @@ impl<'a> Builder<'a> {
     fn expand(&mut self, word: &Word) -> Option<String> {
         expand_word(word, self.dockerfile.directives.escape, &self.args)
             .map_err(|error| {
-                self.problems
-                    .push(Problem::new(word.span, error.to_string()))
+                let span = word.span_of(&self.dockerfile.text, error.range.clone());
+                self.problems.push(Problem::new(span, error.to_string()))
             })
             .ok()
     }

@@ -465,7 +465,14 @@ impl<'a> Lowering<'a> {
             self.dockerfile.directives.escape,
             &current.state.environment(),
         )
-        .map_err(|error| Problem::new(word.span, error.to_string()))
+        .map_err(|error| {
+            // Words of triggers are not in the file.
+            let span = match current.trigger_of {
+                Some(_) => word.span,
+                None => word.span_of(&self.dockerfile.text, error.range.clone()),
+            };
+            Problem::new(span, error.to_string())
+        })
     }
 
     /// Expands pairs against the values before the instruction: in `ENV a=1 b=$a`, `$a` is the old one.
