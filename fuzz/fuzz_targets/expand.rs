@@ -2,9 +2,13 @@
 
 #![no_main]
 
+#[allow(dead_code, unreachable_pub, unused_imports)]
+#[path = "../../src/dockerfile/mod.rs"]
+mod dockerfile;
+
+use dockerfile::expand::{Environment, MAX_EXPANSION_BYTES, Options, expand};
+use dockerfile::{parse_check, parse_mount};
 use libfuzzer_sys::fuzz_target;
-use sockless::dockerfile::expand::{Environment, MAX_EXPANSION_BYTES, Options, expand};
-use sockless::dockerfile::{parse_check, parse_mount};
 
 fuzz_target!(|input: (u8, &str)| {
     let (bits, text) = input;

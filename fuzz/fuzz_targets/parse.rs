@@ -3,8 +3,12 @@
 
 #![no_main]
 
+#[allow(dead_code, unreachable_pub, unused_imports)]
+#[path = "../../src/dockerfile/mod.rs"]
+mod dockerfile;
+
+use dockerfile::InstructionKind;
 use libfuzzer_sys::fuzz_target;
-use sockless::dockerfile::{self, InstructionKind};
 
 fuzz_target!(|bytes: &[u8]| {
     let _ = dockerfile::parse_trigger(&String::from_utf8_lossy(bytes));

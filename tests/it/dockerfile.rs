@@ -243,6 +243,59 @@ fn what_is_printed_parses_to_the_same() {
     assert!(count * 4 > files.len() * 3, "{count} of {}", files.len());
 }
 
+/// What BuildKit builds is parsed. What it refuses and the parser refuses too is refused in
+/// the same instruction and with the words that matter; the rest is for the planner.
+#[test]
+fn conformance_cases_are_parsed_or_refused() {
+    let cases = root().join("fixtures/conformance/cases");
+    let Ok(entries) = fs::read_dir(&cases) else {
+        println!("SKIP: {} does not exist", cases.display());
+        return;
+    };
+    let mut wrong = Vec::new();
+    let mut refused = 0;
+    for entry in entries {
+        let case = entry.unwrap().path();
+        let Ok(text) = fs::read(case.join("Dockerfile")) else {
+            continue;
+        };
+        let expected: serde_json::Value =
+            serde_json::from_slice(&fs::read(case.join("expected.json")).unwrap()).unwrap();
+        let name = case.file_name().unwrap().to_string_lossy().into_owned();
+        match dockerfile::parse("Dockerfile", &text) {
+            Ok(_) => {}
+            Err(error) if expected.get("error").is_none() => {
+                wrong.push(format!("{name} is refused: {error}"));
+            }
+            Err(error) => {
+                refused += 1;
+                let (line, _) = line_column(&error.text, error.problems[0].span.start);
+                let shown = error.to_string();
+                // BuildKit names the first line of an instruction, this parser the very line.
+                if let Some(expected) = expected["line"].as_u64() {
+                    let between = error
+                        .text
+                        .lines()
+                        .take(line - 1)
+                        .skip(expected as usize - 1);
+                    let continued = between.clone().all(|l| l.trim_end().ends_with('\\'));
+                    if (line as u64) < expected || !continued {
+                        wrong.push(format!("{name} is not refused in line {expected}: {shown}"));
+                    }
+                }
+                for word in expected["must_mention"].as_array().into_iter().flatten() {
+                    let word = word.as_str().unwrap();
+                    if !shown.to_lowercase().contains(&word.to_lowercase()) {
+                        wrong.push(format!("{name} does not mention {word}: {shown}"));
+                    }
+                }
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    assert!(refused > 20, "{refused}");
+}
+
 mod laws {
     use std::fs;
 
