@@ -21,6 +21,7 @@
 //! | module | what it is | what it does not know |
 //! | --- | --- | --- |
 //! | [`dockerfile`] | text → instructions, word expansion | files, images |
+//! | [`lint`] | what in a Dockerfile is surely not meant | files, network |
 //! | [`plan`] | instructions + base configs → steps | files, network |
 //! | [`image`] | values of the image specification | files, network |
 //! | [`context`] | what COPY and ADD may see | images |
@@ -99,6 +100,7 @@ pub mod image;
 pub mod io;
 pub mod layer;
 pub mod layout;
+pub mod lint;
 pub mod pipeline;
 pub mod plan;
 pub mod progress;

@@ -48,6 +48,7 @@ pub use instruction::{
 pub use mount::{
     Mount, MountError, MountFault, MountKind, Sharing, check_mount, parse_mount, parse_size,
 };
+pub(crate) use suggest::nearest;
 
 use lines::Reader;
 use statement::Statement;

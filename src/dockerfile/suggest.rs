@@ -7,7 +7,7 @@ const MAX_DISTANCE: usize = 2;
 const SHORT_CHARS: usize = 3;
 
 /// The option nearest to `word`, if it is near enough. The first of equally near ones.
-pub(super) fn nearest<'o>(word: &str, options: &[&'o str]) -> Option<&'o str> {
+pub(crate) fn nearest<'o>(word: &str, options: &[&'o str]) -> Option<&'o str> {
     let word: Vec<char> = word.chars().take(64).collect();
     let most = if word.len() > SHORT_CHARS {
         MAX_DISTANCE
