@@ -22,6 +22,7 @@
 //! | --- | --- | --- |
 //! | [`dockerfile`] | text → instructions, word expansion | files, images |
 //! | [`lint`] | what in a Dockerfile is surely not meant | files, network |
+//! | [`call`] | checks, outline and targets for programs and people | files, network |
 //! | [`plan`] | instructions + base configs → steps | files, network |
 //! | [`image`] | values of the image specification | files, network |
 //! | [`context`] | what COPY and ADD may see | images |
@@ -89,6 +90,7 @@
 )]
 
 pub mod build;
+pub mod call;
 pub mod cli;
 pub mod config;
 pub mod confined;

@@ -7,7 +7,7 @@ use super::rule::{
     UNDEFINED_ARG_IN_FROM,
 };
 use super::stage::ArgInfo;
-use super::{CheckError, Facts, Linter, Lines, Placed, Source, did_you_mean, quoted};
+use super::{CheckError, Facts, Lines, Linter, Placed, Source, did_you_mean, quoted};
 use crate::dockerfile::expand::{Environment, Expansion, Options as ExpandOptions, expand};
 use crate::dockerfile::{
     self, Dockerfile, Instruction, InstructionKind, Word, comma_fields, parse_trigger,
@@ -131,7 +131,11 @@ impl<'a> From<'a> {
                 platform,
                 is_replaced,
                 triggers: Vec::new(),
-                used_args: if is_replaced { BTreeSet::new() } else { used_args },
+                used_args: if is_replaced {
+                    BTreeSet::new()
+                } else {
+                    used_args
+                },
                 sources: Vec::new(),
                 has_triggers: false,
             });
@@ -217,15 +221,24 @@ impl<'a> From<'a> {
             && !stage.contains(&platform.os)
             && !stage.contains(&platform.architecture)
         {
-            linter.add(&options, &FROM_PLATFORM_FLAG_CONST_DISALLOWED, placed, || {
-                let text = quoted(text);
-                format!("FROM --platform flag should not use constant value {text}")
-            });
+            linter.add(
+                &options,
+                &FROM_PLATFORM_FLAG_CONST_DISALLOWED,
+                placed,
+                || {
+                    let text = quoted(text);
+                    format!("FROM --platform flag should not use constant value {text}")
+                },
+            );
         }
         platform.ok_or_else(|| {
-            let hint = expanded.unset.iter().next().map_or_else(String::new, |name| {
-                did_you_mean(name, self.args.keys().map(String::as_str), "")
-            });
+            let hint = expanded
+                .unset
+                .iter()
+                .next()
+                .map_or_else(String::new, |name| {
+                    did_you_mean(name, self.args.keys().map(String::as_str), "")
+                });
             let message = if text.is_empty() {
                 format!("empty platform value from expression {}{hint}", word.raw)
             } else {
@@ -259,7 +272,11 @@ impl<'a> From<'a> {
             return Ok(self.nodes.len().saturating_sub(1));
         };
         self.stage_named(target).ok_or_else(|| {
-            let names = self.dockerfile.stages.iter().filter_map(|s| s.name.as_ref());
+            let names = self
+                .dockerfile
+                .stages
+                .iter()
+                .filter_map(|s| s.name.as_ref());
             let hint = did_you_mean(target, names.map(|name| name.raw.as_str()), "");
             CheckError::Options(format!(
                 "target stage {} could not be found{hint}",
@@ -271,7 +288,8 @@ impl<'a> From<'a> {
     /// The last stage of this name, in any case.
     fn stage_named(&self, name: &str) -> Option<usize> {
         let name = name.to_lowercase();
-        let is_named = |stage: &dockerfile::Stage| stage.name.as_ref().is_some_and(|n| n.raw == name);
+        let is_named =
+            |stage: &dockerfile::Stage| stage.name.as_ref().is_some_and(|n| n.raw == name);
         self.dockerfile.stages.iter().rposition(is_named)
     }
 
@@ -292,7 +310,9 @@ impl<'a> From<'a> {
                     return Err(at(lines, message.to_owned()));
                 }
                 if let Ok(number) = from.raw.parse::<i64>() {
-                    let index = usize::try_from(number).ok().filter(|i| *i < self.nodes.len());
+                    let index = usize::try_from(number)
+                        .ok()
+                        .filter(|i| *i < self.nodes.len());
                     let index =
                         index.ok_or_else(|| at(lines, format!("invalid stage index {number}")))?;
                     return Ok(vec![index]);
@@ -329,7 +349,9 @@ impl<'a> From<'a> {
             } else {
                 let replaced = self.nodes.iter().map(|node| node.is_replaced);
                 let wanted = reachable.iter().zip(replaced);
-                wanted.map(|(wanted, replaced)| *wanted && !replaced).collect()
+                wanted
+                    .map(|(wanted, replaced)| *wanted && !replaced)
+                    .collect()
             });
         }
     }
@@ -367,16 +389,24 @@ impl<'a> From<'a> {
             }
             Base::Image(_) | Base::Context => {
                 let config = self.facts.images.get(&index);
-                expressions.extend(config.and_then(|c| c.config.on_build.clone()).unwrap_or_default());
+                expressions.extend(
+                    config
+                        .and_then(|c| c.config.on_build.clone())
+                        .unwrap_or_default(),
+                );
             }
             Base::Scratch => {}
         }
         let mut sources = Vec::new();
         for expression in &expressions {
             let trigger = parse_trigger(expression).map_err(|error| {
-                let messages: Vec<&str> = error.problems.iter().map(|p| p.message.as_str()).collect();
+                let messages: Vec<&str> =
+                    error.problems.iter().map(|p| p.message.as_str()).collect();
                 let shown = quoted(expression);
-                at(lines, format!("ONBUILD {shown} of the base: {}", messages.join("; ")))
+                at(
+                    lines,
+                    format!("ONBUILD {shown} of the base: {}", messages.join("; ")),
+                )
             })?;
             sources.extend(self.sources(&trigger, lines)?);
             self.nodes[index].triggers.push(trigger);
@@ -407,7 +437,10 @@ pub(super) fn mount_fields(mount: &str) -> Vec<(String, Option<String>)> {
 ///
 /// <https://docs.docker.com/reference/dockerfile/#automatic-platform-args-in-the-global-scope>
 fn platform_args(dockerfile: &Dockerfile, facts: &Facts<'_>) -> Environment {
-    let last = dockerfile.stages.last().and_then(|stage| stage.name.as_ref());
+    let last = dockerfile
+        .stages
+        .last()
+        .and_then(|stage| stage.name.as_ref());
     let stage = facts.target.or_else(|| last.map(|name| name.raw.as_str()));
     let mut args = Environment::new();
     for (prefix, platform) in [("BUILD", facts.build_platform), ("TARGET", facts.platform)] {
@@ -421,7 +454,10 @@ fn platform_args(dockerfile: &Dockerfile, facts: &Facts<'_>) -> Environment {
             args.insert(format!("{prefix}{suffix}"), value);
         }
     }
-    args.insert("TARGETSTAGE".to_owned(), stage.unwrap_or("default").to_owned());
+    args.insert(
+        "TARGETSTAGE".to_owned(),
+        stage.unwrap_or("default").to_owned(),
+    );
     for (name, value) in &mut args {
         if let Some(given) = facts.build_args.get(name) {
             value.clone_from(given);

@@ -24,7 +24,7 @@ mod text;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::dockerfile::{self, Dockerfile, DockerfileError, Span, line_column};
+use crate::dockerfile::{self, Dockerfile, DockerfileError, Problem, Span, line_column};
 use crate::image::{ImageConfig, Platform, Reference};
 
 pub use from::{Base, Node};
@@ -111,6 +111,22 @@ impl CheckError {
             Self::Dockerfile { lines, .. } => Some(*lines),
             Self::Options(_) | Self::Limit(_) => None,
         }
+    }
+
+    /// As an error of the file `name` with `text`, where it points at lines of it.
+    pub fn in_dockerfile(&self, name: &str, text: &str) -> Option<DockerfileError> {
+        let line = self.lines()?.first.checked_sub(1)?;
+        let before: usize = text.split_inclusive('\n').take(line).map(str::len).sum();
+        let whole = text.split_inclusive('\n').nth(line).unwrap_or_default();
+        let span = Span {
+            start: before + (whole.len() - whole.trim_start().len()),
+            end: before + whole.trim_end().len(),
+        };
+        Some(DockerfileError {
+            name: name.to_owned(),
+            text: text.to_owned(),
+            problems: vec![Problem::new(span, self.to_string())],
+        })
     }
 
     /// The first problem of `error`.
@@ -210,7 +226,7 @@ pub fn walk(dockerfile: &Dockerfile, facts: &Facts<'_>) -> Walked {
         global_args: BTreeMap::new(),
         target: 0,
     };
-    let linter = match options(dockerfile, facts) {
+    let mut linter = match options(dockerfile, facts) {
         Ok(options) => Linter::new(options),
         Err(error) => {
             walked.report.error = Some(error);
@@ -218,10 +234,28 @@ pub fn walk(dockerfile: &Dockerfile, facts: &Facts<'_>) -> Walked {
         }
     };
     let source = Source::of(dockerfile);
-    let mut linter = linter;
     let result = walk_into(&mut walked, &mut linter, dockerfile, &source, facts);
     walked.report = linter.report(result.err());
     walked
+}
+
+/// Checks what needs no base image, where one cannot be had.
+pub fn check_without_bases(dockerfile: &Dockerfile, facts: &Facts<'_>) -> Report {
+    let mut linter = match options(dockerfile, facts) {
+        Ok(options) => Linter::new(options),
+        Err(error) => {
+            return Report {
+                error: Some(error),
+                ..Report::default()
+            };
+        }
+    };
+    let source = Source::of(dockerfile);
+    text::check(&mut linter, dockerfile, &source);
+    text::check_whole(&mut linter, dockerfile, &source);
+    let result = from::From::new(&mut linter, dockerfile, &source, facts)
+        .and_then(|mut from| from.stages(&mut linter));
+    linter.report(result.err())
 }
 
 fn walk_into(
@@ -419,15 +453,12 @@ fn quoted(text: &str) -> String {
 }
 
 /// ` (did you mean $NAME?)`, or nothing; `options` in the order of preference.
-fn did_you_mean<'o>(
-    name: &str,
-    options: impl Iterator<Item = &'o str>,
-    prefix: &str,
-) -> String {
+fn did_you_mean<'o>(name: &str, options: impl Iterator<Item = &'o str>, prefix: &str) -> String {
     let length = name.chars().count();
     let near: Vec<&str> = options
         .filter(|option| option.chars().count().abs_diff(length) <= 2)
         .collect();
-    dockerfile::nearest(name, &near)
-        .map_or_else(String::new, |near| format!(" (did you mean {prefix}{near}?)"))
+    dockerfile::nearest(name, &near).map_or_else(String::new, |near| {
+        format!(" (did you mean {prefix}{near}?)")
+    })
 }

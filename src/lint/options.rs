@@ -38,7 +38,12 @@ impl Options {
             let (name, value) = part
                 .split_once('=')
                 .ok_or_else(|| OptionsError(part.to_owned()))?;
-            let rules = || value.split(',').map(|rule| rule.trim().to_owned()).collect();
+            let rules = || {
+                value
+                    .split(',')
+                    .map(|rule| rule.trim().to_owned())
+                    .collect()
+            };
             match (name.trim(), value.trim()) {
                 ("skip", "all") => options.skip_all = true,
                 ("skip", _) => options.skip = rules(),
@@ -116,7 +121,10 @@ mod tests {
             "experimental=InvalidDefinitionDescription;error=1",
             experimental
         ));
-        assert!(applies("skip=InvalidDefinitionDescription;experimental=all", experimental));
+        assert!(applies(
+            "skip=InvalidDefinitionDescription;experimental=all",
+            experimental
+        ));
         assert!(Options::parse("error=true;skip=all").unwrap().error);
         assert!(!Options::parse("error=F").unwrap().error);
     }

@@ -189,7 +189,13 @@ mod tests {
                 placed(15, 19, 1, &[])
             ]
         );
-        assert_eq!(instructions[2].lines, Lines { first: 20, last: 21 });
+        assert_eq!(
+            instructions[2].lines,
+            Lines {
+                first: 20,
+                last: 21
+            }
+        );
         assert_eq!(instructions[2].empty_continuation, Some(21));
     }
 

@@ -10,7 +10,7 @@ use super::rule::{
     SECRETS_USED_IN_ARG_OR_ENV, UNDEFINED_VAR, WORKDIR_RELATIVE_PATH,
 };
 use super::{
-    CheckError, Facts, Linter, Lines, MAX_VALUE_BYTES, Placed, did_you_mean, quoted, written_name,
+    CheckError, Facts, Lines, Linter, MAX_VALUE_BYTES, Placed, did_you_mean, quoted, written_name,
 };
 use crate::dockerfile::expand::{Environment, Expansion, Options as ExpandOptions, expand};
 use crate::dockerfile::{
@@ -113,8 +113,12 @@ struct State {
 impl State {
     fn new(config: Option<&ImageConfig>, is_known: bool, platform: Platform) -> Self {
         let config = config.map(|config| &config.config);
-        let env = config.map(|config| config.env.as_slice()).unwrap_or_default();
-        let pairs = env.iter().map(|pair| pair.split_once('=').unwrap_or((pair, "")));
+        let env = config
+            .map(|config| config.env.as_slice())
+            .unwrap_or_default();
+        let pairs = env
+            .iter()
+            .map(|pair| pair.split_once('=').unwrap_or((pair, "")));
         Self {
             env: Environment::new(),
             set_at: BTreeMap::new(),
@@ -132,7 +136,8 @@ impl State {
     fn begin(&mut self) {
         let has_path = self.image_env.iter().any(|(name, _)| name == "PATH");
         if !has_path && self.platform.os != "windows" {
-            self.image_env.push(("PATH".to_owned(), DEFAULT_PATH.to_owned()));
+            self.image_env
+                .push(("PATH".to_owned(), DEFAULT_PATH.to_owned()));
         }
         for (name, value) in self.image_env.clone() {
             self.set(&name, value);
@@ -164,7 +169,10 @@ impl State {
 
     /// About how many bytes it takes.
     fn size(&self) -> usize {
-        let env = self.env.iter().map(|(name, value)| 3 * name.len() + 2 * value.len());
+        let env = self
+            .env
+            .iter()
+            .map(|(name, value)| 3 * name.len() + 2 * value.len());
         env.sum::<usize>() + self.args.iter().map(String::len).sum::<usize>()
     }
 }
@@ -236,21 +244,21 @@ impl<'a> Stages<'a> {
         let is_empty = config.rootfs.diff_ids.is_empty()
             && config.history.iter().all(|entry| entry.empty_layer);
         let (actual, expected) = (&config.platform, &node.platform);
-        if is_empty
-            || (&actual.os, &actual.architecture) == (&expected.os, &expected.architecture)
+        if is_empty || (&actual.os, &actual.architecture) == (&expected.os, &expected.architecture)
         {
             return;
         }
         let placed = &self.from.source.stages[index].0;
-        self.linter.add_always(&INVALID_BASE_IMAGE_PLATFORM, placed, || {
-            let shown = |platform: &Platform| quoted(&normal(platform).to_string());
-            format!(
-                "Base image {} was pulled with platform {}, expected {} for current build",
-                node.base_name,
-                shown(actual),
-                shown(expected)
-            )
-        });
+        self.linter
+            .add_always(&INVALID_BASE_IMAGE_PLATFORM, placed, || {
+                let shown = |platform: &Platform| quoted(&normal(platform).to_string());
+                format!(
+                    "Base image {} was pulled with platform {}, expected {} for current build",
+                    node.base_name,
+                    shown(actual),
+                    shown(expected)
+                )
+            });
     }
 
     fn stage(&mut self, index: usize) -> Result<(), CheckError> {
@@ -275,8 +283,14 @@ impl<'a> Stages<'a> {
             comments: Vec::new(),
             ..from_placed.clone()
         };
-        let triggers = node.triggers.iter().map(|trigger| (trigger, &trigger_placed));
-        let own = from.dockerfile.stages[index].instructions.iter().zip(placed);
+        let triggers = node
+            .triggers
+            .iter()
+            .map(|trigger| (trigger, &trigger_placed));
+        let own = from.dockerfile.stages[index]
+            .instructions
+            .iter()
+            .zip(placed);
         let mut once = Once::default();
         for (instruction, placed) in triggers.chain(own) {
             let options = self.linter.options_at(placed);
@@ -322,13 +336,9 @@ impl<'a> Stages<'a> {
         Ok(expanded)
     }
 
-    fn expand(
-        &mut self,
-        here: Here<'_>,
-        state: &State,
-        text: &str,
-    ) -> Result<String, CheckError> {
-        let expanded = self.expand_with(here, state, text, here.escape, ExpandOptions::default())?;
+    fn expand(&mut self, here: Here<'_>, state: &State, text: &str) -> Result<String, CheckError> {
+        let expanded =
+            self.expand_with(here, state, text, here.escape, ExpandOptions::default())?;
         Ok(expanded.text)
     }
 
@@ -339,7 +349,9 @@ impl<'a> Stages<'a> {
         words: impl IntoIterator<Item = &'w Word>,
     ) -> Result<Vec<String>, CheckError> {
         let words = words.into_iter();
-        words.map(|word| self.expand(here, state, &word.raw)).collect()
+        words
+            .map(|word| self.expand(here, state, &word.raw))
+            .collect()
     }
 
     fn instruction<'p>(
@@ -370,7 +382,9 @@ impl<'a> Stages<'a> {
                 self.check_once(here, once.entrypoint.replace(placed), name);
                 self.check_json(here, state, command, name);
             }
-            InstructionKind::Healthcheck(_) => self.check_once(here, once.healthcheck.replace(placed), name),
+            InstructionKind::Healthcheck(_) => {
+                self.check_once(here, once.healthcheck.replace(placed), name)
+            }
             InstructionKind::Env(pairs) => {
                 for (key, value, legacy) in self.pairs(here, state, pairs)? {
                     self.check_legacy(here, legacy, name);
@@ -582,12 +596,7 @@ impl<'a> Stages<'a> {
         Ok(())
     }
 
-    fn expose(
-        &mut self,
-        here: Here<'_>,
-        state: &State,
-        words: &[Word],
-    ) -> Result<(), CheckError> {
+    fn expose(&mut self, here: Here<'_>, state: &State, words: &[Word]) -> Result<(), CheckError> {
         let mut ports = Vec::new();
         for word in words {
             // Nobody is told of variables that are not set here, as BuildKit does not.
@@ -604,7 +613,10 @@ impl<'a> Stages<'a> {
             let (number, protocol) = container.split_once('/').unwrap_or((container, ""));
             let lower = protocol.to_lowercase();
             if number.is_empty() || !["", "tcp", "udp", "sctp"].contains(&lower.as_str()) {
-                return Err(at(here.placed.lines, format!("invalid port: {}", quoted(port))));
+                return Err(at(
+                    here.placed.lines,
+                    format!("invalid port: {}", quoted(port)),
+                ));
             }
             if protocol != lower {
                 self.add(here, &EXPOSE_PROTO_CASING, || {
@@ -643,16 +655,29 @@ impl<'a> Stages<'a> {
             lines: here.placed.lines,
         };
         let declared = &mut self.declared[here.stage];
-        let last = |path: &str| path.trim_end_matches('/').rsplit('/').next().map(str::to_owned);
+        let last = |path: &str| {
+            path.trim_end_matches('/')
+                .rsplit('/')
+                .next()
+                .map(str::to_owned)
+        };
         match field("type").to_lowercase().as_str() {
             "secret" => {
-                let id = [field("source"), field("id")].into_iter().find(|id| !id.is_empty());
+                let id = [field("source"), field("id")]
+                    .into_iter()
+                    .find(|id| !id.is_empty());
                 let id = id.map(str::to_owned).or_else(|| last(field("target")));
-                declared.secrets.entry(id.unwrap_or_default()).or_insert(info);
+                declared
+                    .secrets
+                    .entry(id.unwrap_or_default())
+                    .or_insert(info);
             }
             "ssh" => {
                 let id = Some(field("id")).filter(|id| !id.is_empty());
-                declared.ssh.entry(id.unwrap_or("default").to_owned()).or_insert(info);
+                declared
+                    .ssh
+                    .entry(id.unwrap_or("default").to_owned())
+                    .or_insert(info);
             }
             _ => {}
         }

@@ -62,7 +62,11 @@ fn check_instruction(linter: &mut Linter, instruction: &Instruction, placed: &Pl
 
 fn check_from(linter: &mut Linter, stage: &Stage, placed: &Placed) {
     let options = linter.options_at(placed);
-    let words: Vec<&str> = stage.original.split(is_blank).filter(|w| !w.is_empty()).collect();
+    let words: Vec<&str> = stage
+        .original
+        .split(is_blank)
+        .filter(|w| !w.is_empty())
+        .collect();
     let (Some(name), [from, .., r#as, written]) = (&stage.name, words.as_slice()) else {
         return;
     };

@@ -62,6 +62,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("registry", &["store", "image"]),
     ("remote", &["registry", "store", "image", "confined"]),
     ("layout", &["registry", "store", "image"]),
+    ("call", &["dockerfile", "lint"]),
     ("lint", &["dockerfile", "image"]),
     ("plan", &["dockerfile", "image"]),
     ("store", &["image", "confined"]),
