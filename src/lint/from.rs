@@ -48,7 +48,7 @@ pub struct Node {
 }
 
 /// What is known of the stages.
-pub(super) struct From<'a> {
+pub(super) struct Graph<'a> {
     pub(super) dockerfile: &'a Dockerfile,
     pub(super) source: &'a Source,
     facts: &'a Facts<'a>,
@@ -59,7 +59,7 @@ pub(super) struct From<'a> {
     pub(super) nodes: Vec<Node>,
 }
 
-impl<'a> From<'a> {
+impl<'a> Graph<'a> {
     /// Evaluates the global arguments.
     pub(super) fn new(
         linter: &mut Linter,
@@ -90,7 +90,7 @@ impl<'a> From<'a> {
         for (index, stage) in dockerfile.stages.iter().enumerate() {
             let placed = &self.source.stages[index].0;
             let name = stage.name.as_ref().map_or("", |name| name.raw.as_str());
-            let expanded = self.from_word(linter, &stage.base, placed)?;
+            let expanded = self.checked_word(linter, &stage.base, placed)?;
             if expanded.text.is_empty() {
                 let message = format!("base name ({}) should not be blank", stage.base.raw);
                 return Err(at(placed.lines, message));
@@ -98,7 +98,7 @@ impl<'a> From<'a> {
             let mut used_args = expanded.used;
             let platform = match &stage.platform {
                 Some(word) => {
-                    let expanded = self.from_word(linter, word, placed)?;
+                    let expanded = self.checked_word(linter, word, placed)?;
                     let platform = self.platform(linter, word, &expanded, name, placed)?;
                     used_args.extend(expanded.used);
                     platform
@@ -159,7 +159,7 @@ impl<'a> From<'a> {
     }
 
     /// Expands a word of `FROM` and checks its variables.
-    fn from_word(
+    fn checked_word(
         &self,
         linter: &mut Linter,
         word: &Word,

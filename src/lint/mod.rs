@@ -253,8 +253,8 @@ pub fn check_without_bases(dockerfile: &Dockerfile, facts: &Facts<'_>) -> Report
     let source = Source::of(dockerfile);
     text::check(&mut linter, dockerfile, &source);
     text::check_whole(&mut linter, dockerfile, &source);
-    let result = from::From::new(&mut linter, dockerfile, &source, facts)
-        .and_then(|mut from| from.stages(&mut linter));
+    let result = from::Graph::new(&mut linter, dockerfile, &source, facts)
+        .and_then(|mut graph| graph.stages(&mut linter));
     linter.report(result.err())
 }
 
@@ -267,15 +267,15 @@ fn walk_into(
 ) -> Result<(), CheckError> {
     text::check(linter, dockerfile, source);
     text::check_whole(linter, dockerfile, source);
-    let mut from = from::From::new(linter, dockerfile, source, facts)?;
-    from.stages(linter)?;
-    walked.target = from.target()?;
-    walked.global_args.clone_from(&from.declared);
-    let wanted = from.resolve(walked.target)?;
-    let mut stages = stage::Stages::new(linter, &from, facts);
+    let mut graph = from::Graph::new(linter, dockerfile, source, facts)?;
+    graph.stages(linter)?;
+    walked.target = graph.target()?;
+    walked.global_args.clone_from(&graph.declared);
+    let wanted = graph.resolve(walked.target)?;
+    let mut stages = stage::Stages::new(linter, &graph, facts);
     let result = stages.run(&wanted);
     walked.declared = stages.finish();
-    walked.nodes = from.nodes;
+    walked.nodes = graph.nodes;
     result
 }
 
@@ -286,11 +286,11 @@ fn walk_into(
 pub fn bases(dockerfile: &Dockerfile, facts: &Facts<'_>) -> Result<Vec<BaseNeed>, CheckError> {
     let mut linter = Linter::new(options(dockerfile, facts)?);
     let source = Source::of(dockerfile);
-    let mut from = from::From::new(&mut linter, dockerfile, &source, facts)?;
-    from.stages(&mut linter)?;
-    let target = from.target()?;
-    let wanted = from.resolve(target)?;
-    let needs = from.nodes.iter().enumerate().zip(&wanted);
+    let mut graph = from::Graph::new(&mut linter, dockerfile, &source, facts)?;
+    graph.stages(&mut linter)?;
+    let target = graph.target()?;
+    let wanted = graph.resolve(target)?;
+    let needs = graph.nodes.iter().enumerate().zip(&wanted);
     Ok(needs
         .filter(|(_, wanted)| **wanted)
         .filter_map(|((stage, node), _)| match &node.base {

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::from::{Base, From, at, mount_fields};
+use super::from::{Base, Graph, at, mount_fields};
 use super::options::Options;
 use super::rule::{
     COPY_IGNORED_FILE, EXPOSE_INVALID_FORMAT, EXPOSE_PROTO_CASING, INVALID_BASE_IMAGE_PLATFORM,
@@ -188,7 +188,7 @@ struct Once<'p> {
 /// Goes through stages.
 pub(super) struct Stages<'a> {
     linter: &'a mut Linter,
-    from: &'a From<'a>,
+    graph: &'a Graph<'a>,
     facts: &'a Facts<'a>,
     states: BTreeMap<usize, State>,
     declared: Vec<Declared>,
@@ -205,13 +205,13 @@ struct Here<'p> {
 }
 
 impl<'a> Stages<'a> {
-    pub(super) fn new(linter: &'a mut Linter, from: &'a From<'a>, facts: &'a Facts<'a>) -> Self {
+    pub(super) fn new(linter: &'a mut Linter, graph: &'a Graph<'a>, facts: &'a Facts<'a>) -> Self {
         Self {
             linter,
-            from,
+            graph,
             facts,
             states: BTreeMap::new(),
-            declared: vec![Declared::default(); from.nodes.len()],
+            declared: vec![Declared::default(); graph.nodes.len()],
             budget: Budget::default(),
         }
     }
@@ -222,7 +222,7 @@ impl<'a> Stages<'a> {
 
     /// Goes through the wanted stages in the order of the file.
     pub(super) fn run(&mut self, wanted: &[bool]) -> Result<(), CheckError> {
-        let wanted = || (0..self.from.nodes.len()).filter(|index| wanted[*index]);
+        let wanted = || (0..self.graph.nodes.len()).filter(|index| wanted[*index]);
         // Images are resolved before any instruction is looked at.
         for index in wanted() {
             self.check_platform(index);
@@ -236,7 +236,7 @@ impl<'a> Stages<'a> {
 
     /// Checks that the base image is for the right platform.
     fn check_platform(&mut self, index: usize) {
-        let node = &self.from.nodes[index];
+        let node = &self.graph.nodes[index];
         let (Base::Image(_), Some(config)) = (&node.base, self.facts.images.get(&index)) else {
             return;
         };
@@ -248,7 +248,7 @@ impl<'a> Stages<'a> {
         {
             return;
         }
-        let placed = &self.from.source.stages[index].0;
+        let placed = &self.graph.source.stages[index].0;
         self.linter
             .add_always(&INVALID_BASE_IMAGE_PLATFORM, placed, || {
                 let shown = |platform: &Platform| quoted(&normal(platform).to_string());
@@ -262,8 +262,8 @@ impl<'a> Stages<'a> {
     }
 
     fn stage(&mut self, index: usize) -> Result<(), CheckError> {
-        let from = self.from;
-        let node = &from.nodes[index];
+        let graph = self.graph;
+        let node = &graph.nodes[index];
         let config = self.facts.images.get(&index);
         let fresh = |is_known| State::new(config, is_known, node.platform.clone());
         let mut state = match node.base {
@@ -277,7 +277,7 @@ impl<'a> Stages<'a> {
         };
         state.begin();
         self.budget.spend(state.size())?;
-        let (from_placed, placed) = &from.source.stages[index];
+        let (from_placed, placed) = &graph.source.stages[index];
         // Triggers point at the FROM that brought them; its comments are not theirs.
         let trigger_placed = Placed {
             comments: Vec::new(),
@@ -287,7 +287,7 @@ impl<'a> Stages<'a> {
             .triggers
             .iter()
             .map(|trigger| (trigger, &trigger_placed));
-        let own = from.dockerfile.stages[index]
+        let own = graph.dockerfile.stages[index]
             .instructions
             .iter()
             .zip(placed);
@@ -298,7 +298,7 @@ impl<'a> Stages<'a> {
                 stage: index,
                 placed,
                 options: &options,
-                escape: from.dockerfile.directives.escape,
+                escape: graph.dockerfile.directives.escape,
             };
             self.instruction(here, placed, &mut state, &mut once, instruction)?;
         }
@@ -437,9 +437,9 @@ impl<'a> Stages<'a> {
         what: &str,
     ) -> Result<(), CheckError> {
         let lines = here.placed.lines;
-        for source in self.from.sources(instruction, lines)? {
-            if source >= here.stage && !self.from.nodes[source].is_replaced {
-                let name = |index: usize| match &self.from.dockerfile.stages[index].name {
+        for source in self.graph.sources(instruction, lines)? {
+            if source >= here.stage && !self.graph.nodes[source].is_replaced {
+                let name = |index: usize| match &self.graph.dockerfile.stages[index].name {
                     Some(name) => quoted(&name.raw),
                     None => format!("\"stage-{index}\""),
                 };
@@ -528,7 +528,7 @@ impl<'a> Stages<'a> {
         let name = &declaration.name.raw;
         self.check_secret(here, "ARG", name);
         let given = self.facts.build_args.get(name);
-        let global = self.from.args.get(name);
+        let global = self.graph.args.get(name);
         let mut is_inherited = false;
         let value = match (given, &declaration.default, global) {
             (Some(given), _, _) => Some(given.clone()),
