@@ -11,6 +11,7 @@ use crate::build::{NoRootfs, SandboxUnavailable, Shared_, StepFailed};
 use crate::context::{ContextError, NamedContextError};
 use crate::dockerfile::DockerfileError;
 use crate::layout::LayoutError;
+use crate::lint::{CheckError, LintError};
 use crate::registry::RegistryError;
 use crate::remote::http::HttpError;
 use crate::sandbox::SandboxError;
@@ -113,7 +114,7 @@ fn unwrapped<'e>(cause: &'e (dyn Error + 'static)) -> &'e (dyn Error + 'static) 
 /// What the type of one cause tells.
 fn kind_of_cause(cause: &(dyn Error + 'static)) -> Option<Kind> {
     let cause = unwrapped(cause);
-    if cause.is::<DockerfileError>() {
+    if cause.is::<DockerfileError>() || cause.is::<CheckError>() || cause.is::<LintError>() {
         Some(Kind::Dockerfile)
     } else if cause.is::<ContextError>()
         || cause.is::<NamedContextError>()

@@ -17,6 +17,7 @@ fn main() -> ExitCode {
             Ok(world) => cli::build(*build, world),
             Err(error) => cli::report(&error),
         },
+        Invocation::Call(build) => cli::ask(*build),
         Invocation::Serve(config) => cli::serve(config.as_deref()),
         Invocation::Version => cli::print_version(),
     };

@@ -1,5 +1,7 @@
 //! A whole build read top to bottom: parse, graph, resolve, lower, execute, assemble, export.
 
+mod ask;
+
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
@@ -18,6 +20,8 @@ use crate::sandbox::{self, Cancel, World};
 use crate::session::{Secrets, SshAgents};
 use crate::store::Store;
 use crate::{dockerfile, export};
+
+pub use ask::{Answer, Question, ask};
 
 /// Everything a build needs to know, validated.
 #[derive(Clone, Debug)]
@@ -133,6 +137,8 @@ async fn run(
 
     let configs: Vec<_> = images.iter().map(|image| image.config.clone()).collect();
     let plan = plan::lower(&dockerfile, &graph, &settings, &configs)?;
+    let rules = context.rules();
+    ask::check_build(request, &dockerfile, rules, (&graph, &configs), &**progress)?;
     for warning in &plan.warnings {
         progress.event(BuildEvent::Warning {
             message: warning.clone(),

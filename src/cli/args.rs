@@ -164,6 +164,15 @@ pub(super) struct BuildArgs {
     /// A resource limit of RUN steps
     #[arg(long = "ulimit", value_name = "NAME=SOFT[:HARD]")]
     pub ulimits: Vec<String>,
+    /// Answers METHOD instead of building: check, outline, targets; ",format=json" for programs
+    #[arg(long, value_name = "METHOD")]
+    pub call: Option<String>,
+
+    /// Checks the Dockerfile and builds nothing; the same as --call=check
+    #[arg(long, action = ArgAction::Set, num_args = 0..=1, require_equals = true,
+          default_value = "false", default_missing_value = "true", hide_default_value = true,
+          hide_possible_values = true, value_name = "BOOL")]
+    pub check: bool,
 
     /// Writes the image's digest to a file
     #[arg(long = "iidfile", value_name = "FILE")]

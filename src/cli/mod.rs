@@ -4,6 +4,7 @@
 //! starts. Only this module and `main` print.
 
 mod args;
+mod call;
 mod log;
 mod output;
 mod progress;
@@ -25,13 +26,15 @@ use args::{Cli, Command};
 use request::{BuildSettings, Machine, RequestError};
 
 pub use report::report;
-pub use run::{build, die_with_parent, print_version, serve};
+pub use run::{ask, build, die_with_parent, print_version, serve};
 
 /// What the command line asks for, validated.
 #[derive(Debug)]
 pub enum Invocation {
     /// `sockless build`.
     Build(Box<Build>),
+    /// `sockless build --call`: a question about the Dockerfile.
+    Call(Box<Build>),
     /// `sockless serve` with its configuration file.
     Serve(Option<std::path::PathBuf>),
     /// `sockless version`.
@@ -107,7 +110,11 @@ pub fn parse(
                 is_root: request::is_root(),
             };
             let settings = BuildSettings::from_args(*args, &machine).map_err(refuse)?;
-            Ok(Invocation::Build(Box::new(Build { settings })))
+            let build = Box::new(Build { settings });
+            Ok(match build.settings.call {
+                Some(_) => Invocation::Call(build),
+                None => Invocation::Build(build),
+            })
         }
         Command::Serve(args) => Ok(Invocation::Serve(args.config)),
         Command::Version => Ok(Invocation::Version),
@@ -157,6 +164,14 @@ mod tests {
         assert!(matches!(
             try_parse("sockless build --die-with-parent ."),
             Ok(Invocation::Build(build)) if build.dies_with_parent()
+        ));
+        assert!(matches!(
+            try_parse("sockless build --check ."),
+            Ok(Invocation::Call(_))
+        ));
+        assert!(matches!(
+            try_parse("sockless build --call=build ."),
+            Ok(Invocation::Build(_))
         ));
         assert!(matches!(
             try_parse("sockless serve --config a.toml"),

@@ -10,6 +10,7 @@ use thiserror::Error;
 use url::Url;
 
 use super::args::{BuildArgs, NetworkArg, ProgressArg, SandboxArg};
+use super::call::{CallError, CallSettings};
 use super::output::{OutputError, Wanted};
 use super::unsupported::UnsupportedFlag;
 use super::values::{self, ValueError};
@@ -38,6 +39,8 @@ pub(super) struct BuildSettings {
     pub print_image_id: bool,
     /// `--die-with-parent`.
     pub die_with_parent: bool,
+    /// `--call`, `--check`: what is asked instead of building.
+    pub call: Option<CallSettings>,
     /// Nobody said where the image goes, and nobody said that it goes nowhere.
     pub without_output: bool,
 }
@@ -48,6 +51,9 @@ pub(super) enum RequestError {
     /// A flag of `docker build` that is not there yet.
     #[error(transparent)]
     Flag(#[from] UnsupportedFlag),
+    /// `--call` or `--check`.
+    #[error(transparent)]
+    Call(#[from] CallError),
     /// `--output`.
     #[error(transparent)]
     Output(#[from] OutputError),
@@ -330,6 +336,7 @@ impl BuildSettings {
             request,
             progress: progress(args.progress, args.quiet, machine)?,
             print_image_id: args.quiet,
+            call: CallSettings::parse(args.call.as_deref(), args.check)?,
             die_with_parent: args.die_with_parent,
         })
     }

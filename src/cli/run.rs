@@ -102,6 +102,14 @@ pub fn build(build: Build, world: World) -> u8 {
     }
 }
 
+/// Answers what `--call` asks and returns the exit code.
+pub fn ask(build: Build) -> u8 {
+    match build.settings.call {
+        Some(call) => super::call::run(call, &build.settings.request, build.settings.progress),
+        None => 0,
+    }
+}
+
 fn try_build(
     request: BuildRequest,
     world: World,

@@ -122,6 +122,21 @@ impl IgnoreRules {
         self.rules.is_empty()
     }
 
+    /// Whether some rule takes paths back in.
+    pub fn has_exceptions(&self) -> bool {
+        self.rules.iter().any(|rule| rule.exception)
+    }
+
+    /// Whether a rule leaves out whatever is in the root: `*`, `**` or `**/*`.
+    pub fn hides_everything(&self) -> bool {
+        let all: Vec<Matcher> = ["*", "**", "**/*"]
+            .iter()
+            .filter_map(|pattern| compile(pattern.as_bytes()).ok())
+            .collect();
+        let mut rules = self.rules.iter();
+        rules.any(|rule| !rule.exception && all.contains(&rule.matcher))
+    }
+
     /// Whether `path`, relative to the context's root, is left out. The root never is.
     ///
     /// Looks at every directory above `path` as well; a walk that has done so already uses
@@ -326,6 +341,18 @@ mod tests {
     use std::ffi::OsStr;
 
     use super::*;
+
+    #[test]
+    fn what_hides_everything_is_known() {
+        for text in ["*", "/*\n", "a\n**", "**/*", "!a\n*"] {
+            assert!(rules(text).hides_everything(), "{text}");
+        }
+        for text in ["", ".*", "a", "*/*", "!*", "?*"] {
+            assert!(!rules(text).hides_everything(), "{text}");
+        }
+        assert!(rules("a\n!b").has_exceptions());
+        assert!(!rules("a").has_exceptions());
+    }
 
     fn rules(text: &str) -> IgnoreRules {
         IgnoreRules::parse(text.as_bytes()).unwrap()

@@ -701,12 +701,6 @@ impl<'a> Lowering<'a> {
             for text in texts {
                 let parsed =
                     parse_ports(&text).map_err(|message| Problem::new(word.span, message))?;
-                if text.contains(':') {
-                    self.warn(
-                        word.span,
-                        &format!("EXPOSE {text}: only the container's port counts"),
-                    );
-                }
                 ports.extend(parsed);
             }
         }

@@ -23,6 +23,8 @@ mod support;
 mod binary;
 /// What Dockerfiles do, on a base of one busybox.
 mod build;
+/// `--check`, `--call`: questions that are answered without building.
+mod check;
 /// `compose.yaml` and `certs/make.sh`.
 mod compose;
 /// What BuildKit makes of the cases of `fixtures/conformance`.
