@@ -46,8 +46,8 @@
 //!
 //! # Invariants
 //!
-//! - `dockerfile`, `plan` and `image` do no I/O, start no process, read no clock and no
-//!   environment variable. Time and platform arrive as values.
+//! - `dockerfile`, `plan`, `lint`, `call` and `image` do no I/O, start no process, read no
+//!   clock and no environment variable. Time and platform arrive as values.
 //! - Only `sandbox` and `service::child` start processes, `registry::credentials`
 //!   credential helpers, and `remote::git` `ssh`. Only `registry`, `remote`, `service` and
 //!   `session` open sockets.

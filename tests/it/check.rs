@@ -11,8 +11,9 @@ use sockless::image::Platform;
 use sockless::lint::{self, Facts, Lines, Placed, Source};
 
 use crate::support::process::{Ran, run};
+use crate::support::registry::{Options, Registry};
 use crate::support::sockless::Place;
-use crate::support::{namespaces, repository};
+use crate::support::{images, namespaces, programs, repository};
 
 const URL: &str = "https://docs.docker.com/go/dockerfile/rule/";
 
@@ -267,6 +268,66 @@ fn sandbox_builds_warn_and_fail_where_the_dockerfile_wants_it() {
         "lint violation found for rules: ExposeInvalidFormat, JSONArgsRecommended, UndefinedVar",
     );
     assert!(!Path::new(&archive).exists());
+}
+
+#[test]
+fn compose_base_images_are_asked_for_their_configs_and_no_more() {
+    needs!(programs(&["docker-registry", "skopeo"]));
+    let registry = Registry::start(Options::default());
+    let place = Place::new();
+    let layout = place.dir.dir("base");
+    let config = json!({"Env": ["FROM_BASE=1"], "OnBuild": ["CMD x $FROM_BASE", "USER $UNSET"]});
+    images::write_layout(&layout, &images::small_tar(&[("a", "b")])[..], &config);
+    registry.push(&layout, "library/base:latest");
+    let before = registry.requests().len();
+
+    let text = "FROM base AS one\nUSER $FROM_BAS\nFROM base\nUSER $FROM_BASE\n";
+    let context = place.context("context", &[("Dockerfile", text)]);
+    let found = place.build(&registry, &context, &["--check", "--target", "one"]);
+    ends_with(&found, 1);
+    let shown: Vec<&str> = (found.stdout.lines())
+        .filter(|line| line.contains("WARNING") || line.contains("$") || line.contains("JSON arg"))
+        .filter(|line| !line.contains(" | "))
+        .collect();
+    assert_eq!(
+        shown,
+        [
+            &format!("WARNING: JSONArgsRecommended - {URL}json-args-recommended/"),
+            "JSON arguments recommended for CMD to prevent unintended behavior related to OS signals",
+            &format!("WARNING: UndefinedVar - {URL}undefined-var/"),
+            "Usage of undefined variable '$UNSET'",
+            &format!("WARNING: UndefinedVar - {URL}undefined-var/"),
+            "Usage of undefined variable '$FROM_BAS' (did you mean $FROM_BASE?)",
+        ]
+    );
+    // The config is one small blob; the layer stays where it is.
+    let asked: Vec<String> = (registry.requests()[before..].iter())
+        .filter(|request| request.path.contains("/blobs/"))
+        .map(|request| request.method.clone())
+        .collect();
+    assert_eq!(asked, ["GET"]);
+    assert_eq!(
+        registry.requests()[before..]
+            .iter()
+            .filter(|r| r.method != "GET" && r.method != "HEAD")
+            .count(),
+        0
+    );
+
+    let other = place.build(
+        &registry,
+        &context,
+        &["--check", "--platform", "linux/s390x"],
+    );
+    ends_with(&other, 1);
+    assert!(
+        other
+            .stdout
+            .contains("Base image base was pulled with platform \"linux/"),
+        "{}{}",
+        other.stdout,
+        other.stderr
+    );
 }
 
 /// Every prefix of every Dockerfile of the fixtures: nothing panics, and what is found lies
