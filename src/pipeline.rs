@@ -1,21 +1,27 @@
 //! A whole build read top to bottom: parse, graph, resolve, lower, execute, assemble, export.
 
 mod ask;
+mod contexts;
+mod epoch;
+mod images;
 
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::Context as _;
-use futures_util::future::try_join_all;
 
-use crate::build::{self, Built, Timings};
-use crate::context::{self, BuildContext, IgnoreRules};
+use images::Images;
+
+use crate::build::{self, BaseImage, Built, Timings};
+use crate::context::{ContextSource, DockerfileLocation};
 use crate::dockerfile::Dockerfile;
 use crate::image::{self, Annotations, Digest, History, Image, Reference};
-use crate::plan::{self, ContextId, ImageNeed, ImageSource, Plan, StageGraph};
+use crate::layout::Layout;
+use crate::plan::{self, ContextId, ImageSource, Plan, StageGraph};
 use crate::progress::{BuildEvent, Progress};
-use crate::registry::{self, BlobContent, Client, Resolved};
+use crate::registry::{self, BlobContent, Client};
+use crate::remote::Fetcher;
 use crate::sandbox::{self, Cancel, World};
 use crate::session::{Secrets, SshAgents};
 use crate::store::Store;
@@ -26,10 +32,10 @@ pub use ask::{Answer, Question, ask};
 /// Everything a build needs to know, validated.
 #[derive(Clone, Debug)]
 pub struct BuildRequest {
-    /// The build context's directory.
-    pub context: PathBuf,
+    /// The build context.
+    pub context: ContextSource,
     /// The Dockerfile; absent: `Dockerfile` in the context.
-    pub dockerfile: Option<PathBuf>,
+    pub dockerfile: Option<DockerfileLocation>,
     /// Names for the image.
     pub tags: Vec<Reference>,
     /// Whether the image is pushed to every tag.
@@ -77,11 +83,6 @@ pub struct BuildResult {
     pub image_id: Digest,
 }
 
-/// The build argument that dates an image.
-///
-/// <https://reproducible-builds.org/specs/source-date-epoch/>
-const EPOCH_ARG: &str = "SOURCE_DATE_EPOCH";
-
 /// Builds an image. The last event is `Finished`, whatever becomes of it.
 ///
 /// `world` is what [`sandbox::enter`] gave; `cancel` stops the build.
@@ -117,33 +118,45 @@ async fn run(
     cancel: &Cancel,
     timings: &Arc<Timings>,
 ) -> anyhow::Result<BuildResult> {
-    let source = context::read_dockerfile(
-        &request.context,
-        request.dockerfile.as_deref(),
-        std::io::stdin(),
-    )?;
-    let dockerfile = dockerfile::parse(&source.name, &source.text)?;
-    let settings = request.plan.clone();
-    let graph = plan::graph(&dockerfile, &settings, &|_| None)?;
-    let epoch = epoch(request)?;
-    let rules = IgnoreRules::parse(&source.ignore)?;
-    let context = Arc::new(BuildContext::directory(&request.context, rules)?);
     let store = Arc::new(Store::open(&request.root)?);
     let client = Client::new(request.registry.clone())?;
+    let stop = cancel.clone();
+    let fetcher = fetcher(request, client.clone(), &store, move || stop.is_cancelled());
+    let fetcher = Arc::new(fetcher);
+    let opened = contexts::open(request, Some((&store, &fetcher)), store.tmp()).await?;
+    for device in &opened.skipped_devices {
+        progress.event(BuildEvent::Warning {
+            message: format!("{device:?} of the build context's archive cannot be made here"),
+        });
+    }
+    let dockerfile = dockerfile::parse(&opened.dockerfile.name, &opened.dockerfile.text)?;
+    let mut settings = request.plan.clone();
+    let epoch = epoch::resolve(request, &mut settings, &dockerfile, opened.source_date)?;
 
     let resolving = Instant::now();
-    let (graph, images) = resolve_all(&client, &dockerfile, &settings, graph).await?;
+    let mut images = Images::default();
+    let graph = resolved_graph(request, &dockerfile, &settings, &mut images, || {
+        Ok(client.clone())
+    })
+    .await?;
+    let images = base_images(request, &graph, &images, &store).await?;
     timings.add("resolve", resolving.elapsed());
 
-    let configs: Vec<_> = images.iter().map(|image| image.config.clone()).collect();
+    let configs: Vec<_> = images
+        .iter()
+        .map(|image| image.resolved.config.clone())
+        .collect();
     let plan = plan::lower(&dockerfile, &graph, &settings, &configs)?;
-    let rules = context.rules();
+    let rules = opened.context.rules();
     ask::check_build(request, &dockerfile, rules, (&graph, &configs), &**progress)?;
     for warning in &plan.warnings {
         progress.event(BuildEvent::Warning {
             message: warning.clone(),
         });
     }
+
+    let mut contexts = contexts::open_named(request, &plan, &store, &fetcher).await?;
+    contexts.insert(ContextId::MAIN, Arc::new(opened.context));
 
     let push = if request.push {
         request.tags.clone()
@@ -156,7 +169,8 @@ async fn run(
         client: client.clone(),
         progress: Arc::clone(progress),
         cancel: cancel.clone(),
-        contexts: [(ContextId::MAIN, context)].into(),
+        contexts,
+        fetcher,
         images,
         sandbox: request.sandbox,
         world,
@@ -206,82 +220,82 @@ async fn run(
     })
 }
 
-/// Resolves the images that `graph` needs. Their triggers may need more.
-async fn resolve_all(
-    client: &Client,
+/// What fetches other servers' files for this build.
+fn fetcher(
+    request: &BuildRequest,
+    client: Client,
+    store: &Arc<Store>,
+    is_cancelled: impl Fn() -> bool + Send + Sync + 'static,
+) -> Fetcher {
+    Fetcher::new(
+        client,
+        request.registry.clone(),
+        Arc::clone(store),
+        Arc::clone(&request.secrets),
+        Arc::clone(&request.agents),
+        is_cancelled,
+    )
+}
+
+/// The stages and images that the target needs, all images resolved into `images`: their
+/// triggers may need more.
+async fn resolved_graph(
+    request: &BuildRequest,
     dockerfile: &Dockerfile,
     settings: &plan::Settings,
-    mut graph: StageGraph,
-) -> anyhow::Result<(StageGraph, Vec<Resolved>)> {
-    let mut known: Vec<(ImageNeed, Resolved)> = Vec::new();
+    images: &mut Images,
+    client: impl Fn() -> anyhow::Result<Client>,
+) -> anyhow::Result<StageGraph> {
     loop {
-        let is_known = |need: &ImageNeed| known.iter().any(|(known, _)| known.is_same(need));
-        let missing: Vec<ImageNeed> = graph
-            .images
-            .iter()
-            .filter(|n| !is_known(n))
-            .cloned()
-            .collect();
-        if missing.is_empty() {
-            break;
+        let graph = plan::graph(dockerfile, settings, &|need| images.config(need))?;
+        if graph.images.iter().all(|need| images.get(need).is_some()) {
+            return Ok(graph);
         }
-        let resolved = try_join_all(missing.iter().map(|need| resolve(client, need))).await?;
-        known.extend(missing.into_iter().zip(resolved));
-        let config = |need: &ImageNeed| {
-            let known = known.iter().find(|(known, _)| known.is_same(need));
-            known.map(|(_, resolved)| resolved.config.clone())
+        let resolved = images.resolve(request, &client, &graph.images).await;
+        resolved.map_err(|(_, error)| error)?;
+    }
+}
+
+/// The images of `graph` with where their layers are; those of layouts are in the store then.
+async fn base_images(
+    request: &BuildRequest,
+    graph: &StageGraph,
+    images: &Images,
+    store: &Arc<Store>,
+) -> anyhow::Result<Vec<BaseImage>> {
+    let mut bases = Vec::new();
+    for need in &graph.images {
+        let resolved = images
+            .get(need)
+            .context("an image was not resolved")?
+            .clone();
+        let origin = match &need.source {
+            ImageSource::Registry(_) => Some(resolved.reference.repository().clone()),
+            ImageSource::Layout(context) => {
+                let (_, layout) = images::layout(request, *context)?;
+                let (layers, store) = (resolved.manifest.layers.clone(), Arc::clone(store));
+                let importing = tokio::task::spawn_blocking(move || {
+                    let layout = Layout::open(&layout.path)?;
+                    layers
+                        .iter()
+                        .try_for_each(|layer| layout.import(layer, &store))
+                });
+                importing.await.context("a task ended abnormally")??;
+                None
+            }
         };
-        graph = plan::graph(dockerfile, settings, &config)?;
+        bases.push(BaseImage { resolved, origin });
     }
-    let find = |need: &ImageNeed| {
-        let known = known.iter().find(|(known, _)| known.is_same(need));
-        known.map(|(_, resolved)| resolved.clone())
-    };
-    let images = graph.images.iter().filter_map(find).collect();
-    Ok((graph, images))
-}
-
-async fn resolve(client: &Client, need: &ImageNeed) -> anyhow::Result<Resolved> {
-    let ImageSource::Registry(reference) = &need.source else {
-        anyhow::bail!("{}: OCI layouts are not supported yet", need.place);
-    };
-    client
-        .resolve(reference, &need.platform)
-        .await
-        .with_context(|| {
-            format!(
-                "{}: resolving {reference} for {}",
-                need.place, need.platform
-            )
-        })
-}
-
-/// `SOURCE_DATE_EPOCH`: the build argument, else the environment's.
-fn epoch(request: &BuildRequest) -> anyhow::Result<Option<i64>> {
-    match request
-        .plan
-        .build_args
-        .get(EPOCH_ARG)
-        .filter(|text| !text.is_empty())
-    {
-        None => Ok(request.epoch),
-        Some(text) => {
-            let seconds = text.parse::<i64>().ok().filter(|seconds| *seconds >= 0);
-            let seconds = seconds.with_context(|| {
-                format!("--build-arg {EPOCH_ARG}={text:?}: expected seconds since 1970 as a whole number")
-            })?;
-            Ok(Some(seconds))
-        }
-    }
+    Ok(bases)
 }
 
 /// Whether a base image lies at another registry than where the image goes: then its
 /// blobs are sent, and downloading them for a step should keep them.
-fn needs_base_blobs(push: &[Reference], images: &[Resolved]) -> bool {
-    push.iter().any(|tag| {
-        images
-            .iter()
-            .any(|image| image.reference.repository().registry() != tag.repository().registry())
+fn needs_base_blobs(push: &[Reference], images: &[BaseImage]) -> bool {
+    let mut origins = images.iter().filter_map(|image| image.origin.as_ref());
+    origins.any(|origin| {
+        push.iter()
+            .any(|tag| origin.registry() != tag.repository().registry())
     })
 }
 

@@ -34,6 +34,7 @@ use crate::image::{ImageLayer, Platform, Reference, Repository};
 use crate::plan::{ContextId, Plan, StepId};
 use crate::progress::{BuildEvent, Progress, millis};
 use crate::registry::{Client, RegistryError, Resolved};
+use crate::remote::Fetcher;
 use crate::sandbox::{self, Cancel, Sandbox, SandboxError, UsernsError, World};
 use crate::session::{Secrets, SshAgents};
 use crate::store::Store;
@@ -69,8 +70,10 @@ pub struct Settings {
     pub cancel: Cancel,
     /// What COPY, ADD and mounts see, by [`ContextId`]; absent are those that no step reads.
     pub contexts: BTreeMap<ContextId, Arc<BuildContext>>,
+    /// Fetches what ADD names by URL.
+    pub fetcher: Arc<Fetcher>,
     /// The base images, by [`crate::plan::ImageId`].
-    pub images: Vec<Resolved>,
+    pub images: Vec<BaseImage>,
     /// Which sandbox runs the steps.
     pub sandbox: sandbox::Choice,
     /// The powers that this process has.
@@ -88,6 +91,15 @@ pub struct Settings {
     pub agents: Arc<SshAgents>,
     /// The tags to push to, while steps still run.
     pub push: Vec<Reference>,
+}
+
+/// A base image.
+#[derive(Clone, Debug)]
+pub struct BaseImage {
+    /// Its manifest and config.
+    pub resolved: Resolved,
+    /// Where its layers can be fetched; absent where they are in the store.
+    pub origin: Option<Repository>,
 }
 
 /// The layers that a build made.
@@ -110,7 +122,8 @@ pub(crate) struct Engine {
     progress: Arc<dyn Progress>,
     cancel: Cancel,
     contexts: BTreeMap<ContextId, Arc<BuildContext>>,
-    images: Vec<Resolved>,
+    fetcher: Arc<Fetcher>,
+    images: Vec<BaseImage>,
     sandbox_choice: sandbox::Choice,
     world: World,
     sandbox: OnceLock<Result<Box<dyn Sandbox>, Arc<SandboxError>>>,
@@ -287,6 +300,7 @@ impl Engine {
             progress: settings.progress,
             cancel: settings.cancel,
             contexts: settings.contexts,
+            fetcher: settings.fetcher,
             images: settings.images,
             sandbox_choice: settings.sandbox,
             world: settings.world,

@@ -77,8 +77,7 @@ async fn dispatch(
     match &step.operation {
         Operation::Image(image) => {
             started();
-            let resolved = &engine.images[image.0];
-            let origin = resolved.reference.repository();
+            let super::BaseImage { resolved, origin } = &engine.images[image.0];
             let layers = resolved
                 .manifest
                 .layers
@@ -89,7 +88,10 @@ async fn dispatch(
                     diff_id: diff_id.clone(),
                     descriptor: descriptor.clone(),
                 };
-                Arc::new(Layer::remote(names, origin.clone()))
+                Arc::new(match origin {
+                    Some(origin) => Layer::remote(names, origin.clone()),
+                    None => Layer::sealed(names, None),
+                })
             });
             Ok((
                 Filesystem {

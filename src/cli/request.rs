@@ -7,19 +7,19 @@ use std::sync::Arc;
 
 use clap::ValueEnum;
 use thiserror::Error;
-use url::Url;
 
 use super::args::{BuildArgs, NetworkArg, ProgressArg, SandboxArg};
 use super::call::{CallError, CallSettings};
 use super::output::{OutputError, Wanted};
 use super::unsupported::UnsupportedFlag;
 use super::values::{self, ValueError};
-use crate::context::named::{NamedContextError, NamedContexts};
+use crate::context::{
+    ContextError, ContextSource, DockerfileLocation, NamedContextError, NamedContexts,
+};
 use crate::image::{Platform, PlatformError, Reference, ReferenceError};
 use crate::pipeline::{BuildRequest, Output};
 use crate::plan::{self, Entitlement, Network, NoCache, RunSettings, Ulimit};
 use crate::sandbox::{self, HostError, UlimitError};
-use crate::secret::RedactedUrl;
 use crate::session::{SecretSpec, Secrets, SessionError, SshAgents, SshSpec};
 
 /// The last second of the year 9999, beyond which RFC 3339 cannot write a time.
@@ -125,14 +125,9 @@ pub(super) enum RequestError {
         "no place for the store: neither SOCKLESS_ROOT nor XDG_DATA_HOME nor HOME is an absolute path"
     )]
     NoRoot,
-    /// A context that is no directory on this machine.
-    #[error("the context {context:?}: {what} is not supported yet")]
-    ContextKind {
-        /// As given, without credentials.
-        context: String,
-        /// What it is.
-        what: &'static str,
-    },
+    /// The context or the Dockerfile.
+    #[error(transparent)]
+    Context(#[from] ContextError),
     /// Two things at once on standard output.
     #[error("standard output can take one thing: only one of --quiet and one \"dest=-\"")]
     StandardOutput,
@@ -146,9 +141,6 @@ impl RequestError {
             Self::PushWithoutTag => Some("name the image with --tag REGISTRY/REPOSITORY:TAG"),
             Self::SeveralPlatforms(_) => Some("run one build for each platform"),
             Self::NoRoot => Some("choose a directory with --root DIR"),
-            Self::ContextKind { .. } => {
-                Some("fetch or unpack it first and give its directory as CONTEXT")
-            }
             _ => None,
         }
     }
@@ -281,7 +273,7 @@ impl BuildSettings {
         let epoch = epoch(&mut build_args, machine)?;
         let request = BuildRequest {
             context: context(&args.context)?,
-            dockerfile: args.file,
+            dockerfile: args.file.as_deref().map(dockerfile).transpose()?,
             tags: parse_tags(&tags)?,
             push,
             outputs,
@@ -461,6 +453,10 @@ fn epoch<E: Fn(&str) -> Option<OsString>>(
             None => return Ok(None),
         },
     };
+    if text == "context" {
+        build_args.insert(EPOCH.to_owned(), text);
+        return Ok(None);
+    }
     let epoch = text
         .bytes()
         .all(|b| b.is_ascii_digit())
@@ -497,28 +493,19 @@ fn platform<E: Fn(&str) -> Option<OsString>>(
     }
 }
 
-/// What is surely no directory is refused by name; the rest is seen when it is opened.
-fn context(context: &OsStr) -> Result<PathBuf, RequestError> {
-    let text = context.to_string_lossy();
-    let refuse = |what| {
-        Err(RequestError::ContextKind {
-            context: Url::parse(&text).map_or_else(
-                |_| text.clone().into_owned(),
-                |url| RedactedUrl(&url).to_string(),
-            ),
-            what,
-        })
-    };
-    if text == "-" {
-        return refuse("reading it from standard input");
+/// The context as text: URLs are, and directories with other names would be in no message.
+fn context(context: &OsStr) -> Result<ContextSource, RequestError> {
+    match context.to_str() {
+        Some(text) => Ok(ContextSource::parse(text)?),
+        None => Ok(ContextSource::Directory(context.into())),
     }
-    if ["http://", "https://", "git://", "ssh://", "git@"]
-        .iter()
-        .any(|prefix| text.starts_with(prefix))
-    {
-        return refuse("a URL");
+}
+
+fn dockerfile(file: &Path) -> Result<DockerfileLocation, RequestError> {
+    match file.to_str() {
+        Some(text) => Ok(DockerfileLocation::parse(text)?),
+        None => Ok(DockerfileLocation::Path(file.to_owned())),
     }
-    Ok(PathBuf::from(context))
 }
 
 #[cfg(test)]
@@ -556,9 +543,9 @@ pub(super) mod tests {
 
     #[test]
     fn without_flags_everything_has_its_default() {
-        let settings = convert(&["dir"], &[]).unwrap();
+        let settings = convert(&["src"], &[]).unwrap();
         let request = settings.request;
-        assert_eq!(request.context, Path::new("dir"));
+        assert_eq!(request.context, ContextSource::Directory("src".into()));
         assert_eq!(request.dockerfile, None);
         assert_eq!(request.tags, []);
         assert!(!request.push && request.plan.no_cache == NoCache::Nothing);
@@ -766,17 +753,74 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn contexts_that_are_no_directory_are_refused_by_name() {
-        check_error(
-            &["-"],
-            &[],
-            "the context \"-\": reading it from standard input is not supported yet",
+    fn contexts_and_dockerfiles_may_be_elsewhere() {
+        let request = |args: &[&str]| convert(args, &[]).unwrap().request;
+        assert_eq!(request(&["-"]).context, ContextSource::StandardInput);
+        let git = "https://u:hunter2@example.com/a.git#main:sub";
+        assert_eq!(request(&[git]).context, ContextSource::Git(git.into()));
+        assert_eq!(
+            request(&["-f", "-", "."]).dockerfile,
+            Some(DockerfileLocation::StandardInput)
         );
-        check_error(
-            &["https://u:hunter2@example.com/a.git"],
-            &[],
-            "the context \"https://example.com/a.git\": a URL is not supported yet",
+        let error = convert(&["no/such/directory"], &[]).unwrap_err();
+        assert!(matches!(error, RequestError::Context(_)), "{error}");
+    }
+
+    #[test]
+    fn what_steps_get_is_read_from_flags() {
+        let args = [
+            "--label",
+            "a=1",
+            "--annotation",
+            "b=2",
+            "--allow",
+            "device",
+            "--network=host",
+            "--add-host",
+            "h:1.2.3.4",
+            "--shm-size",
+            "1k",
+            "--ulimit",
+            "nofile=1:2",
+            "--no-cache-filter",
+            "a,b",
+            "--build-context",
+            "x=docker-image://y",
+            ".",
+        ];
+        let request = convert(&args, &[]).unwrap().request;
+        let plan = request.plan;
+        assert_eq!(plan.labels, [("a".to_owned(), "1".to_owned())].into());
+        assert_eq!(
+            request.annotations.manifest,
+            [("b".to_owned(), "2".to_owned())].into()
         );
+        assert_eq!(
+            plan.allowed,
+            [Entitlement::NetworkHost, Entitlement::Device].into()
+        );
+        assert_eq!(
+            plan.run,
+            RunSettings {
+                network: Network::Host,
+                extra_hosts: vec![("h".into(), "1.2.3.4".into())],
+                shm_size: Some(1024),
+                ulimits: vec![Ulimit {
+                    name: "nofile".into(),
+                    soft: 1,
+                    hard: 2
+                }],
+            }
+        );
+        assert_eq!(
+            plan.no_cache,
+            NoCache::Stages(["a".to_owned(), "b".to_owned()].into())
+        );
+        assert_eq!(plan.contexts.iter().count(), 1);
+    }
+
+    #[test]
+    fn an_image_may_go_nowhere() {
         assert!(
             !convert(&["-o", "type=cacheonly", "."], &[])
                 .unwrap()

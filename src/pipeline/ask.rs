@@ -4,17 +4,21 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use futures_util::future::try_join_all;
+use std::sync::Arc;
 
-use super::{BuildRequest, resolve};
+use anyhow::Context as _;
+
+use super::images::Images;
+use super::{BuildRequest, contexts, fetcher, resolved_graph};
 use crate::call::{CheckResults, Outline, Targets};
-use crate::context::{self, IgnoreRules};
+use crate::context::IgnoreRules;
 use crate::dockerfile::{self, Dockerfile};
-use crate::image::{ImageConfig, Platform, Reference};
+use crate::image::{ImageConfig, Platform};
 use crate::lint::{self, BaseNeed, CheckError, Facts, Lines, Report};
-use crate::plan::{self, ImageNeed, StageGraph};
+use crate::plan::{self, ImageNeed, ImageSource, StageGraph};
 use crate::progress::{BuildEvent, Progress};
 use crate::registry::Client;
+use crate::store::Store;
 
 /// What is asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,8 +50,16 @@ pub struct Answer {
 /// Any that comes before there is an answer; for [`Question::Check`] that is the Dockerfile
 /// not being there, everything else is part of the answer.
 pub async fn ask(request: &BuildRequest, question: Question) -> anyhow::Result<Answer> {
-    let file = request.dockerfile.as_deref();
-    let source = context::read_dockerfile(&request.context, file, std::io::stdin())?;
+    // What is unpacked for the question is gone with it.
+    let tmp = tempfile::tempdir().context("creating a temporary directory")?;
+    let opened = if contexts::is_remote(request) {
+        let store = Arc::new(Store::open(&request.root)?);
+        let fetcher = fetcher(request, client(request)?, &store, || false);
+        contexts::open(request, Some((&store, &fetcher)), tmp.path()).await?
+    } else {
+        contexts::open(request, None, tmp.path()).await?
+    };
+    let source = opened.dockerfile;
     let rules = source.ignore_rules()?;
     let parsed = dockerfile::parse(&source.name, &source.text);
     match (question, parsed) {
@@ -112,6 +124,8 @@ struct Known<'a> {
     request: &'a BuildRequest,
     build_platform: Platform,
     rules: &'a IgnoreRules,
+    /// The names of named contexts.
+    contexts: BTreeSet<String>,
 }
 
 impl<'a> Known<'a> {
@@ -120,6 +134,9 @@ impl<'a> Known<'a> {
             request,
             build_platform: Platform::host(),
             rules,
+            contexts: (request.plan.contexts.iter())
+                .map(|(name, _)| name.split("::").next().unwrap_or(name).to_owned())
+                .collect(),
         }
     }
 
@@ -136,14 +153,14 @@ impl<'a> Known<'a> {
         };
         // With exceptions, something in what is left out may be there after all.
         let is_certain = !self.rules.is_empty() && !self.rules.has_exceptions();
-        let target = self.request.target.as_deref();
+        let target = self.request.plan.target.as_deref();
         ask(&Facts {
-            build_args: &self.request.build_args,
+            build_args: &self.request.plan.build_args,
             target,
             all_stages: may_be_all && target.is_none(),
-            platform: &self.request.platform,
+            platform: &self.request.plan.platform,
             build_platform: &self.build_platform,
-            contexts: &BTreeSet::new(),
+            contexts: &self.contexts,
             images,
             ignored: is_certain.then_some(&ignored),
         })
@@ -162,7 +179,7 @@ async fn check(
     // Where it is not known what is needed, the check says why.
     let needs = needs.unwrap_or_default();
     let mut images = Images::default();
-    let bases = match images.bases(request, dockerfile, &needs).await {
+    let bases = match bases(&mut images, request, dockerfile, &needs).await {
         Ok(bases) => bases,
         Err((lines, error)) => {
             let mut report = with.facts(&none, true, |facts| {
@@ -199,19 +216,14 @@ async fn plan(
     dockerfile: &Dockerfile,
     mut images: Images,
 ) -> anyhow::Result<()> {
-    let settings = plan::Settings {
-        build_args: request.build_args.clone(),
-        target: request.target.clone(),
-        platform: request.platform.clone(),
-        build_platform: Platform::host(),
-    };
-    let graph = plan::graph(dockerfile, &settings)?;
-    let resolved = images.resolve(request, &graph.images).await;
-    resolved.map_err(|(_, error)| error)?;
-    let configs = (graph.images.iter())
-        .filter_map(|need| images.get(&need.reference, &need.platform).cloned())
-        .collect::<Vec<_>>();
-    plan::lower(dockerfile, &graph, &settings, &configs)?;
+    let settings = &request.plan;
+    let graph = resolved_graph(request, dockerfile, settings, &mut images, || {
+        client(request)
+    })
+    .await?;
+    let configs = graph.images.iter().filter_map(|need| images.config(need));
+    let configs: Vec<_> = configs.collect();
+    plan::lower(dockerfile, &graph, settings, &configs)?;
     Ok(())
 }
 
@@ -241,7 +253,7 @@ async fn outline(
         lint::bases(dockerfile, facts)
     });
     let needs = needs.map_err(in_dockerfile)?;
-    let bases = Images::default().bases(request, dockerfile, &needs).await;
+    let bases = bases(&mut Images::default(), request, dockerfile, &needs).await;
     let bases = bases.map_err(|(_, error)| error)?;
     let walked = with.facts(&bases, false, |facts| lint::walk(dockerfile, facts));
     if let Some(error) = walked.report.error.clone() {
@@ -259,71 +271,28 @@ async fn outline(
     })
 }
 
-/// Images that are resolved already, each once.
-#[derive(Default)]
-struct Images(Vec<(ImageNeed, ImageConfig)>);
+/// The configs of base images by stage; with an error, the lines that name the image.
+async fn bases(
+    images: &mut Images,
+    request: &BuildRequest,
+    dockerfile: &Dockerfile,
+    needs: &[BaseNeed],
+) -> Result<BTreeMap<usize, ImageConfig>, (Lines, anyhow::Error)> {
+    let wanted: Vec<ImageNeed> = (needs.iter())
+        .map(|need| ImageNeed {
+            source: ImageSource::Registry(need.reference.clone()),
+            platform: need.platform.clone(),
+            place: format!("{}:{}", dockerfile.name, need.lines.first),
+        })
+        .collect();
+    let resolved = images.resolve(request, || client(request), &wanted).await;
+    resolved.map_err(|(index, error)| (needs[index].lines, error))?;
+    let configs = needs.iter().zip(&wanted);
+    Ok(configs
+        .filter_map(|(need, wanted)| Some((need.stage, images.config(wanted)?)))
+        .collect())
+}
 
-impl Images {
-    /// The config of `need`, where it is here.
-    fn get(&self, reference: &Reference, platform: &Platform) -> Option<&ImageConfig> {
-        let mut known = self.0.iter();
-        let (_, config) = known
-            .find(|(known, _)| (&known.reference, &known.platform) == (reference, platform))?;
-        Some(config)
-    }
-
-    /// Resolves those of `needs` that are not here; an error comes with the index of its need.
-    async fn resolve(
-        &mut self,
-        request: &BuildRequest,
-        needs: &[ImageNeed],
-    ) -> Result<(), (usize, anyhow::Error)> {
-        let mut missing: Vec<(usize, &ImageNeed)> = Vec::new();
-        for (index, need) in needs.iter().enumerate() {
-            let same = |(_, other): &(usize, &ImageNeed)| {
-                (&other.reference, &other.platform) == (&need.reference, &need.platform)
-            };
-            let is_known = self.get(&need.reference, &need.platform).is_some();
-            if !is_known && !missing.iter().any(same) {
-                missing.push((index, need));
-            }
-        }
-        let Some((first, _)) = missing.first() else {
-            return Ok(());
-        };
-        let client = Client::new(request.registry.clone());
-        let client = client.map_err(|error| (*first, error.into()))?;
-        let resolving = missing.iter().map(async |(index, need)| {
-            let resolved = resolve(&client, need).await;
-            resolved.map_err(|error| (*index, error))
-        });
-        let resolved = try_join_all(resolving).await?;
-        let new = missing.iter().zip(resolved);
-        self.0
-            .extend(new.map(|((_, need), image)| ((*need).clone(), image.config)));
-        Ok(())
-    }
-
-    /// The configs of base images by stage; with an error, the lines that name the image.
-    async fn bases(
-        &mut self,
-        request: &BuildRequest,
-        dockerfile: &Dockerfile,
-        needs: &[BaseNeed],
-    ) -> Result<BTreeMap<usize, ImageConfig>, (Lines, anyhow::Error)> {
-        let images: Vec<ImageNeed> = (needs.iter())
-            .map(|need| ImageNeed {
-                reference: need.reference.clone(),
-                platform: need.platform.clone(),
-                place: format!("{}:{}", dockerfile.name, need.lines.first),
-            })
-            .collect();
-        let resolved = self.resolve(request, &images).await;
-        resolved.map_err(|(index, error)| (needs[index].lines, error))?;
-        let config = |need: &BaseNeed| {
-            let config = self.get(&need.reference, &need.platform)?;
-            Some((need.stage, config.clone()))
-        };
-        Ok(needs.iter().filter_map(config).collect())
-    }
+fn client(request: &BuildRequest) -> anyhow::Result<Client> {
+    Ok(Client::new(request.registry.clone())?)
 }

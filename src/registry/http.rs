@@ -111,6 +111,11 @@ impl Http {
         })
     }
 
+    /// A client of its own for what is no registry; it follows no redirects.
+    pub(super) fn into_plain(self) -> reqwest::Client {
+        self.verified.proxied
+    }
+
     /// The hosts that the user named as insecure.
     pub(crate) fn insecure(&self) -> &BTreeSet<String> {
         &self.insecure

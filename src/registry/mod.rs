@@ -76,6 +76,17 @@ pub struct Options {
     pub docker_config: Option<PathBuf>,
 }
 
+impl Options {
+    /// A client for servers that are no registries, with the same certificates and proxies. It
+    /// follows no redirects.
+    ///
+    /// # Errors
+    /// [`RegistryError::CaFile`], [`RegistryError::Tls`].
+    pub fn plain_client(&self) -> Result<reqwest::Client, RegistryError> {
+        Ok(http::Http::new(self, http::Timing::default())?.into_plain())
+    }
+}
+
 /// Speaks to registries. Clones share connections, tokens and what was learnt.
 #[derive(Clone, Debug)]
 pub struct Client(Arc<Inner>);
