@@ -4,16 +4,19 @@
 //! here against a read-only view of the layers below, with the links of those layers
 //! followed, and becomes a list of changes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
+use std::fs::File;
 use std::io;
+use std::ops::Bound;
 use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
 
 use rustix::fs::FileType;
 use rustix::io::Errno;
 
 use crate::rootfs::{
-    Change, ChangeKind, Data, Entry, FileContent, FileSource, Metadata, Stack, Time, order,
+    Change, ChangeKind, Data, Entry, FileContent, FileSource, Metadata, Node, Stack, Time, order,
 };
 
 /// How many links a path may lead through: the kernel's number.
@@ -38,16 +41,82 @@ pub(super) struct Additions<'s> {
     below: &'s Stack,
     new_directory: NewDirectory,
     entries: BTreeMap<Key, Addition>,
+    /// Where something that was no directory came in the place of one: what the layers have
+    /// there is gone for good, also below a directory that comes in its place in turn.
+    hidden: BTreeSet<PathBuf>,
+    /// The metadata of files that have several names, where it is not what the first had.
+    shared: BTreeMap<Identity, Metadata>,
 }
 
 /// A file to add.
+#[derive(Clone)]
 pub(super) struct Addition {
     /// Its metadata.
     pub(super) metadata: Metadata,
     /// What it is.
-    pub(super) data: Data,
+    pub(super) content: Content,
     /// Which files are the same one.
     pub(super) identity: Option<Identity>,
+}
+
+/// Type and content of a file to add.
+#[derive(Clone)]
+pub(super) enum Content {
+    /// A regular file.
+    File {
+        /// The number of bytes that will be read.
+        size_bytes: u64,
+        /// Opens it when its turn comes.
+        open: Arc<dyn Fn() -> io::Result<File> + Send + Sync>,
+    },
+    /// A regular file in memory.
+    Bytes(Arc<[u8]>),
+    /// A directory.
+    Directory,
+    /// A symbolic link and its target.
+    Symlink(OsString),
+    /// A character device: major and minor number.
+    CharDevice(u32, u32),
+    /// A block device: major and minor number.
+    BlockDevice(u32, u32),
+    /// A named pipe.
+    Fifo,
+}
+
+impl Content {
+    fn file_type(&self) -> FileType {
+        match self {
+            Self::File { .. } | Self::Bytes(_) => FileType::RegularFile,
+            Self::Directory => FileType::Directory,
+            Self::Symlink(_) => FileType::Symlink,
+            Self::CharDevice(..) => FileType::CharacterDevice,
+            Self::BlockDevice(..) => FileType::BlockDevice,
+            Self::Fifo => FileType::Fifo,
+        }
+    }
+
+    fn is_directory(&self) -> bool {
+        matches!(self, Self::Directory)
+    }
+
+    /// The same for a list of changes; `opaque` is for directories.
+    fn into_data(self, opaque: bool) -> Data {
+        match self {
+            Self::File { size_bytes, open } => Data::File(FileContent {
+                size_bytes,
+                source: FileSource::Open(Box::new(move || open())),
+            }),
+            Self::Bytes(bytes) => Data::File(FileContent {
+                size_bytes: bytes.len() as u64,
+                source: FileSource::Bytes(bytes),
+            }),
+            Self::Directory => Data::Directory { opaque },
+            Self::Symlink(target) => Data::Symlink(target),
+            Self::CharDevice(major, minor) => Data::CharDevice { major, minor },
+            Self::BlockDevice(major, minor) => Data::BlockDevice { major, minor },
+            Self::Fifo => Data::Fifo,
+        }
+    }
 }
 
 /// A path in the order of a list of changes.
@@ -73,7 +142,22 @@ impl<'s> Additions<'s> {
             below,
             new_directory,
             entries: BTreeMap::new(),
+            hidden: BTreeSet::new(),
+            shared: BTreeMap::new(),
         }
+    }
+
+    /// What directories that are made from now on are like.
+    pub(super) fn set_new_directory(&mut self, new_directory: NewDirectory) {
+        self.new_directory = new_directory;
+    }
+
+    /// What the layers have at `path`, a path without links.
+    fn lookup(&self, path: &Path) -> io::Result<Option<Node>> {
+        if path.ancestors().any(|above| self.hidden.contains(above)) {
+            return Ok(None);
+        }
+        self.below.lookup(path, false)
     }
 
     /// The type of what is at `path`, a path without links; absent: nothing.
@@ -82,9 +166,28 @@ impl<'s> Additions<'s> {
             return Ok(Some(FileType::Directory));
         }
         if let Some(addition) = self.entries.get(&Key(path.to_owned())) {
-            return Ok(Some(addition.data.file_type()));
+            return Ok(Some(addition.content.file_type()));
         }
-        Ok(self.below.lookup(path, false)?.map(|node| node.file_type()))
+        Ok(self.lookup(path)?.map(|node| node.file_type()))
+    }
+
+    /// The metadata of the directory at `path`, a path without links; absent where there is none.
+    pub(super) fn directory_metadata(&self, path: &Path) -> io::Result<Option<Metadata>> {
+        if let Some(addition) = self.entries.get(&Key(path.to_owned())) {
+            let is_directory = addition.content.is_directory();
+            return Ok(is_directory.then(|| addition.metadata.clone()));
+        }
+        match self.lookup(path)? {
+            Some(node) if node.file_type().is_dir() => self.metadata_of(&node).map(Some),
+            _ => Ok(None),
+        }
+    }
+
+    fn metadata_of(&self, node: &Node) -> io::Result<Metadata> {
+        Ok(Metadata {
+            xattrs: self.below.xattrs(node)?,
+            ..node.metadata()
+        })
     }
 
     /// Follows all links of `path`, the last component's too, also where they lead to
@@ -121,13 +224,13 @@ impl<'s> Additions<'s> {
     fn link_target(&self, path: &Path) -> io::Result<Option<OsString>> {
         match self.entries.get(&Key(path.to_owned())) {
             Some(Addition {
-                data: Data::Symlink(target),
+                content: Content::Symlink(target),
                 ..
             }) => return Ok(Some(target.clone())),
             Some(_) => return Ok(None),
             None => {}
         }
-        match self.below.lookup(path, false)? {
+        match self.lookup(path)? {
             Some(node) if node.file_type().is_symlink() => Ok(Some(self.below.read_link(&node)?)),
             _ => Ok(None),
         }
@@ -156,7 +259,7 @@ impl<'s> Additions<'s> {
     /// round and where a parent is no directory.
     pub(super) fn add(&mut self, path: &Path, addition: Addition) -> io::Result<()> {
         self.add_parents(path)?;
-        let is_directory = matches!(addition.data, Data::Directory { .. });
+        let is_directory = addition.content.is_directory();
         match self.file_type(path)? {
             Some(FileType::Directory) if !is_directory => return Err(Errno::ISDIR.into()),
             Some(found) if is_directory && found != FileType::Directory => {
@@ -174,12 +277,100 @@ impl<'s> Additions<'s> {
     /// `ENOTDIR` where a parent is no directory.
     pub(super) fn replace(&mut self, path: &Path, addition: Addition) -> io::Result<()> {
         self.add_parents(path)?;
-        if !matches!(addition.data, Data::Directory { .. }) {
-            let below = |key: &Key| key.0 != path && key.0.starts_with(path);
-            self.entries.retain(|key, _| !below(key));
+        if !addition.content.is_directory() {
+            if self
+                .lookup(path)?
+                .is_some_and(|node| node.file_type().is_dir())
+            {
+                self.hidden.insert(path.to_owned());
+            }
+            let after = (Bound::Excluded(Key(path.to_owned())), Bound::Unbounded);
+            let below = self.entries.range(after).map(|(key, _)| key);
+            let below = below.take_while(|key| key.0.starts_with(path));
+            for key in below.cloned().collect::<Vec<_>>() {
+                self.entries.remove(&key);
+            }
         }
         self.entries.insert(Key(path.to_owned()), addition);
         Ok(())
+    }
+
+    /// Another name for the file at `target`, both paths without links, as unpacking a hard
+    /// link makes it. All names have the metadata of the last one. `fresh` names a file that
+    /// has not been seen as one yet.
+    ///
+    /// A file of the layers below is made part of this one: only then are the names those of
+    /// one file wherever the layer is unpacked.
+    ///
+    /// # Errors
+    /// `ENOENT` where nothing is at `target`; `EPERM` where a directory is; `ENOTDIR` where a
+    /// parent of `path` is none.
+    pub(super) fn link(
+        &mut self,
+        path: &Path,
+        target: &Path,
+        metadata: Metadata,
+        fresh: Identity,
+    ) -> io::Result<()> {
+        // Unpacking takes away what is at the new name first.
+        if target.starts_with(path) {
+            return Err(Errno::NOENT.into());
+        }
+        if !self.entries.contains_key(&Key(target.to_owned())) {
+            let node = self.lookup(target)?.ok_or(Errno::NOENT)?;
+            let existing = self.existing(node)?;
+            self.replace(target, existing)?;
+        }
+        let named = self.entries.get_mut(&Key(target.to_owned()));
+        let named = named.ok_or(Errno::NOENT)?;
+        if named.content.is_directory() {
+            return Err(Errno::PERM.into());
+        }
+        let identity = *named.identity.get_or_insert(fresh);
+        let before = std::mem::take(&mut named.metadata);
+        named.metadata = match named.content {
+            // The mode of a link means nothing, and its time stays.
+            Content::Symlink(_) => Metadata {
+                uid: metadata.uid,
+                gid: metadata.gid,
+                ..before
+            },
+            _ => Metadata {
+                xattrs: before.xattrs.into_iter().chain(metadata.xattrs).collect(),
+                ..metadata
+            },
+        };
+        let link = named.clone();
+        self.shared.insert(identity, link.metadata.clone());
+        self.replace(path, link)
+    }
+
+    /// A file of the layers below, anything but a directory, to be added once more.
+    fn existing(&self, node: Node) -> io::Result<Addition> {
+        let metadata = self.metadata_of(&node)?;
+        let device = node.rdev();
+        let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
+        let content = match node.file_type() {
+            FileType::RegularFile => Content::File {
+                size_bytes: node.size(),
+                open: {
+                    let below = self.below.clone();
+                    Arc::new(move || below.open(&node))
+                },
+            },
+            FileType::Symlink => Content::Symlink(self.below.read_link(&node)?),
+            FileType::CharacterDevice => Content::CharDevice(major, minor),
+            FileType::BlockDevice => Content::BlockDevice(major, minor),
+            FileType::Fifo => Content::Fifo,
+            FileType::Directory | FileType::Socket | FileType::Unknown => {
+                return Err(Errno::PERM.into());
+            }
+        };
+        Ok(Addition {
+            metadata,
+            content,
+            identity: None,
+        })
     }
 
     /// Parents are part of a layer: unpacked alone, it would otherwise hide their metadata.
@@ -188,26 +379,20 @@ impl<'s> Additions<'s> {
         parents.reverse();
         for parent in parents.into_iter().filter(|p| !p.as_os_str().is_empty()) {
             if let Some(addition) = self.entries.get(&Key(parent.to_owned())) {
-                if !matches!(addition.data, Data::Directory { .. }) {
+                if !addition.content.is_directory() {
                     return Err(Errno::NOTDIR.into());
                 }
                 continue;
             }
-            match self.below.lookup(parent, false)? {
+            match self.lookup(parent)? {
                 Some(node) if node.file_type().is_dir() => {
-                    let metadata = Metadata {
-                        xattrs: self.below.xattrs(&node)?,
-                        ..node.metadata()
+                    let metadata = self.metadata_of(&node)?;
+                    let addition = Addition {
+                        metadata,
+                        content: Content::Directory,
+                        identity: None,
                     };
-                    let data = Data::Directory { opaque: false };
-                    self.entries.insert(
-                        Key(parent.to_owned()),
-                        Addition {
-                            metadata,
-                            data,
-                            identity: None,
-                        },
-                    );
+                    self.entries.insert(Key(parent.to_owned()), addition);
                 }
                 Some(_) => return Err(Errno::NOTDIR.into()),
                 None => self.insert_new_directory(parent),
@@ -229,34 +414,33 @@ impl<'s> Additions<'s> {
             mtime,
             xattrs: BTreeMap::new(),
         };
-        let data = Data::Directory { opaque: false };
-        self.entries.insert(
-            Key(path.to_owned()),
-            Addition {
-                metadata,
-                data,
-                identity: None,
-            },
-        );
+        let addition = Addition {
+            metadata,
+            content: Content::Directory,
+            identity: None,
+        };
+        self.entries.insert(Key(path.to_owned()), addition);
     }
 
     /// Everything added, in order. Files of one identity become hard links of the first.
     pub(super) fn into_changes(self) -> Vec<Change> {
         let mut first: BTreeMap<Identity, PathBuf> = BTreeMap::new();
         let mut changes = Vec::with_capacity(self.entries.len());
-        for (Key(path), mut addition) in self.entries {
+        for (Key(path), addition) in self.entries {
+            let mut metadata = addition.metadata;
+            let mut data = addition.content.into_data(self.hidden.contains(&path));
             if let Some(identity) = addition.identity {
+                if let Some(shared) = self.shared.get(&identity) {
+                    metadata.clone_from(shared);
+                }
                 match first.get(&identity) {
-                    Some(first) => addition.data = Data::Hardlink(first.clone()),
+                    Some(first) => data = Data::Hardlink(first.clone()),
                     None => {
                         first.insert(identity, path.clone());
                     }
                 }
             }
-            let entry = Entry {
-                metadata: addition.metadata,
-                data: addition.data,
-            };
+            let entry = Entry { metadata, data };
             changes.push(Change {
                 path,
                 kind: ChangeKind::Entry(entry),
@@ -280,11 +464,8 @@ pub(super) fn own_time(epoch: Option<i64>) -> Time {
 }
 
 /// The content of a file from memory.
-pub(super) fn inline(content: &str) -> Data {
-    Data::File(FileContent {
-        size_bytes: content.len() as u64,
-        source: FileSource::Bytes(content.as_bytes().into()),
-    })
+pub(super) fn inline(content: &str) -> Content {
+    Content::Bytes(content.as_bytes().into())
 }
 
 /// The components of a path without root and `.`; `..` stays.

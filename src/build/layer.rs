@@ -361,6 +361,13 @@ impl Filesystem {
         Self { layers }
     }
 
+    /// This and the layers of `above` on top.
+    pub(super) fn with_all(&self, above: Self) -> Self {
+        let mut layers = self.layers.clone();
+        layers.extend(above.layers);
+        Self { layers }
+    }
+
     /// The names of all layers, base first.
     pub(super) async fn names(&self) -> Result<Vec<ImageLayer>, SharedError> {
         futures_util::future::try_join_all(self.layers.iter().map(|layer| layer.names())).await

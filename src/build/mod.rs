@@ -11,6 +11,7 @@ mod copy;
 mod layer;
 mod mounts;
 mod push;
+mod remote;
 mod run;
 mod seal;
 mod step;

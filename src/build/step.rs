@@ -1,5 +1,6 @@
 //! One step: look it up in the cache, or do it; what it gives is a filesystem.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
@@ -10,10 +11,11 @@ use futures_util::future::{try_join, try_join_all};
 use super::additions::{Additions, NewDirectory, own_time};
 use super::cache::{self, Definition, Inputs, Record};
 use super::layer::{Filesystem, Layer};
-use super::user::Accounts;
+use super::remote::{self, Fetched};
+use super::user::{Accounts, Owner};
 use super::{Engine, PushDenied, StepFuture, context_tree, copy, mounts, run, seal, unshare};
 use crate::image::{Digest, ImageLayer};
-use crate::plan::{self, CopyFrom, Operation, Step};
+use crate::plan::{self, CopyFrom, CopySource, Operation, Step};
 use crate::progress::{BuildEvent, millis};
 use crate::rootfs::Stack;
 
@@ -31,6 +33,13 @@ pub(super) async fn perform(
             None => Ok(Filesystem::default()),
         }
     };
+    // What is linked on top of its parent is made without it.
+    let is_linked = matches!(&step.operation, Operation::Copy(copy) if copy.definition.link);
+    let (parent, later) = if is_linked {
+        (None, parent)
+    } else {
+        (parent, None)
+    };
     let sources = try_join_all(sources.into_iter().map(|source| wait(Some(source))));
     let (parent, sources) = try_join(wait(parent), sources).await?;
     engine.check_cancelled()?;
@@ -44,6 +53,7 @@ pub(super) async fn perform(
                 cached,
                 duration_ms,
             });
+            let filesystem = wait(later).await?.with_all(filesystem);
             engine.push.start(&engine, number, &filesystem);
             Ok(filesystem)
         }
@@ -429,7 +439,14 @@ async fn copy_step(
         }
     }
     started();
+    let fetched = fetch_sources(engine, copy).await?;
+    let has_paths = |sources: &[CopySource]| {
+        let is_path = |source: &_| matches!(source, CopySource::Path(_));
+        sources.iter().any(is_path)
+    };
     let (tree, place): (Arc<dyn copy::SourceTree>, _) = match copy.from {
+        // Without a path, a context may not even be there.
+        _ if !has_paths(&copy.definition.sources) => (Arc::new(Stack::new(Vec::new())), "nothing"),
         CopyFrom::Context(context) => (
             Arc::new(context_tree::ContextTree(engine.context(context)?)),
             "the build context",
@@ -445,12 +462,15 @@ async fn copy_step(
     let (what, copy_from) = (copy.definition.clone(), copy.from);
     let (selection, snapshot, content) = engine
         .blocking(move || {
-            let selection = copy::select(&what, tree, place)?;
+            let selection = copy::select(&what, tree, place, fetched)?;
             let snapshot = matches!(copy_from, CopyFrom::Context(_)).then(|| selection.snapshot());
             let content = selection.content_digest(what.keep_owner)?;
             Ok((selection, snapshot, content))
         })
         .await?;
+    for note in &selection.notes {
+        engine.warn(format!("{}: {note}", step.place));
+    }
     let content = Some((source_chain, content));
     let mut cached = Cached::look_up(engine, step, definition, parent, content).await?;
     cached.snapshot = snapshot;
@@ -459,6 +479,21 @@ async fn copy_step(
             place_copy(engine, step, copy, selection, parent)
         })
         .await
+}
+
+/// Fetches the sources that are elsewhere; by their place among all.
+async fn fetch_sources(
+    engine: &Arc<Engine>,
+    copy: &plan::Copy,
+) -> anyhow::Result<BTreeMap<usize, Fetched>> {
+    let sources = copy.definition.sources.iter().enumerate();
+    let remote = sources
+        .filter(|(_, source)| matches!(source, CopySource::Url { .. } | CopySource::Git { .. }));
+    let fetching = remote.map(|(index, source)| async move {
+        let fetched = remote::fetch_remote(engine, source).await?;
+        anyhow::Ok((index, fetched))
+    });
+    Ok(try_join_all(fetching).await?.into_iter().collect())
 }
 
 async fn place_copy(
@@ -498,23 +533,26 @@ async fn place_copy(
 
 /// `--chown` in numbers.
 ///
-/// A name that the image does not know is 0:0 in BuildKit; images are built that way
-/// today, so it stays so, but not silently.
-fn owner(
-    engine: &Engine,
-    below: &crate::rootfs::Stack,
-    chown: &str,
-    place: &str,
-) -> anyhow::Result<(u32, u32)> {
-    let accounts = Accounts::read(below).context("reading the image's accounts")?;
-    match accounts.owner(chown) {
-        Ok(owner) => Ok(owner),
-        Err(reason) if accounts.is_empty() => anyhow::bail!("--chown={chown}: {reason}"),
-        Err(reason) => {
-            engine.warn(format!(
-                "{place}: --chown={chown}: {reason}; the files belong to 0:0"
-            ));
-            Ok((0, 0))
-        }
+/// A name that the image does not know is 0 in BuildKit; images are built that way today, so
+/// it stays so, but not silently.
+fn owner(engine: &Engine, below: &Stack, chown: &str, place: &str) -> anyhow::Result<(u32, u32)> {
+    let owner = Owner::parse(chown);
+    if let Some(ids) = owner.ids() {
+        return Ok(ids);
     }
+    anyhow::ensure!(
+        !below.trees().is_empty(),
+        "--chown={chown}: there is no /etc/passwd or /etc/group to look names up in, as the layer is made on top of nothing (FROM scratch, or --link): use numbers"
+    );
+    let accounts = Accounts::read(below).context("reading the image's accounts")?;
+    let (ids, unknown) = accounts.owner(&owner);
+    if !unknown.is_empty() {
+        engine.warn(format!(
+            "{place}: --chown={chown}: {}; the files belong to {}:{}",
+            unknown.join(", "),
+            ids.0,
+            ids.1
+        ));
+    }
+    Ok(ids)
 }

@@ -3,17 +3,17 @@
 //! What an archive is, [`crate::layer::archive::is_archive`] tells. Names are resolved inside the
 //! destination's root; `..` ends there.
 
-use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, BufReader, Read, Write};
 use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
 
 use thiserror::Error;
 
-use super::additions::{Addition, Additions};
+use super::additions::{Addition, Additions, Content};
 use crate::layer::archive::decompress;
 use crate::layer::{EntryKind, LayerError, Limits, Segment, TarReader};
-use crate::rootfs::{Data, FileContent, FileSource, Metadata, belongs_in_layer};
+use crate::rootfs::belongs_in_layer;
 
 /// What is wrong with an archive.
 #[derive(Debug, Error)]
@@ -21,8 +21,10 @@ pub(super) enum UnpackError {
     /// The archive is damaged, or too much.
     #[error(transparent)]
     Archive(#[from] LayerError),
-    /// A hard link to nothing that came before it.
-    #[error("{path:?} is a hard link to {target:?}, which is not in the archive before it")]
+    /// A hard link to nothing.
+    #[error(
+        "{path:?} is a hard link to {target:?}, which is neither in the archive before it nor in the image"
+    )]
     Hardlink {
         /// The link.
         path: PathBuf,
@@ -63,7 +65,6 @@ pub(super) fn unpack(
 ) -> Result<(), UnpackError> {
     let input = decompress(archive)?;
     let mut reader = TarReader::new(BufReader::new(input), Limits::default());
-    let mut files: BTreeMap<PathBuf, Spooled> = BTreeMap::new();
     let mut number = 0_u64;
     while let Some(entry) = reader.next()? {
         let place = |source| UnpackError::Place {
@@ -80,90 +81,47 @@ pub(super) fn unpack(
             (metadata.uid, metadata.gid) = (uid, gid);
         }
         metadata.xattrs.retain(|name, _| belongs_in_layer(name));
-        let (data, identity) = match &entry.kind {
+        let mut identity = None;
+        let content = match &entry.kind {
             EntryKind::File(sparse) => {
                 number += 1;
                 let file = spool.join(format!("{index}-{number}"));
                 write_content(&mut reader, sparse.as_deref(), entry.size_bytes, &file)
                     .map_err(|error| error.at(&entry.name))?;
-                let spooled = Spooled {
-                    file,
+                identity = Some((index, 0, number));
+                Content::File {
                     size_bytes: entry.size_bytes,
-                    metadata: metadata.clone(),
-                    number,
-                };
-                let data = spooled.open();
-                files.insert(path.clone(), spooled);
-                (data, Some((index, 0, number)))
+                    open: Arc::new(move || File::open(&file)),
+                }
             }
             EntryKind::Hardlink(name) => {
+                number += 1;
                 let target = target(additions, destination, name).map_err(place)?;
-                let spooled = files
-                    .get(&target)
-                    .ok_or_else(|| UnpackError::Hardlink {
+                let linked = additions.link(&path, &target, metadata, (index, 0, number));
+                linked.map_err(|error| match error.kind() {
+                    io::ErrorKind::NotFound => UnpackError::Hardlink {
                         path: entry.name.clone(),
                         target: name.clone(),
-                    })?
-                    .clone();
-                metadata.clone_from(&spooled.metadata);
-                let (data, number) = (spooled.open(), spooled.number);
-                files.insert(path.clone(), spooled);
-                (data, Some((index, 0, number)))
+                    },
+                    _ => place(error),
+                })?;
+                continue;
             }
-            EntryKind::Directory => (Data::Directory { opaque: false }, None),
-            EntryKind::Symlink(target) => (Data::Symlink(target.clone()), None),
-            EntryKind::CharDevice { major, minor } => (
-                Data::CharDevice {
-                    major: *major,
-                    minor: *minor,
-                },
-                None,
-            ),
-            EntryKind::BlockDevice { major, minor } => (
-                Data::BlockDevice {
-                    major: *major,
-                    minor: *minor,
-                },
-                None,
-            ),
-            EntryKind::Fifo => (Data::Fifo, None),
+            EntryKind::Directory => Content::Directory,
+            EntryKind::Symlink(target) => Content::Symlink(target.clone()),
+            EntryKind::CharDevice { major, minor } => Content::CharDevice(*major, *minor),
+            EntryKind::BlockDevice { major, minor } => Content::BlockDevice(*major, *minor),
+            EntryKind::Fifo => Content::Fifo,
         };
-        if !matches!(data, Data::File(_)) {
-            files.remove(&path);
-        }
-        additions
-            .replace(
-                &path,
-                Addition {
-                    metadata,
-                    data,
-                    identity,
-                },
-            )
-            .map_err(place)?;
+        let addition = Addition {
+            metadata,
+            content,
+            identity,
+        };
+        additions.replace(&path, addition).map_err(place)?;
     }
     reader.finish()?;
     Ok(())
-}
-
-/// A regular file of the archive.
-#[derive(Clone)]
-struct Spooled {
-    file: PathBuf,
-    size_bytes: u64,
-    metadata: Metadata,
-    number: u64,
-}
-
-impl Spooled {
-    fn open(&self) -> Data {
-        let file = self.file.clone();
-        let source = FileSource::Open(Box::new(move || File::open(file)));
-        Data::File(FileContent {
-            size_bytes: self.size_bytes,
-            source,
-        })
-    }
 }
 
 /// Where an entry goes: links in its parents are followed, its own name is not.

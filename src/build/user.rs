@@ -53,11 +53,6 @@ impl Accounts {
         Ok(Self::parse(&passwd, &group))
     }
 
-    /// Whether the image has no accounts at all, as one made from `scratch`.
-    pub(super) fn is_empty(&self) -> bool {
-        self.passwd.is_empty() && self.group.is_empty()
-    }
-
     /// Lines that are no entries are passed over, as the C library does.
     fn parse(passwd: &str, group: &str) -> Self {
         let passwd = passwd.lines().filter_map(|line| {
@@ -131,13 +126,31 @@ impl Accounts {
         })
     }
 
-    /// `--chown`: `user[:group]`. A name alone has its own group; a number alone is both.
-    pub(super) fn owner(&self, text: &str) -> Result<(u32, u32), String> {
-        if let Some(id) = parse_id(text) {
-            return Ok((id, id));
+    /// `--chown` in numbers, and what of it the image does not know.
+    ///
+    /// As in BuildKit, a user that is not known is 0:0, a group that is not known that of the
+    /// user.
+    pub(super) fn owner(&self, owner: &Owner) -> ((u32, u32), Vec<String>) {
+        let mut unknown = Vec::new();
+        let (uid, mut gid) = match &owner.user {
+            OwnerPart::Id(id) => (*id, *id),
+            OwnerPart::Name(name) => match self.passwd.iter().find(|p| p.name == *name) {
+                Some(account) => (account.uid, account.gid),
+                None => {
+                    unknown.push(format!("no user {name:?} in the image's /etc/passwd"));
+                    (0, 0)
+                }
+            },
+        };
+        match &owner.group {
+            None => {}
+            Some(OwnerPart::Id(id)) => gid = *id,
+            Some(OwnerPart::Name(name)) => match self.group.iter().find(|g| g.name == *name) {
+                Some(group) => gid = group.gid,
+                None => unknown.push(format!("no group {name:?} in the image's /etc/group")),
+            },
         }
-        let account = self.user(text)?;
-        Ok((account.user.uid, account.user.gid))
+        ((uid, gid), unknown)
     }
 
     fn gid(&self, text: &str) -> Result<u32, String> {
@@ -145,6 +158,52 @@ impl Accounts {
             return Ok(group.gid);
         }
         parse_id(text).ok_or_else(|| format!("no group {text:?} in the image's /etc/group"))
+    }
+}
+
+/// `--chown`: `user[:group]`. A number without a group is both.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Owner {
+    user: OwnerPart,
+    group: Option<OwnerPart>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum OwnerPart {
+    Id(u32),
+    Name(String),
+}
+
+impl Owner {
+    /// Reads `--chown`, which has no wrong form: what is no number is a name.
+    pub(super) fn parse(text: &str) -> Self {
+        let part = |text: &str| match text {
+            "" | "root" => OwnerPart::Id(0),
+            // The numbers that BuildKit takes for one.
+            text => match text.parse::<i32>().map(u32::try_from) {
+                Ok(Ok(id)) => OwnerPart::Id(id),
+                _ => OwnerPart::Name(text.to_owned()),
+            },
+        };
+        match text.split_once(':') {
+            Some((user, group)) => Self {
+                user: part(user),
+                group: Some(part(group)),
+            },
+            None => Self {
+                user: part(text),
+                group: None,
+            },
+        }
+    }
+
+    /// The same in numbers, where it has no names.
+    pub(super) fn ids(&self) -> Option<(u32, u32)> {
+        match (&self.user, &self.group) {
+            (OwnerPart::Id(user), None) => Some((*user, *user)),
+            (OwnerPart::Id(user), Some(OwnerPart::Id(group))) => Some((*user, *group)),
+            _ => None,
+        }
     }
 }
 
@@ -199,6 +258,54 @@ mod tests {
     }
 
     #[test]
+    fn owners_are_names_or_numbers() {
+        for (text, expected, unknown) in [
+            ("7", (7, 7), ""),
+            // A number is not looked up.
+            ("1000", (1000, 1000), ""),
+            ("app", (1000, 1000), ""),
+            ("nohome", (7, 8), ""),
+            ("88:staff", (88, 50), ""),
+            ("app:5", (1000, 5), ""),
+            ("root:root", (0, 0), ""),
+            (":staff", (0, 50), ""),
+            ("app:", (1000, 0), ""),
+            ("x", (0, 0), "no user \"x\" in the image's /etc/passwd"),
+            ("x:9", (0, 9), "no user \"x\" in the image's /etc/passwd"),
+            (
+                "nohome:x",
+                (7, 8),
+                "no group \"x\" in the image's /etc/group",
+            ),
+            ("5:x", (5, 5), "no group \"x\" in the image's /etc/group"),
+            (
+                "4294967295",
+                (0, 0),
+                "no user \"4294967295\" in the image's /etc/passwd",
+            ),
+        ] {
+            let (ids, missing) = accounts().owner(&Owner::parse(text));
+            let missing = missing.join("; ");
+            assert_eq!((ids, missing.as_str()), (expected, unknown), "{text}");
+        }
+    }
+
+    #[test]
+    fn owners_without_names_need_no_image() {
+        for (text, expected) in [
+            ("7", Some((7, 7))),
+            ("7:8", Some((7, 8))),
+            ("root", Some((0, 0))),
+            ("5:root", Some((5, 0))),
+            ("app", None),
+            ("5:staff", None),
+            ("app:5", None),
+        ] {
+            assert_eq!(Owner::parse(text).ids(), expected, "{text}");
+        }
+    }
+
+    #[test]
     fn users_are_names_or_numbers() {
         check("", 0, 0, &[0], "/root");
         check("app", 1000, 1000, &[1000, 29, 44], "/home/app");
@@ -209,9 +316,6 @@ mod tests {
         check("4242:4343", 4242, 4343, &[4343], "/");
         check("0:staff", 0, 50, &[50], "/root");
         check("nohome", 7, 8, &[8], "/");
-        assert_eq!(accounts().owner("7"), Ok((7, 7)));
-        assert_eq!(accounts().owner("app"), Ok((1000, 1000)));
-        assert_eq!(accounts().owner("88:staff"), Ok((88, 50)));
         assert_eq!(
             accounts().user("x"),
             Err("no user \"x\" in the image's /etc/passwd".into())

@@ -53,6 +53,17 @@ pub enum IgnoreError {
     },
 }
 
+/// Why a pattern of [`IgnoreRules::from_patterns`] cannot be used.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PatternError {
+    /// A wildcard is wrong.
+    #[error(transparent)]
+    Glob(#[from] GlobError),
+    /// `!` without anything to take back in.
+    #[error("\"!\" must be followed by a pattern")]
+    LoneExclamation,
+}
+
 /// The rules of one ignore file. The default ignores nothing.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct IgnoreRules {
@@ -112,6 +123,35 @@ impl IgnoreRules {
                 pattern: String::from_utf8_lossy(written).chars().take(200).collect(),
                 source,
             })?;
+            rules.push(Rule { exception, matcher });
+        }
+        Ok(Self { rules })
+    }
+
+    /// Rules from a list of patterns, as `COPY --exclude` and `--parents` have them.
+    ///
+    /// Unlike lines of a file they are taken as they are, only cleaned: one with a leading
+    /// slash matches nothing, and `!` counts where it is the first character.
+    ///
+    /// # Errors
+    /// The first pattern that cannot be read, and why.
+    pub fn from_patterns<'p>(
+        patterns: impl IntoIterator<Item = &'p str>,
+    ) -> Result<Self, (String, PatternError)> {
+        let mut rules = Vec::new();
+        for written in patterns {
+            let trimmed = written.trim();
+            if trimmed.is_empty() {
+                continue;
+            }
+            let cleaned = clean(trimmed.as_bytes());
+            let (exception, pattern) = match cleaned.strip_prefix(b"!") {
+                Some([]) => return Err((written.to_owned(), PatternError::LoneExclamation)),
+                Some(pattern) => (true, pattern),
+                None => (false, cleaned.as_slice()),
+            };
+            let matcher = compile(pattern)
+                .map_err(|error| (written.to_owned(), PatternError::Glob(error)))?;
             rules.push(Rule { exception, matcher });
         }
         Ok(Self { rules })
@@ -179,12 +219,22 @@ impl IgnoreRules {
     /// Whether something in the ignored directory `directory` may be taken back in. If not,
     /// a walk need not enter it.
     pub fn may_reinclude_below(&self, directory: &Path) -> bool {
+        self.may_match_below(directory, true)
+    }
+
+    /// Whether a rule that is no exception may match something in the directory `directory`
+    /// that it does not match itself.
+    pub fn may_ignore_below(&self, directory: &Path) -> bool {
+        self.may_match_below(directory, false)
+    }
+
+    fn may_match_below(&self, directory: &Path, exception: bool) -> bool {
         let mut prefix = joined(directory);
         if !prefix.is_empty() {
             prefix.push(b'/');
         }
-        let mut exceptions = self.rules.iter().filter(|rule| rule.exception);
-        exceptions.any(|rule| rule.matcher.may_match_below(&prefix))
+        let mut rules = self.rules.iter().filter(|r| r.exception == exception);
+        rules.any(|rule| rule.matcher.may_match_below(&prefix))
     }
 }
 
@@ -352,6 +402,43 @@ mod tests {
         }
         assert!(rules("a\n!b").has_exceptions());
         assert!(!rules("a").has_exceptions());
+    }
+
+    #[test]
+    fn patterns_of_a_list_are_taken_as_they_are() {
+        let ignored = |patterns: &[&str], path: &str| {
+            let rules = IgnoreRules::from_patterns(patterns.iter().copied()).unwrap();
+            rules.is_ignored(Path::new(path))
+        };
+        for (patterns, path, expected) in [
+            (&["a"][..], "a", true),
+            (&["a"], "a/b", true),
+            (&["a"], "b/a", false),
+            (&["./a/../b/"], "b", true),
+            (&["/a"], "a", false),
+            (&[" a "], "a", true),
+            (&["", "#a"], "#a", true),
+            (&["**/c.txt"], "c.txt", true),
+            (&["*", "!keep"], "keep", false),
+            (&["*", "! keep"], "keep", true),
+            (&["*", "!/keep"], "keep", true),
+            (&["*.txt", "!a.txt", "a.*"], "a.txt", true),
+        ] {
+            assert_eq!(ignored(patterns, path), expected, "{patterns:?} {path}");
+        }
+        let failure = |pattern| IgnoreRules::from_patterns([pattern]).unwrap_err();
+        assert_eq!(
+            failure("!"),
+            ("!".to_owned(), PatternError::LoneExclamation)
+        );
+        let unterminated = PatternError::Glob(GlobError::UnterminatedClass);
+        assert_eq!(failure("a["), ("a[".to_owned(), unterminated));
+        let rules = IgnoreRules::from_patterns(["a/*/c", "!d/e"]).unwrap();
+        for (directory, expected) in [("", true), ("a", true), ("a/b", true), ("d", false)] {
+            let found = rules.may_ignore_below(Path::new(directory));
+            assert_eq!(found, expected, "{directory}");
+        }
+        assert!(rules.may_reinclude_below(Path::new("d")));
     }
 
     fn rules(text: &str) -> IgnoreRules {

@@ -36,7 +36,7 @@ use crate::rootfs::Time;
 pub use address::{is_git, is_git_context};
 pub use dockerfile::{DockerfileSource, read_dockerfile};
 use ignore::DirectoryMatch;
-pub use ignore::IgnoreRules;
+pub use ignore::{IgnoreRules, PatternError};
 pub use named::{
     LayoutReference, NamedContext, NamedContextError, NamedContexts, open_named_directory,
 };

@@ -22,7 +22,9 @@ use crate::dockerfile::{
     self, ArgDeclaration, CommandLine, Dockerfile, DockerfileError, Healthcheck, Instruction,
     InstructionKind, KeyValue, Problem, Span, Word,
 };
-use crate::image::{Digest, Empty, Healthcheck as ImageHealthcheck, ImageConfig};
+use crate::image::{Empty, Healthcheck as ImageHealthcheck, ImageConfig};
+use crate::remote::git;
+use crate::remote::http::Checksum;
 
 /// Proxy settings that `RUN` gets from `--build-arg` without an `ARG`.
 ///
@@ -825,16 +827,6 @@ impl<'a> Lowering<'a> {
     }
 }
 
-/// Whether a source of `ADD` is a git repository and not a path or a file at a URL.
-fn is_git(text: &str) -> bool {
-    let repository = text.split(['#', '?']).next().unwrap_or_default();
-    let is_http = text.starts_with("http://") || text.starts_with("https://");
-    (is_http && repository.ends_with(".git"))
-        || ["git@", "git://", "ssh://"]
-            .iter()
-            .any(|scheme| text.starts_with(scheme))
-}
-
 /// What one source of `COPY` or `ADD` is.
 fn copy_source(
     text: &str,
@@ -849,10 +841,14 @@ fn copy_source(
         )
         .with_hint("ADD fetches; COPY takes files of the context, of a stage or of an image"))
     };
-    if is_git(text) {
+    let git = git::parse(text).map_err(|error| Problem::new(word.span, error.to_string()))?;
+    // `github.com/a/b` could as well be a path.
+    if let Some(git) = git.filter(|git| !git.indistinguishable_from_local) {
         if !is_add {
             return refuse("a git ref");
         }
+        git.with_flags(keep_git_dir, None)
+            .map_err(|error| Problem::new(word.span, error.to_string()))?;
         return Ok(CopySource::Git {
             reference: text.to_owned(),
             checksum: None,
@@ -893,10 +889,9 @@ fn set_checksum(
     match source {
         CopySource::Git { checksum, .. } => *checksum = Some(text.to_owned()),
         CopySource::Url { checksum, .. } => {
-            let digest = Digest::parse(text).map_err(|error| {
-                Problem::new(word.span, format!("invalid checksum {text:?}: {error}"))
-            })?;
-            *checksum = Some(digest);
+            Checksum::parse(text)
+                .map_err(|error| Problem::new(word.span, format!("invalid checksum: {error}")))?;
+            *checksum = Some(text.to_owned());
         }
         CopySource::Path(_) | CopySource::Inline { .. } => {
             return Err(Problem::new(

@@ -6,6 +6,7 @@
 
 pub mod graph;
 pub mod lower;
+pub mod mode;
 mod mounts;
 mod state;
 mod support;
@@ -18,7 +19,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::{Deserialize, Serialize};
 
 use crate::context::named::{NamedContext, NamedContexts};
-use crate::image::{Digest, History, ImageConfig, Platform};
+use crate::image::{History, ImageConfig, Platform};
 
 pub use graph::{ImageNeed, ImageSource, StageGraph, graph};
 pub use lower::lower;
@@ -424,8 +425,8 @@ pub enum CopySource {
     Url {
         /// Where.
         url: String,
-        /// `--checksum`: what it has to have.
-        checksum: Option<Digest>,
+        /// `--checksum`: `ALGORITHM:HEX`, seen to be well formed.
+        checksum: Option<String>,
     },
     /// The files of a git repository.
     Git {

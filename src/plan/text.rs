@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 
 use super::Chmod;
+use super::mode::SymbolicMode;
 use crate::dockerfile::{Problem, Span};
 use crate::image::Healthcheck;
 
@@ -161,8 +162,20 @@ pub(super) fn parse_mode(text: &str, span: Span) -> Result<Chmod, Problem> {
             .map(Chmod::Mode)
             .ok_or_else(octal);
     }
-    if text.bytes().any(|b| b.is_ascii_digit()) || !text.bytes().any(|b| b"+-=".contains(&b)) {
+    // What begins as a number was meant as one.
+    if text.starts_with(|c: char| c.is_ascii_digit()) {
         return Err(octal());
+    }
+    if let Err(at) = SymbolicMode::parse(text) {
+        let what = if at.is_empty() {
+            "it ends too early".to_owned()
+        } else {
+            format!("invalid syntax at {at:?}")
+        };
+        let message = format!("invalid chmod parameter: {text:?}: {what}");
+        return Err(Problem::new(span, message).with_hint(
+            "it should be octal and between 0 and 07777, or changes such as u+x,go=rX",
+        ));
     }
     Ok(Chmod::Symbolic(text.to_owned()))
 }
@@ -276,6 +289,28 @@ mod tests {
             "+5",
         ] {
             assert!(parse_ports(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn modes_are_octal_or_changes() {
+        let span = Span::default();
+        assert_eq!(parse_mode("07755", span).unwrap(), Chmod::Mode(0o7755));
+        let symbolic = Chmod::Symbolic("u=rwX,go-w".to_owned());
+        assert_eq!(parse_mode("u=rwX,go-w", span).unwrap(), symbolic);
+        let octal = "it should be octal and between 0 and 07777";
+        for (text, reason) in [
+            ("10000", octal),
+            ("64a", octal),
+            ("9", octal),
+            ("u+q", "invalid syntax at \"q\""),
+            ("rwx", "invalid syntax at \"rwx\""),
+            ("-1", "invalid syntax at \"1\""),
+            ("u", "it ends too early"),
+        ] {
+            let message = format!("invalid chmod parameter: {text:?}: {reason}");
+            let problem = parse_mode(text, span).unwrap_err();
+            assert_eq!(problem.message, message, "{text}");
         }
     }
 

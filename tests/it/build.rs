@@ -145,6 +145,31 @@ fn compose_copy_and_add_write_what_the_context_has() {
     assert_eq!(image.run_config()["WorkingDir"], "/srv/app");
 }
 
+#[test]
+fn compose_a_linked_layer_needs_nothing_of_its_base() {
+    let upstream = upstream!();
+    let place = Place::new();
+    let linked = |from: &str| {
+        let dockerfile = format!("FROM {from}\nCOPY --link a.txt /etc/linked/\n");
+        let files = [("Dockerfile", dockerfile.as_str()), ("a.txt", "a\n")];
+        let context = place.context("context", &files);
+        let output = format!("type=oci,dest={}", place.dir.join("image.tar").display());
+        let ran = place.build(&upstream, &context, &["-o", &output]);
+        (ran.success(), place.archive(&place.dir.join("image.tar")))
+    };
+    let (_, image) = linked("busybox");
+    assert_eq!(image.summary("etc/linked/a.txt"), "644 0:0 0");
+    // Nothing was unpacked.
+    let trees = std::fs::read_dir(place.dir.join("store/trees"));
+    assert_eq!(trees.map_or(0, Iterator::count), 0);
+    // On another base it is the same layer, not made again.
+    let (ran, other) = linked("scratch");
+    ran.says("CACHED");
+    assert_eq!((image.layers.len(), other.layers.len()), (2, 1));
+    assert_eq!(image.layers[1].digest, other.layers[0].digest);
+    assert_eq!(other.summary("etc"), "755 0:0 5");
+}
+
 /// Everything that RUN sees and leaves behind, so that every sandbox is held to the same.
 const STEPS: &str = "\
 FROM busybox AS build\n\

@@ -7,11 +7,16 @@ use std::os::unix::fs::PermissionsExt;
 use rustix::process::{getegid, geteuid};
 use tempfile::TempDir;
 
+use std::os::unix::ffi::OsStrExt;
+use std::sync::Arc;
+
 use super::*;
 use crate::build::context_tree::ContextTree;
+use crate::build::remote::{Fetched, FetchedFile};
 use crate::context::{BuildContext, IgnoreRules};
+use crate::plan::{Chmod, CopyDefinition, CopySource};
 use crate::rootfs::testing::{THEN, change, line, tree_of};
-use crate::rootfs::{ChangeKind, Tree, materialize};
+use crate::rootfs::{Change, ChangeKind, Data, FileContent, FileSource, Tree, materialize};
 
 mod archives;
 
@@ -87,21 +92,38 @@ fn inline_source(name: &str, content: &str) -> CopySource {
 
 impl Fixture {
     fn select(&self, what: &CopyDefinition) -> Result<Selection, CopyError> {
+        self.select_with(what, BTreeMap::new())
+    }
+
+    fn select_with(
+        &self,
+        what: &CopyDefinition,
+        fetched: BTreeMap<usize, Fetched>,
+    ) -> Result<Selection, CopyError> {
         let rules = IgnoreRules::parse(self.ignore.as_bytes()).unwrap();
         let context = BuildContext::directory(self.context.path(), rules).unwrap();
         let tree = Arc::new(ContextTree(Arc::new(context)));
-        select(what, tree, "the build context")
+        select(what, tree, "the build context", fetched)
     }
 
     /// The changes, each handed to `show` while all that they read is there.
     fn changes(
         &self,
         what: &CopyDefinition,
+        show: impl FnMut(Change) -> String,
+    ) -> Result<Vec<String>, CopyError> {
+        self.changes_with(what, BTreeMap::new(), show)
+    }
+
+    fn changes_with(
+        &self,
+        what: &CopyDefinition,
+        fetched: BTreeMap<usize, Fetched>,
         mut show: impl FnMut(Change) -> String,
     ) -> Result<Vec<String>, CopyError> {
         let below = Stack::new(vec![Arc::clone(&self.base.1)]);
         let spool = tempfile::tempdir().unwrap();
-        let selection = self.select(what)?;
+        let selection = self.select_with(what, fetched)?;
         let changes = place(
             selection,
             what,
@@ -114,9 +136,17 @@ impl Fixture {
     }
 
     fn lines(&self, what: &CopyDefinition) -> Result<Vec<String>, String> {
+        self.fetched_lines(what, BTreeMap::new())
+    }
+
+    fn fetched_lines(
+        &self,
+        what: &CopyDefinition,
+        fetched: BTreeMap<usize, Fetched>,
+    ) -> Result<Vec<String>, String> {
         // An ordinary user's fixtures belong to that user.
         let own = format!(" ({}:{})", geteuid().as_raw(), getegid().as_raw());
-        self.changes(what, |change| line(change).replace(&own, ""))
+        self.changes_with(what, fetched, |change| line(change).replace(&own, ""))
             .map_err(|error| {
                 let mut text = error.to_string();
                 let mut source = error.source();
@@ -396,8 +426,8 @@ fn owner_and_mode_apply_to_all_that_is_new() {
         &what,
         &[
             "755 opt/",
-            "4710 opt/new/ (5:6)",
-            "4710 opt/new/dir/ (5:6)",
+            "710 opt/new/ (5:6)",
+            "710 opt/new/dir/ (5:6)",
             "4710 opt/new/dir/a = A (5:6)",
         ],
     );
@@ -438,7 +468,7 @@ fn owners_are_kept_from_stages_only() {
     let below = Stack::new(Vec::new());
     let file_owner = |what: &CopyDefinition, owner| {
         let tree = Arc::new(Stack::new(vec![Arc::clone(&tree)]));
-        let selection = select(what, tree, "the stage").unwrap();
+        let selection = select(what, tree, "the stage", BTreeMap::new()).unwrap();
         let changes = place(selection, what, &below, owner, None, dir.path()).unwrap();
         let file = changes.into_iter().find(|c| c.path.ends_with("f")).unwrap();
         match file.kind {
@@ -459,6 +489,7 @@ fn owners_are_kept_from_stages_only() {
         &definition(&["/d/x"], "/"),
         Arc::new(Stack::new(vec![tree.clone()])),
         "the stage",
+        BTreeMap::new(),
     );
     assert_eq!(
         missing.err().unwrap().to_string(),
@@ -567,4 +598,482 @@ fn digests_tell_contents_apart() {
     };
     assert_ne!(inline("a", "bc"), inline("ab", "c"));
     assert_ne!(inline("a", "A"), of(&["a"]));
+}
+
+/// The tree of BuildKit's own tests of `--parents`.
+const PARENTS: [&str; 16] = [
+    "755 test/",
+    "750 test/a/",
+    "700 test/a/b/",
+    "755 test/a/b/c/",
+    "755 test/a/b/c/d/",
+    "755 test/a/b/c/d/e/",
+    "644 test/a/b/c/d/e/bay = 1",
+    "644 test/a/b/c/d/foo = 1",
+    "755 test/a/b/c2/",
+    "755 test/a/b/c2/d/",
+    "711 test/a/b/c2/d/e/",
+    "644 test/a/b/c2/d/e/baz = 1",
+    "755 test/a/b2/",
+    "755 test/a/b2/c/",
+    "777 test/l -> a",
+    "644 top = t",
+];
+
+fn with_parents(sources: &[&str], destination: &str) -> CopyDefinition {
+    CopyDefinition {
+        parents: true,
+        ..definition(sources, destination)
+    }
+}
+
+#[test]
+fn parents_are_kept() {
+    let fixture = fixture(&PARENTS, &["700 out/", "711 out/c/", "644 out/c/old = o"]);
+    for (sources, expected) in [
+        // Parents have the metadata of the source's; siblings stay behind.
+        (
+            &["/test/a/b/c/d/foo", "top"][..],
+            &[
+                "755 to/",
+                "755 to/test/",
+                "750 to/test/a/",
+                "700 to/test/a/b/",
+                "755 to/test/a/b/c/",
+                "755 to/test/a/b/c/d/",
+                "644 to/test/a/b/c/d/foo = 1",
+                "644 to/top = t",
+            ][..],
+        ),
+        // What stands before the first pivot is not copied.
+        (
+            &["test/a/./b/./c/../c2/d/e"],
+            &[
+                "755 to/",
+                "700 to/b/",
+                "755 to/b/c2/",
+                "755 to/b/c2/d/",
+                "711 to/b/c2/d/e/",
+                "644 to/b/c2/d/e/baz = 1",
+            ],
+        ),
+        (&["./test/a/b/c/d/./foo"], &["755 to/", "644 to/foo = 1"]),
+        // Wildcards, also before the pivot.
+        (
+            &["test/a/b*/./c*/**/ba?"],
+            &[
+                "755 to/",
+                "755 to/c/",
+                "755 to/c/d/",
+                "755 to/c/d/e/",
+                "644 to/c/d/e/bay = 1",
+                "755 to/c2/",
+                "755 to/c2/d/",
+                "711 to/c2/d/e/",
+                "644 to/c2/d/e/baz = 1",
+            ],
+        ),
+        (
+            &["**/c", "t*p"],
+            &[
+                "755 to/",
+                "755 to/test/",
+                "750 to/test/a/",
+                "700 to/test/a/b/",
+                "755 to/test/a/b/c/",
+                "755 to/test/a/b/c/d/",
+                "755 to/test/a/b/c/d/e/",
+                "644 to/test/a/b/c/d/e/bay = 1",
+                "644 to/test/a/b/c/d/foo = 1",
+                "755 to/test/a/b2/",
+                "755 to/test/a/b2/c/",
+                "644 to/top = t",
+            ],
+        ),
+        // A link before the pivot is followed; behind it, it is copied.
+        (
+            &["test/l/./b2", "test/./l"],
+            &["755 to/", "755 to/b2/", "755 to/b2/c/", "777 to/l -> a"],
+        ),
+        // Where a wildcard matches nothing, the destination is made all the same.
+        (&["test/none*", "*/nothing"], &["755 to/"]),
+        (&["none*/./x"], &[]),
+    ] {
+        fixture.check(&with_parents(sources, "/to/"), expected);
+        fixture.check(&with_parents(sources, "/to"), expected);
+    }
+    // A parent that is there takes the mode and keeps the rest.
+    fixture.check(
+        &with_parents(&["test/a/b/./c/d/foo"], "/out"),
+        &[
+            "700 out/",
+            "755 out/c/",
+            "755 out/c/d/",
+            "644 out/c/d/foo = 1",
+        ],
+    );
+    for missing in ["test/none", "test/a/./none", "none/./x*", "test/l/b2"] {
+        fixture.fails(
+            &with_parents(&[missing], "/to/"),
+            &format!("{missing:?} not found in the build context"),
+        );
+    }
+    for root in [".", "/", "test/./", "./"] {
+        let error = fixture.lines(&with_parents(&[root], "/to/")).unwrap_err();
+        assert!(
+            error.starts_with("--parents needs a path"),
+            "{root}: {error}"
+        );
+    }
+}
+
+#[test]
+fn parents_that_are_there_keep_their_owner() {
+    let mut fixture = fixture(&["750 d/", "700 d/e/", "644 d/e/f = f"], &["755 d/"]);
+    fixture.owner = Some((5, 6));
+    let mut what = with_parents(&["d/e/f"], "/");
+    what.chmod = Some(Chmod::Mode(0o640));
+    // The mode is the source's, not that of --chmod.
+    fixture.check(&what, &["750 d/", "640 d/e/ (5:6)", "640 d/e/f = f (5:6)"]);
+    // A directory that is copied, and not only led through, takes all of it.
+    what.sources = vec![CopySource::Path("d".to_owned())];
+    fixture.check(
+        &what,
+        &["640 d/ (5:6)", "640 d/e/ (5:6)", "640 d/e/f = f (5:6)"],
+    );
+}
+
+#[test]
+fn excludes_are_relative_to_what_is_copied() {
+    let fixture = fixture(
+        &[
+            "644 a.md = 1",
+            "644 a.txt = 2",
+            "750 sub/",
+            "644 sub/c.md = 3",
+            "755 sub/deep/",
+            "644 sub/deep/c.txt = 4",
+            "644 sub/deep/e.md = 5",
+        ],
+        &[],
+    );
+    for (source, excludes, expected) in [
+        (
+            ".",
+            &["*.md", "sub/deep"][..],
+            &[
+                "755 w/",
+                "644 w/a.txt = 2",
+                "750 w/sub/",
+                "644 w/sub/c.md = 3",
+            ][..],
+        ),
+        (".", &["sub", "*.txt"], &["755 w/", "644 w/a.md = 1"]),
+        (
+            "./sub",
+            &["**/*.md"],
+            &["755 w/", "755 w/deep/", "644 w/deep/c.txt = 4"],
+        ),
+        (
+            "sub",
+            &["sub/deep", "deep/*.md", "c.md"],
+            &["755 w/", "755 w/deep/", "644 w/deep/c.txt = 4"],
+        ),
+        // Directories that are left out are made for what is taken back in.
+        (
+            ".",
+            &["*", "!sub/deep/*.txt"],
+            &[
+                "755 w/",
+                "750 w/sub/",
+                "755 w/sub/deep/",
+                "644 w/sub/deep/c.txt = 4",
+            ],
+        ),
+        (".", &["*", "! sub"], &["755 w/"]),
+        (
+            "*",
+            &["deep"],
+            &[
+                "755 w/",
+                "644 w/a.md = 1",
+                "644 w/a.txt = 2",
+                "644 w/c.md = 3",
+            ],
+        ),
+        // A file that is named is not left out.
+        ("a.md", &["*.md"], &["755 w/", "644 w/a.md = 1"]),
+        (
+            "*",
+            &["**"],
+            &["755 w/", "644 w/a.md = 1", "644 w/a.txt = 2"],
+        ),
+    ] {
+        let mut what = definition(&[source], "/w/");
+        what.excludes = excludes.iter().map(|&text| text.to_owned()).collect();
+        fixture.check(&what, expected);
+    }
+    let mut what = with_parents(&["sub/deep"], "/w/");
+    what.excludes = vec!["sub/deep/*.md".to_owned()];
+    fixture.check(
+        &what,
+        &[
+            "755 w/",
+            "750 w/sub/",
+            "755 w/sub/deep/",
+            "644 w/sub/deep/c.txt = 4",
+        ],
+    );
+    // What has to be there is not there when it is left out.
+    what.excludes = vec!["**/deep".to_owned()];
+    fixture.fails(&what, "\"sub/deep\" not found in the build context");
+    what.excludes = vec!["a[".to_owned()];
+    fixture.fails(
+        &what,
+        "invalid pattern \"a[\": the class that begins with \"[\" has no end",
+    );
+}
+
+#[test]
+fn excludes_without_effect_are_told() {
+    let fixture = fixture(&["644 a = 1", "755 d/", "644 d/f = 2"], &[]);
+    let notes = |sources: &[&str], excludes: &[&str]| {
+        let mut what = definition(sources, "/w/");
+        what.excludes = excludes.iter().map(|&text| text.to_owned()).collect();
+        fixture.select(&what).unwrap().notes
+    };
+    assert_eq!(notes(&["a", "d"], &["f"]), [""; 0]);
+    assert_eq!(notes(&["none*"], &["f"]), [""; 0]);
+    assert_eq!(
+        notes(&["a"], &["a"]),
+        ["--exclude leaves nothing out: it is for what is in directories, and no source is one"]
+    );
+    assert_eq!(
+        notes(&["d"], &["/f", "!/d/f"]),
+        [
+            "--exclude=/f leaves nothing out: patterns are relative to the directory that is copied, as in --exclude=f",
+            "--exclude=!/d/f leaves nothing out: patterns are relative to the directory that is copied, as in --exclude=d/f",
+        ]
+    );
+}
+
+#[test]
+fn symbolic_modes_change_each_file() {
+    let fixture = fixture(
+        &["770 d/", "600 d/f = f", "700 d/x = x", "777 l -> d"],
+        &["700 old/"],
+    );
+    let mut what = definition(&["."], "/old/new/");
+    what.chmod = Some(Chmod::Symbolic("u=rwX,go=rX".to_owned()));
+    // Directories that are made on the way are as always.
+    fixture.check(
+        &what,
+        &[
+            "700 old/",
+            "755 old/new/",
+            "755 old/new/d/",
+            "644 old/new/d/f = f",
+            "755 old/new/d/x = x",
+            "777 old/new/l -> d",
+        ],
+    );
+    what.sources = vec![inline_source("i", "")];
+    what.chmod = Some(Chmod::Symbolic("a-w,u+s".to_owned()));
+    fixture.check(&what, &["700 old/", "755 old/new/", "4444 old/new/i = "]);
+}
+
+#[test]
+fn sockets_become_empty_files() {
+    let fixture = fixture(&["755 d/"], &[]);
+    let path = fixture.context.path().join("d/s");
+    let _listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    std::fs::set_permissions(&path, PermissionsExt::from_mode(0o750)).unwrap();
+    let expected = ["755 w/", "750 w/s = "];
+    fixture.check(&definition(&["d"], "/w/"), &expected);
+    fixture.check(&definition(&["d/s"], "/w/"), &expected);
+}
+
+#[test]
+fn files_and_directories_in_each_others_place() {
+    let fixture = fixture(
+        &[
+            "755 d/",
+            "644 d/x = 1",
+            "644 f = 2",
+            "755 o/",
+            "755 o/f/",
+            "755 p/",
+            "644 p/link = 3",
+        ],
+        &[
+            "755 to/",
+            "600 to/f = old",
+            "777 to/link -> f",
+            "777 zat -> to/",
+        ],
+    );
+    // Below the destination links are replaced, not followed.
+    fixture.check(&definition(&["p"], "/to"), &["755 to/", "644 to/link = 3"]);
+    fixture.check(
+        &definition(&["p/link"], "/to"),
+        &["755 to/", "644 to/link = 3"],
+    );
+    fixture.check(
+        &definition(&["f"], "/to/link"),
+        &["755 to/", "644 to/f = 2"],
+    );
+    fixture.check(&definition(&["f"], "/zat/"), &["755 to/", "644 to/f = 2"]);
+    fixture.check(
+        &definition(&["d", "f"], "/zat"),
+        &["755 to/", "644 to/f = 2", "644 to/x = 1"],
+    );
+    fixture.check(&definition(&["f", "d/x"], "/new"), &["644 new = 1"]);
+    fixture.fails(
+        &definition(&["o"], "/to"),
+        "cannot copy a directory to \"/to/f\": it, or a parent of it, is there and not a directory",
+    );
+    fixture.fails(
+        &definition(&["f", "d"], "/new"),
+        "cannot copy a directory to \"/new\": it, or a parent of it, is there and not a directory",
+    );
+}
+
+/// A fetched file with this content.
+fn fetched(dir: &TempDir, name: &str, content: &[u8]) -> Fetched {
+    let path = dir.path().join("fetched");
+    std::fs::write(&path, content).unwrap();
+    Fetched::File(FetchedFile {
+        path,
+        name: name.to_owned(),
+        mtime: Some(THEN),
+        digest: Digest::of(content),
+    })
+}
+
+#[test]
+fn what_was_fetched_is_placed_in_order() {
+    let remote = tempfile::tempdir().unwrap();
+    let mut fixture = fixture(&["644 a = A"], &["711 etc/"]);
+    let mut what = definition(&["a"], "/etc/");
+    let url = CopySource::Url {
+        url: "http://example.com/x.txt".to_owned(),
+        checksum: None,
+    };
+    what.sources.push(url);
+    let place_with = |fixture: &Fixture, what: &CopyDefinition, source: Fetched| {
+        let index = what.sources.len() - 1;
+        fixture
+            .fetched_lines(what, BTreeMap::from([(index, source)]))
+            .unwrap()
+    };
+    let file = |content: &[u8]| fetched(&remote, "x.txt", content);
+    let expected = ["711 etc/", "644 etc/a = A", "600 etc/x.txt = X"];
+    assert_eq!(place_with(&fixture, &what, file(b"X")), expected);
+    // Without a slash the name is the destination's, and the last one wins.
+    "/y".clone_into(&mut what.destination);
+    assert_eq!(place_with(&fixture, &what, file(b"X")), ["600 y = X"]);
+    fixture.owner = Some((5, 6));
+    what.chmod = Some(Chmod::Symbolic("+r".to_owned()));
+    assert_eq!(place_with(&fixture, &what, file(b"X")), ["644 y = X (5:6)"]);
+    // An archive is one only where that is asked for.
+    what.sources.remove(0);
+    what.unpack = true;
+    fixture.owner = None;
+    what.chmod = None;
+    let tar = archives::tar_of(&["640 in = 1"]);
+    let kept = place_with(&fixture, &what, file(&tar));
+    assert!(
+        kept.len() == 1 && kept[0].starts_with("600 y = "),
+        "{kept:?}"
+    );
+    what.unpack_remote = true;
+    assert_eq!(
+        place_with(&fixture, &what, file(&tar)),
+        ["755 y/", "640 y/in = 1 (9:9)"]
+    );
+    assert_eq!(place_with(&fixture, &what, file(b"X")), ["600 y = X"]);
+    // Nothing was fetched.
+    let error = fixture.fetched_lines(&what, BTreeMap::new()).unwrap_err();
+    assert!(error.contains("was not fetched"), "{error}");
+}
+
+#[test]
+fn a_repository_is_copied_as_a_directory() {
+    let remote = tempfile::tempdir().unwrap();
+    let files = ["644 .hidden = h", "644 README.md = r", "755 run = x"];
+    materialize(files.into_iter().map(change), remote.path()).unwrap();
+    std::fs::set_permissions(remote.path(), PermissionsExt::from_mode(0o711)).unwrap();
+    let mut fixture = fixture(&[], &["750 srv/"]);
+    // The context's rules are not the repository's.
+    fixture.ignore = "*";
+    let mut what = definition(&[], "/new");
+    what.excludes = vec!["*.md".to_owned()];
+    what.sources = vec![CopySource::Git {
+        reference: "https://example.com/x.git".to_owned(),
+        checksum: None,
+        keep_git_dir: None,
+    }];
+    for (destination, expected) in [
+        // Its root becomes the directory that is made.
+        (
+            "/new",
+            ["711 new/", "644 new/.hidden = h", "755 new/run = x"],
+        ),
+        (
+            "/new/",
+            ["755 new/", "644 new/.hidden = h", "755 new/run = x"],
+        ),
+        (
+            "/srv",
+            ["750 srv/", "644 srv/.hidden = h", "755 srv/run = x"],
+        ),
+    ] {
+        destination.clone_into(&mut what.destination);
+        let source = Fetched::Directory(remote.path().to_owned());
+        let lines = fixture.fetched_lines(&what, BTreeMap::from([(0, source)]));
+        assert_eq!(lines.unwrap(), expected);
+    }
+}
+
+#[test]
+fn digests_tell_selections_apart() {
+    let context = ["755 d/", "644 d/f = f", "644 d/g == d/f", "644 h = f"];
+    let fixture = fixture(&context, &[]);
+    let plain = definition(&["d"], "/w/");
+    let first = fixture.digest(&plain);
+    let mut excluding = definition(&["d"], "/w/");
+    excluding.excludes = vec!["g".to_owned()];
+    assert_ne!(fixture.digest(&excluding), first);
+    assert_ne!(fixture.digest(&with_parents(&["d"], "/w/")), first);
+    // A directory that is copied, and one that is led through.
+    std::fs::remove_file(fixture.context.path().join("d/g")).unwrap();
+    let whole = fixture.digest(&with_parents(&["d"], "/w/"));
+    assert_ne!(fixture.digest(&with_parents(&["d/f"], "/w/")), whole);
+    // Two files are not two names of one.
+    std::fs::write(fixture.context.path().join("d/g"), "f").unwrap();
+    std::fs::set_permissions(
+        fixture.context.path().join("d/g"),
+        PermissionsExt::from_mode(0o644),
+    )
+    .unwrap();
+    assert_ne!(fixture.digest(&plain), first);
+    // What was fetched has its time from where it came.
+    let remote = tempfile::tempdir().unwrap();
+    let mut what = definition(&[], "/w");
+    what.sources = vec![CopySource::Url {
+        url: "http://example.com/x".to_owned(),
+        checksum: None,
+    }];
+    let digest = |mtime| {
+        let Fetched::File(file) = fetched(&remote, "x", b"X") else {
+            panic!("it is a file");
+        };
+        let file = Fetched::File(FetchedFile { mtime, ..file });
+        let nothing = Arc::new(Stack::new(Vec::new()));
+        let fetched = BTreeMap::from([(0, file)]);
+        let selection = select(&what, nothing, "nothing", fetched).unwrap();
+        selection.content_digest(false).unwrap()
+    };
+    assert_eq!(digest(Some(THEN)), digest(Some(THEN)));
+    assert_ne!(digest(Some(THEN)), digest(None));
 }

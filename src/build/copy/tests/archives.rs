@@ -4,7 +4,7 @@ use super::*;
 
 /// One entry of a tar: `mode name` and what it is as for [`change`], owner 9:9. Names are
 /// written as they are, also those that a decent archiver would not write.
-fn tar_of(lines: &[&str]) -> Vec<u8> {
+pub(super) fn tar_of(lines: &[&str]) -> Vec<u8> {
     let mut builder = tar::Builder::new(Vec::new());
     for text in lines {
         let change = change(text);
@@ -115,16 +115,30 @@ fn archives_are_unpacked() {
             "700 w/g/ (9:9)",
         ],
     );
-    // Hard links, also of a name that changes later.
+    // Hard links, also of a name that changes later. All names of a file have the metadata
+    // of the last.
     check(
-        &["640 a = 1", "777 b == a", "644 c == ./b", "644 a = 2"],
+        &["640 a = 1", "777 b == a", "644 c == ./b", "600 a = 2"],
         &[],
         "/w/",
         &[
             "755 w/",
-            "644 w/a = 2 (9:9)",
-            "640 w/b = 1 (9:9)",
-            "640 w/c == w/b (9:9)",
+            "600 w/a = 2 (9:9)",
+            "644 w/b = 1 (9:9)",
+            "644 w/c == w/b (9:9)",
+        ],
+    );
+    // Of a link and of a pipe too; a link keeps its mode.
+    check(
+        &["777 l -> x", "600 m == l", "600 p |", "640 q == p"],
+        &[],
+        "/w/",
+        &[
+            "755 w/",
+            "777 w/l -> x (9:9)",
+            "777 w/m == w/l (9:9)",
+            "640 w/p | (9:9)",
+            "640 w/q == w/p (9:9)",
         ],
     );
     // What is there is replaced; a directory that is there takes the entry's metadata, the
@@ -144,6 +158,74 @@ fn archives_are_unpacked() {
             "711 w/sub/ (9:9)",
             "644 w/sub/x = 1 (9:9)",
         ],
+    );
+}
+
+#[test]
+fn a_hard_link_to_a_file_of_the_image_is_one() {
+    let (fixture, what) = add(
+        &["600 x == d/f", "640 y == l", "644 z == to/f"],
+        &["755 d/", "755 d/f = old", "777 l -> gone", "777 to -> d"],
+        "/",
+    );
+    // The file becomes part of the layer, with what the archive says of it.
+    fixture.check(
+        &what,
+        &[
+            "755 d/",
+            "644 d/f = old (9:9)",
+            "777 l -> gone (9:9)",
+            "644 x == d/f (9:9)",
+            "777 y == l (9:9)",
+            "644 z == d/f (9:9)",
+        ],
+    );
+    for (entry, reason) in [
+        (
+            "644 x == d",
+            "unpacking \"x\": Operation not permitted (os error 1)",
+        ),
+        (
+            "644 d == d/f",
+            "\"d\" is a hard link to \"d/f\", which is neither in the archive before it nor in the image",
+        ),
+    ] {
+        let (fixture, what) = add(&[entry], &["755 d/", "755 d/f = old"], "/");
+        fixture.fails(&what, &format!("unpacking the archive \"t.tar\": {reason}"));
+    }
+}
+
+#[test]
+fn what_replaces_a_directory_of_the_image_hides_what_is_in_it() {
+    let base = ["755 d/", "755 d/e/", "644 d/e/f = old", "644 g = g"];
+    let check = |lines: &[&str], expected: &[(&str, bool)]| {
+        let (fixture, what) = add(lines, &base, "/");
+        let show = |change: Change| match change.kind {
+            ChangeKind::Entry(entry) => {
+                let opaque = matches!(entry.data, Data::Directory { opaque: true });
+                format!("{} {opaque}", change.path.display())
+            }
+            ChangeKind::Removed => panic!("ADD removes nothing"),
+        };
+        let expected: Vec<_> = expected.iter().map(|(p, o)| format!("{p} {o}")).collect();
+        assert_eq!(fixture.changes(&what, show).unwrap(), expected, "{lines:?}");
+    };
+    check(&["644 d = x"], &[("d", false)]);
+    check(&["700 d/"], &[("d", false)]);
+    check(
+        &["644 d = x", "700 d/", "644 d/n = n"],
+        &[("d", true), ("d/n", false)],
+    );
+    // What is below is made anew, and cannot be linked to.
+    check(
+        &["777 d -> /g", "755 d/", "644 d/e/n = n"],
+        &[("d", true), ("d/e", false), ("d/e/n", false)],
+    );
+    let (fixture, what) = add(&["644 d = x", "700 d/", "644 y == d/e/f"], &base, "/");
+    let error = fixture.lines(&what).unwrap_err();
+    assert!(
+        error.contains("\"y\" is a hard link to \"d/e/f\""),
+        "{error}"
     );
 }
 
@@ -205,6 +287,15 @@ fn archives_with_owner_and_beside_others() {
             "644 w/plain = p (5:6)",
         ],
     );
+    // --chmod is not for archives, not even for the directory that is made; what they lack
+    // belongs to nobody in particular.
+    let (mut bare, mut flagged) = add(&["644 d/f = x"], &[], "/w/");
+    bare.owner = Some((5, 6));
+    flagged.chmod = Some(Chmod::Mode(0o600));
+    bare.check(
+        &flagged,
+        &["755 w/ (5:6)", "755 w/d/", "644 w/d/f = x (5:6)"],
+    );
     // COPY leaves archives as they are.
     what.unpack = false;
     what.sources.pop();
@@ -240,7 +331,7 @@ fn broken_archives_are_told() {
     let (fixture, what) = add(&["644 b == none"], &[], "/w/");
     fixture.fails(
         &what,
-        "unpacking the archive \"t.tar\": \"b\" is a hard link to \"none\", which is not in the archive before it",
+        "unpacking the archive \"t.tar\": \"b\" is a hard link to \"none\", which is neither in the archive before it nor in the image",
     );
     let (fixture, what) = add(&["644 f/x = 1"], &["644 f = x"], "/");
     fixture.fails(
