@@ -16,7 +16,7 @@ use crate::image::{Digest, Hasher};
 use crate::plan::{Mount, MountFrom, MountKind, Run};
 use crate::rootfs::{Rootfs, Stack};
 use crate::sandbox::{self, Content, MountSource};
-use crate::session::AgentSocket;
+use crate::session::{AgentSocket, SecretBytes};
 
 /// How a mounted filesystem is called in errors.
 const STAGE: &str = "the stage or image mounted";
@@ -120,12 +120,14 @@ impl Mounts {
                 } else {
                     engine.secrets.get(id)?
                 };
+                if let Some(name) = env {
+                    // An optional secret that was not given is an empty variable, as in BuildKit.
+                    let value = secret.as_ref().map_or(&[][..], SecretBytes::expose);
+                    self.env.push((name.clone(), value.to_vec()));
+                }
                 let Some(secret) = secret else {
                     return Ok(());
                 };
-                if let Some(name) = env {
-                    self.env.push((name.clone(), secret.expose().to_vec()));
-                }
                 let source = MountSource::File {
                     content: Content(secret.expose().to_vec()),
                     uid: *uid,

@@ -191,8 +191,8 @@ mod tests {
             &["there is no daemon to load into; write an archive with -o type=oci,dest=FILE"],
         );
         check_refused(
-            "sockless build --secret id=a .",
-            "--secret is not supported yet",
+            "sockless build --memory 1g .",
+            "--memory is not supported yet",
             &[],
         );
         check_refused(

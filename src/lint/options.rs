@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::rule::Rule;
+use crate::dockerfile::{Check, parse_check};
 
 /// The build argument that replaces the directive.
 pub const CHECK_ARG: &str = "BUILDKIT_DOCKERFILE_CHECK";
@@ -20,41 +21,29 @@ pub(super) struct Options {
 
 /// Why check options cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("invalid check option {0:?}: expected skip=RULES, experimental=RULES or error=BOOL")]
+#[error("{0}")]
 pub(super) struct OptionsError(String);
 
 impl Options {
     /// Reads options, separated by semicolons; of several of one name the last counts.
     ///
     /// # Errors
-    /// [`OptionsError`] for the first that is none.
+    /// [`OptionsError`] with what [`parse_check`] says.
     pub(super) fn parse(text: &str) -> Result<Self, OptionsError> {
-        let mut options = Self::default();
-        let text = text.trim();
-        if text.is_empty() {
-            return Ok(options);
-        }
-        for part in text.splitn(3, ';') {
-            let (name, value) = part
-                .split_once('=')
-                .ok_or_else(|| OptionsError(part.to_owned()))?;
-            let rules = || {
-                value
-                    .split(',')
-                    .map(|rule| rule.trim().to_owned())
-                    .collect()
-            };
-            match (name.trim(), value.trim()) {
-                ("skip", "all") => options.skip_all = true,
-                ("skip", _) => options.skip = rules(),
-                ("experimental", "all") => options.experimental_all = true,
-                ("experimental", _) => options.experimental = rules(),
-                ("error", "1" | "t" | "T" | "true" | "TRUE" | "True") => options.error = true,
-                ("error", "0" | "f" | "F" | "false" | "FALSE" | "False") => options.error = false,
-                _ => return Err(OptionsError(part.to_owned())),
-            }
-        }
-        Ok(options)
+        let Check {
+            skip_all,
+            skip,
+            experimental_all,
+            experimental,
+            error,
+        } = parse_check(text).map_err(|error| OptionsError(error.to_string()))?;
+        Ok(Self {
+            skip_all,
+            skip: skip.into_iter().collect(),
+            experimental_all,
+            experimental: experimental.into_iter().collect(),
+            error,
+        })
     }
 
     /// The options that a `check=` directive has: what stands before the first blank.
@@ -127,22 +116,6 @@ mod tests {
         ));
         assert!(Options::parse("error=true;skip=all").unwrap().error);
         assert!(!Options::parse("error=F").unwrap().error);
-    }
-
-    #[test]
-    fn what_is_no_option_is_named() {
-        for (text, shown) in [
-            ("skip", "skip"),
-            ("error=yes", "error=yes"),
-            ("skip=all;warn=x", "warn=x"),
-            (";", ""),
-        ] {
-            assert_eq!(
-                Options::parse(text),
-                Err(OptionsError(shown.to_owned())),
-                "{text}"
-            );
-        }
     }
 
     #[test]

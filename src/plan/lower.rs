@@ -889,8 +889,7 @@ fn set_checksum(
     match source {
         CopySource::Git { checksum, .. } => *checksum = Some(text.to_owned()),
         CopySource::Url { checksum, .. } => {
-            Checksum::parse(text)
-                .map_err(|error| Problem::new(word.span, format!("invalid checksum: {error}")))?;
+            Checksum::parse(text).map_err(|error| Problem::new(word.span, error.to_string()))?;
             *checksum = Some(text.to_owned());
         }
         CopySource::Path(_) | CopySource::Inline { .. } => {
