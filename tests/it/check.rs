@@ -166,7 +166,7 @@ fn what_would_end_a_build_ends_a_check() {
 
     let wrong = build(&place, "# check=skip\nFROM scratch\n", &["--check"]);
     ends_with(&wrong, 2);
-    wrong.says("failed to parse check options: invalid check option \"skip\"");
+    wrong.says("Dockerfile:1:9: invalid check option \"skip\": it has no value");
 
     build(&place, "FROM scratch\n", &["--call=describe"])
         .failure()
