@@ -96,6 +96,7 @@ pub fn lower(
         return Err(error(dockerfile, lowering.problems));
     }
     lowering.warnings.extend(lowering.unused_args());
+    lowering.warnings.extend(lowering.special_args());
     let state = lowering
         .states
         .remove(&graph.target)
@@ -285,7 +286,10 @@ impl<'a> Lowering<'a> {
         let platform_args = platform_args(self.dockerfile, self.settings);
         let is_used = |name: &&String| {
             written.contains(&name.as_str())
-                || self.states.values().any(|state| state.args.contains(name))
+                || self
+                    .states
+                    .values()
+                    .any(|state| state.args.iter().any(|(known, _)| known == *name))
                 || platform_args.contains_key(*name)
                 || PROXY_ARGS
                     .iter()
@@ -299,6 +303,28 @@ impl<'a> Lowering<'a> {
             .collect();
         let list = unused.join(", ");
         (!unused.is_empty()).then(|| format!("build arguments that no ARG takes: {list}"))
+    }
+
+    /// Says which arguments that ask for something of the builder have no effect.
+    fn special_args(&self) -> Vec<String> {
+        let is_on = |name: &str| {
+            let value = self.settings.build_args.get(name);
+            value.is_some_and(|value| !matches!(value.as_str(), "" | "0" | "false"))
+        };
+        let notes = [
+            (
+                "BUILDKIT_INLINE_CACHE",
+                "no cache is put into the image yet",
+            ),
+            (
+                "BUILDKIT_MULTI_PLATFORM",
+                "the result is one image, not an index",
+            ),
+        ];
+        let notes = notes.iter().filter(|(name, _)| is_on(name));
+        notes
+            .map(|(name, note)| format!("--build-arg {name} has no effect: {note}"))
+            .collect()
     }
 
     fn image_step(&mut self, image: ImageId, span: Span) -> StepId {

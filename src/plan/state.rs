@@ -10,6 +10,9 @@ const HISTORY_COMMENT: &str = "sockless.dockerfile.v0";
 /// The shell of shell forms where neither image nor `SHELL` says another.
 const DEFAULT_SHELL: [&str; 2] = ["/bin/sh", "-c"];
 
+/// Arguments that say something of a stage and are no variables in it, as in BuildKit.
+const NO_VARIABLES: [&str; 2] = ["BUILDKIT_SBOM_SCAN_CONTEXT", "BUILDKIT_SBOM_SCAN_STAGE"];
+
 /// The state of a stage after some of its instructions.
 #[derive(Clone, Debug)]
 pub(super) struct State {
@@ -18,8 +21,8 @@ pub(super) struct State {
     /// What variables are worth and `RUN` sees: `ENV` and `ARG`, in the order in which
     /// the names first came; a later one wins over an earlier one, whichever they are.
     pub env: Vec<(String, String)>,
-    /// The arguments declared, each once, for history and for `RUN`.
-    pub args: Vec<String>,
+    /// The arguments declared, each once, with the value given last: for history.
+    pub args: Vec<(String, String)>,
     /// The filesystem so far.
     pub step: Option<StepId>,
     /// Whether this stage itself had a `CMD`.
@@ -84,10 +87,11 @@ impl State {
 
     /// `ARG`.
     pub(super) fn declare_arg(&mut self, name: &str, value: Option<&str>) {
-        if !self.args.iter().any(|known| known == name) {
-            self.args.push(name.to_owned());
-        }
-        if let Some(value) = value {
+        let text = value.unwrap_or_default();
+        set(&mut self.args, name, text);
+        if let Some(value) = value
+            && !NO_VARIABLES.contains(&name)
+        {
             self.set_variable(name, value);
         }
     }
@@ -118,12 +122,9 @@ impl State {
         let mut text = String::new();
         if !self.args.is_empty() {
             text = format!("|{}", self.args.len());
-            for name in &self.args {
-                let value = self
-                    .env
-                    .iter()
-                    .find(|(n, _)| n == name)
-                    .map_or("", |(_, v)| v);
+            for (name, given) in &self.args {
+                let variable = self.env.iter().find(|(n, _)| n == name);
+                let value = variable.map_or(given, |(_, value)| value);
                 text.push_str(&format!(" {name}={value}"));
             }
             text.push(' ');

@@ -477,6 +477,28 @@ fn platform_arguments() {
 }
 
 #[test]
+fn some_arguments_are_for_the_builder() {
+    let scan = case("FROM base\nARG BUILDKIT_SBOM_SCAN_STAGE=true\nRUN x");
+    scan.environment("PATH=/bin BASE=base");
+    scan.history(&[
+        "(ARG BUILDKIT_SBOM_SCAN_STAGE=true)",
+        "RUN |1 BUILDKIT_SBOM_SCAN_STAGE=true /bin/sh -c x # buildkit",
+    ]);
+    let warnings = |name: &str, value: &str| case("FROM base").arg(name, value).plan().warnings;
+    assert_eq!(
+        warnings("BUILDKIT_INLINE_CACHE", "1"),
+        ["--build-arg BUILDKIT_INLINE_CACHE has no effect: no cache is put into the image yet"]
+    );
+    assert_eq!(
+        warnings("BUILDKIT_MULTI_PLATFORM", "true"),
+        [
+            "--build-arg BUILDKIT_MULTI_PLATFORM has no effect: the result is one image, not an index"
+        ]
+    );
+    assert_eq!(warnings("BUILDKIT_INLINE_CACHE", "0"), [] as [String; 0]);
+}
+
+#[test]
 fn proxies_reach_run_alone() {
     let text = "FROM base\nRUN x\nENV E=[$HTTP_PROXY]";
     let all = || {
