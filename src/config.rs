@@ -229,6 +229,13 @@ pub static SETTINGS: &[Setting] = &[
         "What runs the steps, as `--sandbox` of `sockless build`.",
     ),
     setting(
+        "private_sources",
+        "SOCKLESS_PRIVATE_SOURCES",
+        "false",
+        "true or false",
+        "Whether Dockerfiles may `ADD` URLs and repositories of servers without public addresses: this machine, its link, private networks.",
+    ),
+    setting(
         "root",
         "SOCKLESS_ROOT",
         "",
@@ -421,6 +428,8 @@ pub struct BuildConfig {
     pub docker_config: Option<PathBuf>,
     /// What runs the steps.
     pub sandbox: sandbox::Choice,
+    /// Whether sources may come from servers without public addresses.
+    pub private_sources: bool,
 }
 
 /// How jobs run.
@@ -645,6 +654,11 @@ impl BuildConfig {
                 "bwrap" => Some(sandbox::Choice::Bwrap),
                 "runc" => Some(sandbox::Choice::Runc),
                 "crun" => Some(sandbox::Choice::Crun),
+                _ => None,
+            })?,
+            private_sources: values.required("private_sources", |text| match text {
+                "true" => Some(true),
+                "false" => Some(false),
                 _ => None,
             })?,
         })

@@ -48,6 +48,8 @@ pub struct BuildRequest {
     pub epoch: Option<i64>,
     /// How registries are reached.
     pub registry: registry::Options,
+    /// Which servers ADD and contexts may be fetched from.
+    pub sources: registry::Reach,
     /// `--annotation`.
     pub annotations: Annotations,
     /// `--secret`.
@@ -121,8 +123,7 @@ async fn run(
     let store = Arc::new(Store::open(&request.root)?);
     let client = Client::new(request.registry.clone())?;
     let stop = cancel.clone();
-    let fetcher = fetcher(request, client.clone(), &store, move || stop.is_cancelled());
-    let fetcher = Arc::new(fetcher);
+    let fetcher = Arc::new(fetcher(request, &store, move || stop.is_cancelled())?);
     let opened = contexts::open(request, Some((&store, &fetcher)), store.tmp()).await?;
     for device in &opened.skipped_devices {
         progress.event(BuildEvent::Warning {
@@ -223,18 +224,20 @@ async fn run(
 /// What fetches other servers' files for this build.
 fn fetcher(
     request: &BuildRequest,
-    client: Client,
     store: &Arc<Store>,
     is_cancelled: impl Fn() -> bool + Send + Sync + 'static,
-) -> Fetcher {
-    Fetcher::new(
-        client,
-        request.registry.clone(),
+) -> anyhow::Result<Fetcher> {
+    let registry = registry::Options {
+        reach: request.sources,
+        ..request.registry.clone()
+    };
+    Ok(Fetcher::new(
+        registry,
         Arc::clone(store),
         Arc::clone(&request.secrets),
         Arc::clone(&request.agents),
         is_cancelled,
-    )
+    )?)
 }
 
 /// The stages and images that the target needs, all images resolved into `images`: their

@@ -182,6 +182,12 @@ pub(super) struct BuildArgs {
     #[arg(long, value_name = "FILE")]
     pub metadata_file: Option<PathBuf>,
 
+    /// Fetches what ADD and contexts name from servers with public addresses only
+    #[arg(long, action = ArgAction::Set, num_args = 0..=1, require_equals = true,
+          default_value = "false", default_missing_value = "true", hide_default_value = true,
+          hide_possible_values = true, value_name = "BOOL")]
+    pub public_sources_only: bool,
+
     /// Ends this process when its parent ends; for the service's jobs
     #[arg(long, hide = true)]
     pub die_with_parent: bool,

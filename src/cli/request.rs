@@ -19,6 +19,7 @@ use crate::context::{
 use crate::image::{Platform, PlatformError, Reference, ReferenceError};
 use crate::pipeline::{BuildRequest, Output};
 use crate::plan::{self, Entitlement, Network, NoCache, RunSettings, Ulimit};
+use crate::registry::Reach;
 use crate::sandbox::{self, HostError, UlimitError};
 use crate::session::{SecretSpec, Secrets, SessionError, SshAgents, SshSpec};
 
@@ -303,6 +304,11 @@ impl BuildSettings {
                 args.registry_ca_files,
                 machine,
             )?,
+            sources: if args.public_sources_only {
+                Reach::PublicOnly
+            } else {
+                Reach::Anywhere
+            },
             secrets: Arc::new(Secrets::new(
                 SecretSpec::parse_all(&args.secrets)?,
                 &machine.env,

@@ -143,8 +143,11 @@ pub fn extract(
     limits: &Limits,
 ) -> Result<Extracted, LayerError> {
     let mut tar = TarReader::new(BufReader::new(decompress(archive)?), limits.clone());
+    let (uid, gid) = ours();
+    let mut tree = Tree::open(directory, limits.clone())?;
+    tree.owner_of_implied = (uid, gid);
     let mut extractor = Extractor {
-        tree: Tree::open(directory, limits.clone())?,
+        tree,
         extracted: Extracted::default(),
     };
     while let Some(entry) = tar.next()? {
@@ -152,6 +155,12 @@ pub fn extract(
     }
     tar.finish()?;
     extractor.finish(directory)
+}
+
+/// The owner of what is extracted: what is ours already needs no permission to be made ours.
+fn ours() -> (u32, u32) {
+    let (uid, gid) = (rustix::process::geteuid(), rustix::process::getegid());
+    (uid.as_raw(), gid.as_raw())
 }
 
 struct Extractor {
@@ -176,9 +185,7 @@ impl Extractor {
             gid: metadata.gid,
             xattrs: std::mem::take(&mut metadata.xattrs),
         };
-        // What is ours already needs no permission to be made ours.
-        metadata.uid = rustix::process::geteuid().as_raw();
-        metadata.gid = rustix::process::getegid().as_raw();
+        (metadata.uid, metadata.gid) = ours();
         let place = self.tree.place(&path)?;
         match &entry.kind {
             EntryKind::File(segments) => {

@@ -61,6 +61,8 @@ pub(super) struct Tree {
     directories: BTreeMap<PathBuf, Directory>,
     limits: Limits,
     remembered_bytes: u64,
+    /// Who gets the directories that no entry names.
+    pub(super) owner_of_implied: (u32, u32),
     /// Attributes that could not be set.
     pub(super) skipped_xattrs: Vec<SkippedXattr>,
 }
@@ -127,6 +129,7 @@ impl Tree {
             directories: BTreeMap::new(),
             limits,
             remembered_bytes: 0,
+            owner_of_implied: (0, 0),
             skipped_xattrs: Vec::new(),
         })
     }
@@ -503,6 +506,8 @@ impl Tree {
         let directory = Directory {
             metadata: Metadata {
                 mode: 0o755,
+                uid: self.owner_of_implied.0,
+                gid: self.owner_of_implied.1,
                 ..Metadata::default()
             },
             opaque,

@@ -54,7 +54,7 @@ pub async fn ask(request: &BuildRequest, question: Question) -> anyhow::Result<A
     let tmp = tempfile::tempdir().context("creating a temporary directory")?;
     let opened = if contexts::is_remote(request) {
         let store = Arc::new(Store::open(&request.root)?);
-        let fetcher = fetcher(request, client(request)?, &store, || false);
+        let fetcher = fetcher(request, &store, || false)?;
         contexts::open(request, Some((&store, &fetcher)), tmp.path()).await?
     } else {
         contexts::open(request, None, tmp.path()).await?

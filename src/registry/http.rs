@@ -14,6 +14,7 @@ use url::Url;
 
 use super::address::{is_insecure, is_loopback};
 use super::error::request_label;
+use super::reach::Reach;
 use super::{Options, RegistryError};
 
 const USER_AGENT: &str = concat!("sockless/", env!("CARGO_PKG_VERSION"));
@@ -67,6 +68,7 @@ pub(crate) struct Http {
     verified: Pair,
     unverified: Pair,
     insecure: BTreeSet<String>,
+    pub(crate) reach: Reach,
     pub(crate) timing: Timing,
 }
 
@@ -97,16 +99,23 @@ impl Http {
         let proxied = PROXY_VARIABLES
             .iter()
             .any(|name| std::env::var_os(name).is_some_and(|value| !value.is_empty()));
+        let reaching = |builder: ClientBuilder| match options.reach.resolver() {
+            Some(resolver) => builder.dns_resolver(resolver),
+            None => builder,
+        };
         let unverified = |builder: ClientBuilder| {
-            builder
+            reaching(builder)
                 .tls_danger_accept_invalid_certs(true)
                 .build()
                 .map_err(tls_error)
         };
         Ok(Self {
-            verified: Pair::new(proxied, timing, |builder| verified(builder, &extra))?,
+            verified: Pair::new(proxied, timing, |builder| {
+                verified(reaching(builder), &extra)
+            })?,
             unverified: Pair::new(proxied, timing, unverified)?,
             insecure: options.insecure.clone(),
+            reach: options.reach,
             timing,
         })
     }

@@ -37,6 +37,7 @@ mod error;
 mod http;
 mod pull;
 mod push;
+mod reach;
 mod transport;
 mod upload;
 
@@ -57,6 +58,7 @@ pub use error::{ConnectionFailure, RegistryError, SpecError, StatusError};
 pub(crate) use http::{Http, Patience};
 pub use pull::{BlobStream, Resolved};
 pub use push::PushedBlob;
+pub use reach::Reach;
 pub(crate) use transport::next_chunk;
 pub use upload::BlobContent;
 
@@ -74,6 +76,8 @@ pub struct Options {
     /// The directory of `config.json` with credentials; absent: `$DOCKER_CONFIG`, else `~/.docker`,
     /// and then the places of Podman's `auth.json`.
     pub docker_config: Option<PathBuf>,
+    /// Which servers may be asked; for what a Dockerfile names by URL, not for registries.
+    pub reach: Reach,
 }
 
 impl Options {

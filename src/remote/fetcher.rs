@@ -11,7 +11,7 @@ use url::Url;
 
 use super::git::{self, GitRef};
 use super::http::{self, Checksum, FetchOptions};
-use crate::registry::{self, Client};
+use crate::registry::{self, Client, RegistryError};
 use crate::secret::{RedactedUrl, Secret};
 use crate::session::{DEFAULT_SSH_ID, Secrets, SshAgents};
 use crate::store::Store;
@@ -42,24 +42,26 @@ impl fmt::Debug for Fetcher {
 }
 
 impl Fetcher {
-    /// A fetcher into `store`. `registry` is what `client` was made with; `is_cancelled` says
-    /// that nothing is wanted any more.
+    /// A fetcher into `store`, from servers in the reach of `registry`. `is_cancelled` says that
+    /// nothing is wanted any more.
+    ///
+    /// # Errors
+    /// Those of [`Client::new`].
     pub fn new(
-        client: Client,
         registry: registry::Options,
         store: Arc<Store>,
         secrets: Arc<Secrets>,
         agents: Arc<SshAgents>,
         is_cancelled: impl Fn() -> bool + Send + Sync + 'static,
-    ) -> Self {
-        Self {
-            client,
+    ) -> Result<Self, RegistryError> {
+        Ok(Self {
+            client: Client::new(registry.clone())?,
             registry,
             store,
             secrets,
             agents,
             is_cancelled: Arc::new(is_cancelled),
-        }
+        })
     }
 
     /// Fetches the file at `url` as a blob of the store.
@@ -95,6 +97,7 @@ impl Fetcher {
         let scratch = self.store.tmp_dir("git-")?;
         let mut options = git::Options::new(self.registry.plain_client()?, &scratch);
         let secrets = Arc::clone(&self.secrets);
+        options.reach = self.registry.reach;
         options.secrets = Some(Arc::new(move |name: &str| {
             let found = secrets.get(name).ok().flatten()?;
             let text = String::from_utf8(found.expose().to_vec()).ok()?;

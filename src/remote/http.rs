@@ -497,6 +497,13 @@ impl Download<'_> {
         let mut url = self.origin.clone();
         let mut redirects = 0;
         loop {
+            self.http
+                .reach
+                .check(&url)
+                .map_err(|reason| HttpError::Url {
+                    url: RedactedUrl(&url).to_string(),
+                    reason,
+                })?;
             let mut request = self
                 .http
                 .request(&Method::GET, &url)

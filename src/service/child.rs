@@ -73,6 +73,10 @@ pub(crate) fn arguments(config: &ServiceConfig, root: &Path, prepared: &Prepared
     for file in &config.build.ca_files {
         flag("registry-ca", file.into());
     }
+    // Whoever writes the Dockerfile shall not read what this machine can.
+    if !config.build.private_sources {
+        arguments.push("--public-sources-only".into());
+    }
     arguments.push("--push".into());
     // The build ends when this service does, however it does.
     arguments.push("--die-with-parent".into());
@@ -278,6 +282,7 @@ mod tests {
             "--registry-mirror=docker.io=https://m.example",
             "--insecure-registry=r.example:5000",
             "--registry-ca=/ca.pem",
+            "--public-sources-only",
             "--push",
             "--die-with-parent",
             ".",

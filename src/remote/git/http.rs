@@ -13,6 +13,7 @@ use url::Url;
 
 use super::error::GitError;
 use super::watch::Watch;
+use crate::registry::Reach;
 use crate::secret::RedactedUrl;
 
 /// How often the first request is sent on.
@@ -54,6 +55,7 @@ pub(super) struct Http<'o> {
     watch: &'o Watch,
     idle: Duration,
     authorization: Option<Authorization>,
+    reach: Reach,
     /// As the user gave it, user information included.
     given: Url,
     /// Where requests go: that, or where its server redirects to.
@@ -70,6 +72,7 @@ impl<'o> Http<'o> {
         watch: &'o Watch,
         idle: Duration,
         authorization: Option<Authorization>,
+        reach: Reach,
         url: &Url,
     ) -> Self {
         let mut base = url.clone();
@@ -83,6 +86,7 @@ impl<'o> Http<'o> {
             watch,
             idle,
             authorization,
+            reach,
             remote: RedactedUrl(url).to_string(),
             given: base.clone(),
             base,
@@ -201,6 +205,12 @@ impl<'o> Http<'o> {
 
     fn execute(&self, request: RequestBuilder, url: &Url) -> Result<Response, GitError> {
         self.watch.check(&self.remote)?;
+        self.reach
+            .check(url)
+            .map_err(|reason| GitError::Connection {
+                remote: self.remote.clone(),
+                reason: reason.to_owned(),
+            })?;
         let answer = self.runtime.block_on(async {
             tokio::select! {
                 answer = tokio::time::timeout(self.idle, request.send()) => Some(answer),

@@ -69,6 +69,7 @@ use stream::Stream;
 use watch::Watch;
 
 use crate::confined::{self, ConfinedDir};
+use crate::registry::Reach;
 use crate::secret::Secret;
 
 /// How deep submodules may contain each other.
@@ -132,6 +133,8 @@ pub struct Options {
     pub ssh: Option<Ssh>,
     /// What is too much.
     pub limits: Limits,
+    /// Which servers may be asked; the client looks names up accordingly.
+    pub reach: Reach,
     /// Set where the result is not wanted any more.
     pub cancelled: Arc<AtomicBool>,
 }
@@ -156,6 +159,7 @@ impl Options {
             secrets: None,
             ssh: None,
             limits: Limits::default(),
+            reach: Reach::default(),
             cancelled: Arc::default(),
         }
     }
@@ -327,6 +331,7 @@ impl<'o> Session<'o> {
                 &self.watch,
                 idle,
                 self.authorization.clone(),
+                self.options.reach,
                 url,
             ))),
             Location::Git { host, port, path } => Connection::Stream(Stream::daemon(
@@ -336,6 +341,7 @@ impl<'o> Session<'o> {
                 &remote.shown,
                 &self.watch,
                 idle,
+                self.options.reach,
             )?),
             Location::Ssh {
                 user,

@@ -20,6 +20,7 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use super::error::{GitError, shown};
 use super::packet::put;
 use super::watch::Watch;
+use crate::registry::Reach;
 
 /// Until a connection stands.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
@@ -62,6 +63,7 @@ impl<'o> Stream<'o> {
         remote: &str,
         watch: &'o Watch,
         idle: Duration,
+        reach: Reach,
     ) -> Result<Self, GitError> {
         let fail = |reason: String| GitError::Connection {
             remote: remote.to_owned(),
@@ -73,6 +75,10 @@ impl<'o> Stream<'o> {
         let mut last = fail("the host has no address".to_owned());
         for address in addresses {
             watch.check(remote)?;
+            if let Err(reason) = reach.check_address(address.ip()) {
+                last = fail(reason.to_owned());
+                continue;
+            }
             match TcpStream::connect_timeout(&address, CONNECT_TIMEOUT) {
                 Err(error) => last = fail(format!("connecting to {address}: {error}")),
                 Ok(socket) => {

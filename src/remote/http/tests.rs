@@ -678,3 +678,26 @@ async fn a_fetch_that_is_dropped_leaves_nothing() {
     assert!(task.await.unwrap_err().is_cancelled());
     assert!(fixture.is_clean().await);
 }
+
+/// Server-side request forgery by a Dockerfile, and by a name that leads inside.
+#[tokio::test]
+async fn security_s15_nothing_is_asked_that_is_not_public() {
+    let fixture = Fixture::new(|_, _| answer(200, &[], "secret")).await;
+    let options = crate::registry::Options {
+        reach: crate::registry::Reach::PublicOnly,
+        ..Default::default()
+    };
+    let client = Client::new(options).unwrap();
+    let port = fixture.url("/x").port().unwrap();
+    for host in ["127.0.0.1", "[::ffff:127.0.0.1]", "localhost"] {
+        let url = Url::parse(&format!("http://{host}:{port}/x")).unwrap();
+        let error = fetch(&client, &fixture.store, &url, &FetchOptions::default()).await;
+        let text = format!("{:#}", anyhow::Error::new(error.unwrap_err()));
+        assert!(
+            text.contains("its address is not a public one"),
+            "{host}: {text}"
+        );
+    }
+    assert_eq!(fixture.server.seen().len(), 0);
+    assert!(fixture.is_clean().await);
+}
