@@ -6,20 +6,26 @@
 
 use std::error::Error;
 use std::fmt;
+use std::io;
 
-use crate::build::{NoRootfs, SandboxUnavailable, Shared_, StepFailed};
+use crate::build::{NoRootfs, SandboxUnavailable, Shared_, StepFailed, StepPlace};
 use crate::context::{ContextError, NamedContextError};
 use crate::dockerfile::DockerfileError;
+use crate::layer::LayerError;
 use crate::layout::LayoutError;
 use crate::lint::{CheckError, LintError};
 use crate::registry::RegistryError;
-use crate::remote::http::HttpError;
+use crate::remote::git::{GitError, GitRefError};
+use crate::remote::http::{ChecksumError, HttpError};
 use crate::sandbox::SandboxError;
+use crate::session::SessionError;
+use crate::store::StoreError;
 
 /// What kind of failure ended a build.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Kind {
-    /// A step's process ended with a status other than 0.
+    /// A step's process ended with a status other than 0, or a step cannot be done: what it
+    /// copies is not there, or does not go where it should.
     StepFailed,
     /// The Dockerfile is wrong, or asks for what this program does not do.
     Dockerfile,
@@ -82,10 +88,12 @@ impl Failure {
         if let Some(failure) = error.downcast_ref::<Self>() {
             return failure.kind;
         }
-        error
-            .chain()
-            .find_map(kind_of_cause)
-            .unwrap_or(Kind::Internal)
+        let told = error.chain().find_map(kind_of_cause);
+        told.unwrap_or(if StepPlace::is_of(error) {
+            Kind::StepFailed
+        } else {
+            Kind::Internal
+        })
     }
 
     /// The advice that `error` and its causes give, outermost first.
@@ -114,11 +122,17 @@ fn unwrapped<'e>(cause: &'e (dyn Error + 'static)) -> &'e (dyn Error + 'static) 
 /// What the type of one cause tells.
 fn kind_of_cause(cause: &(dyn Error + 'static)) -> Option<Kind> {
     let cause = unwrapped(cause);
-    if cause.is::<DockerfileError>() || cause.is::<CheckError>() || cause.is::<LintError>() {
+    if cause.is::<DockerfileError>()
+        || cause.is::<CheckError>()
+        || cause.is::<LintError>()
+        || cause.is::<ChecksumError>()
+        || cause.is::<GitRefError>()
+    {
         Some(Kind::Dockerfile)
     } else if cause.is::<ContextError>()
         || cause.is::<NamedContextError>()
         || cause.is::<LayoutError>()
+        || cause.is::<SessionError>()
     {
         Some(Kind::Configuration)
     } else if cause.is::<StepFailed>() {
@@ -134,11 +148,43 @@ fn kind_of_cause(cause: &(dyn Error + 'static)) -> Option<Kind> {
             HttpError::Store { .. } => Kind::Internal,
             _ => Kind::Registry,
         })
+    } else if let Some(error) = cause.downcast_ref::<GitError>() {
+        Some(kind_of_git(error))
     } else if cause.is::<RegistryError>() {
+        Some(Kind::Registry)
+    } else if cause.is::<StoreError>() || is_of_machine(cause) {
+        Some(Kind::Internal)
+    } else if let Some(LayerError::Malformed { .. } | LayerError::DiffId { .. }) =
+        cause.downcast_ref()
+    {
+        // A layer of a base image.
         Some(Kind::Registry)
     } else {
         None
     }
+}
+
+fn kind_of_git(error: &GitError) -> Kind {
+    match error {
+        GitError::InvalidChecksum { .. } => Kind::Dockerfile,
+        GitError::Submodule { source, .. } => kind_of_git(source),
+        GitError::Io { .. } => Kind::Internal,
+        _ => Kind::Registry,
+    }
+}
+
+/// Whether an error says what is wrong with this machine, whatever was done: a full disk.
+fn is_of_machine(cause: &(dyn Error + 'static)) -> bool {
+    use io::ErrorKind::{OutOfMemory, QuotaExceeded, ReadOnlyFilesystem, StorageFull};
+    /// `EIO`, `ENFILE`, `EMFILE`, which have no kind.
+    const NUMBERS: [i32; 3] = [5, 23, 24];
+    let Some(error) = cause.downcast_ref::<io::Error>() else {
+        return cause.is::<tokio::task::JoinError>();
+    };
+    matches!(
+        error.kind(),
+        OutOfMemory | QuotaExceeded | ReadOnlyFilesystem | StorageFull
+    ) || error.raw_os_error().is_some_and(|n| NUMBERS.contains(&n))
 }
 
 fn hint_of_cause(cause: &(dyn Error + 'static)) -> Option<String> {
@@ -205,6 +251,29 @@ mod tests {
         let twice = crate::build::unshare(&Arc::new(once)).context("Dockerfile:2:1");
         assert_eq!(Failure::kind_of(&twice), Kind::SandboxUnavailable);
         assert_eq!(Failure::hints_of(&twice), ["add some"]);
+    }
+
+    #[test]
+    fn what_a_step_cannot_do_is_the_steps_failure_unless_it_is_somebody_elses() {
+        let of_step = |error: anyhow::Error| {
+            let error = error.context(StepPlace("Dockerfile:2:1".into()));
+            let error = crate::build::unshare(&Arc::new(error)).context("building");
+            Failure::kind_of(&error)
+        };
+        let os = |number| anyhow::Error::new(io::Error::from_raw_os_error(number)).context("x");
+        assert_eq!(of_step(anyhow!("not found")), Kind::StepFailed);
+        // ENOTDIR, ENOSPC, EMFILE
+        assert_eq!(of_step(os(20)), Kind::StepFailed);
+        assert_eq!(of_step(os(28)), Kind::Internal);
+        assert_eq!(of_step(os(24)), Kind::Internal);
+        let connection = GitError::Connection {
+            remote: "https://example.org/a.git".into(),
+            reason: "refused".into(),
+        };
+        assert_eq!(of_step(connection.into()), Kind::Registry);
+        let missing = SessionError::SecretMissing { id: "a".into() };
+        assert_eq!(of_step(missing.into()), Kind::Configuration);
+        assert_eq!(Failure::kind_of(&os(20)), Kind::Internal);
     }
 
     #[test]

@@ -123,7 +123,8 @@ async fn run(
     let store = Arc::new(Store::open(&request.root)?);
     let client = Client::new(request.registry.clone())?;
     let stop = cancel.clone();
-    let fetcher = Arc::new(fetcher(request, &store, move || stop.is_cancelled())?);
+    let is_cancelled = move || stop.is_cancelled();
+    let fetcher = Arc::new(fetcher(request, &store, progress, is_cancelled)?);
     let opened = contexts::open(request, Some((&store, &fetcher)), store.tmp()).await?;
     for device in &opened.skipped_devices {
         progress.event(BuildEvent::Warning {
@@ -225,6 +226,7 @@ async fn run(
 fn fetcher(
     request: &BuildRequest,
     store: &Arc<Store>,
+    progress: &Arc<dyn Progress>,
     is_cancelled: impl Fn() -> bool + Send + Sync + 'static,
 ) -> anyhow::Result<Fetcher> {
     let registry = registry::Options {
@@ -236,6 +238,7 @@ fn fetcher(
         Arc::clone(store),
         Arc::clone(&request.secrets),
         Arc::clone(&request.agents),
+        Arc::clone(progress),
         is_cancelled,
     )?)
 }

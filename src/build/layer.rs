@@ -220,7 +220,7 @@ impl Layer {
                 names.descriptor.digest
             );
         };
-        let task = format!("pull {}", names.descriptor.digest.short());
+        let task = format!("pull {} {origin}", names.descriptor.digest.short());
         engine.progress.event(BuildEvent::TaskStarted {
             id: task.clone(),
             name: format!("pulling {origin} {}", names.descriptor.digest.short()),

@@ -58,6 +58,19 @@ pub struct StepFailed {
     pub tail: String,
 }
 
+/// Where in the Dockerfile a failed step is: the context of its error.
+#[derive(Clone, Debug, Error)]
+#[error("{0}")]
+pub(crate) struct StepPlace(pub(crate) String);
+
+impl StepPlace {
+    /// Whether an error came to a step.
+    pub(crate) fn is_of(error: &anyhow::Error) -> bool {
+        let shared: Option<&Shared_> = error.downcast_ref();
+        error.is::<Self>() || shared.is_some_and(|shared| Self::is_of(&shared.0))
+    }
+}
+
 /// What a build is made with.
 #[allow(missing_debug_implementations, reason = "holds trait objects")]
 pub struct Settings {

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use anyhow::Context as _;
@@ -13,10 +14,12 @@ use super::cache::{self, Definition, Inputs, Record};
 use super::layer::{Filesystem, Layer};
 use super::remote::{self, Fetched};
 use super::user::{Accounts, Owner};
-use super::{Engine, PushDenied, StepFuture, context_tree, copy, mounts, run, seal, unshare};
+use super::{
+    Engine, PushDenied, StepFuture, StepPlace, context_tree, copy, mounts, run, seal, unshare,
+};
 use crate::image::{Digest, ImageLayer};
 use crate::plan::{self, CopyFrom, CopySource, Operation, Step};
-use crate::progress::{BuildEvent, millis};
+use crate::progress::{BuildEvent, Progress, millis};
 use crate::rootfs::Stack;
 
 /// Performs one step once the steps that it needs have ended.
@@ -44,7 +47,8 @@ pub(super) async fn perform(
     let (parent, sources) = try_join(wait(parent), sources).await?;
     engine.check_cancelled()?;
     let started = Instant::now();
-    let result = dispatch(&engine, number, &step, &parent, &sources).await;
+    let beginning = Beginning::new(&engine, number, &step);
+    let result = dispatch(&engine, &beginning, &parent, &sources).await;
     let duration_ms = millis(started.elapsed());
     match result {
         Ok((filesystem, cached)) => {
@@ -61,32 +65,56 @@ pub(super) async fn perform(
         Err(error) if error.is::<PushDenied>() => Err(error),
         Err(error) => {
             let message = format!("{error:#}");
+            beginning.tell();
             engine.progress.event(BuildEvent::StepFailed {
                 step: number,
                 duration_ms,
                 message,
             });
-            Err(error.context(step.place.clone()))
+            Err(error.context(StepPlace(step.place.clone())))
+        }
+    }
+}
+
+/// Tells once that a step has begun: when it is known whether the cache has it, or that it
+/// failed before.
+struct Beginning<'s> {
+    progress: &'s dyn Progress,
+    number: usize,
+    step: &'s Step,
+    told: AtomicBool,
+}
+
+impl<'s> Beginning<'s> {
+    fn new(engine: &'s Engine, number: usize, step: &'s Step) -> Self {
+        Self {
+            progress: &*engine.progress,
+            number,
+            step,
+            told: AtomicBool::new(false),
+        }
+    }
+
+    fn tell(&self) {
+        if !self.told.swap(true, Ordering::Relaxed) {
+            self.progress.event(BuildEvent::StepStarted {
+                step: self.number,
+                name: self.step.name.clone(),
+            });
         }
     }
 }
 
 async fn dispatch(
     engine: &Arc<Engine>,
-    number: usize,
-    step: &Step,
+    beginning: &Beginning<'_>,
     parent: &Filesystem,
     sources: &[Filesystem],
 ) -> anyhow::Result<(Filesystem, bool)> {
-    let started = || {
-        engine.progress.event(BuildEvent::StepStarted {
-            step: number,
-            name: step.name.clone(),
-        });
-    };
+    let step = beginning.step;
     match &step.operation {
         Operation::Image(image) => {
-            started();
+            beginning.tell();
             let super::BaseImage { resolved, origin } = &engine.images[image.0];
             let layers = resolved
                 .manifest
@@ -110,11 +138,11 @@ async fn dispatch(
                 false,
             ))
         }
-        Operation::Run(run) => run_cached(engine, number, step, run, parent, sources).await,
+        Operation::Run(run) => run_cached(engine, beginning, run, parent, sources).await,
         Operation::MakeDirectory(directory) => {
             let definition = Definition::new("mkdir", &(directory, engine.epoch));
             let cached = Cached::look_up(engine, step, definition, parent, None).await?;
-            started();
+            beginning.tell();
             cached
                 .or_make(engine, parent, || make_directory(engine, directory, parent))
                 .await
@@ -122,7 +150,7 @@ async fn dispatch(
         Operation::Copy(copy) => {
             let nothing = Filesystem::default();
             let source = sources.first().unwrap_or(&nothing);
-            copy_step(engine, number, step, copy, parent, source).await
+            copy_step(engine, beginning, copy, parent, source).await
         }
     }
 }
@@ -262,18 +290,12 @@ fn recorded(record: Record) -> Arc<Layer> {
 
 async fn run_cached(
     engine: &Arc<Engine>,
-    number: usize,
-    step: &Step,
+    beginning: &Beginning<'_>,
     run: &plan::Run,
     parent: &Filesystem,
     sources: &[Filesystem],
 ) -> anyhow::Result<(Filesystem, bool)> {
-    let started = || {
-        engine.progress.event(BuildEvent::StepStarted {
-            step: number,
-            name: step.name.clone(),
-        });
-    };
+    let (number, step) = (beginning.number, beginning.step);
     // The epoch clamps the times in the layer.
     let what = (run, engine.platform.to_string(), engine.epoch);
     let definition = Definition::new("run", &what);
@@ -287,7 +309,7 @@ async fn run_cached(
         // Layers say all there is to say, unless files of a context are mounted too.
         let layers = (!mounts::reads_context(run)).then(|| joined(&chains));
         if let Some(record) = look_up_layers(engine, step, &definition, parent, &layers).await? {
-            started();
+            beginning.tell();
             return Ok((parent.with(recorded(record)), true));
         }
         for source in sources {
@@ -304,7 +326,7 @@ async fn run_cached(
         content = Some((layers, digest.await?));
     }
     let cached = Cached::look_up(engine, step, definition, parent, content).await?;
-    started();
+    beginning.tell();
     cached
         .or_make(engine, parent, || {
             run_step(engine, number, run, parent, stacks)
@@ -405,19 +427,13 @@ async fn make_directory(
 
 async fn copy_step(
     engine: &Arc<Engine>,
-    number: usize,
-    step: &Step,
+    beginning: &Beginning<'_>,
     copy: &plan::Copy,
     parent: &Filesystem,
     source: &Filesystem,
 ) -> anyhow::Result<(Filesystem, bool)> {
+    let step = beginning.step;
     let definition = Definition::new("copy", &(&copy.definition, engine.epoch));
-    let started = || {
-        engine.progress.event(BuildEvent::StepStarted {
-            step: number,
-            name: step.name.clone(),
-        });
-    };
     let source_chain = match copy.from {
         CopyFrom::Context(_) => None,
         CopyFrom::Step => source.chain().await.map_err(|error| unshare(&error))?,
@@ -434,11 +450,11 @@ async fn copy_step(
             content: None,
         };
         if let Some(record) = cache::look_up(&engine.store, &definition, &inputs) {
-            started();
+            beginning.tell();
             return Ok((parent.with(recorded(record)), true));
         }
     }
-    started();
+    beginning.tell();
     let fetched = fetch_sources(engine, copy).await?;
     let has_paths = |sources: &[CopySource]| {
         let is_path = |source: &_| matches!(source, CopySource::Path(_));

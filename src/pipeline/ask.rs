@@ -16,7 +16,7 @@ use crate::dockerfile::{self, Dockerfile};
 use crate::image::{ImageConfig, Platform};
 use crate::lint::{self, BaseNeed, CheckError, Facts, Lines, Report};
 use crate::plan::{self, ImageNeed, ImageSource, StageGraph};
-use crate::progress::{BuildEvent, Progress};
+use crate::progress::{BuildEvent, NoProgress, Progress};
 use crate::registry::Client;
 use crate::store::Store;
 
@@ -54,7 +54,8 @@ pub async fn ask(request: &BuildRequest, question: Question) -> anyhow::Result<A
     let tmp = tempfile::tempdir().context("creating a temporary directory")?;
     let opened = if contexts::is_remote(request) {
         let store = Arc::new(Store::open(&request.root)?);
-        let fetcher = fetcher(request, &store, || false)?;
+        let silent: Arc<dyn Progress> = Arc::new(NoProgress);
+        let fetcher = fetcher(request, &store, &silent, || false)?;
         contexts::open(request, Some((&store, &fetcher)), tmp.path()).await?
     } else {
         contexts::open(request, None, tmp.path()).await?

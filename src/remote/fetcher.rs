@@ -3,14 +3,15 @@
 use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use url::Url;
 
 use super::git::{self, GitRef};
 use super::http::{self, Checksum, FetchOptions};
+use crate::progress::{BuildEvent, Progress, millis};
 use crate::registry::{self, Client, RegistryError};
 use crate::secret::{RedactedUrl, Secret};
 use crate::session::{DEFAULT_SSH_ID, Secrets, SshAgents};
@@ -29,7 +30,10 @@ pub struct Fetcher {
     store: Arc<Store>,
     secrets: Arc<Secrets>,
     agents: Arc<SshAgents>,
+    progress: Arc<dyn Progress>,
     is_cancelled: Arc<dyn Fn() -> bool + Send + Sync>,
+    /// How many fetches have begun.
+    tasks: AtomicUsize,
 }
 
 impl fmt::Debug for Fetcher {
@@ -41,9 +45,27 @@ impl fmt::Debug for Fetcher {
     }
 }
 
+/// A fetch that has begun.
+struct Task<'f> {
+    progress: &'f dyn Progress,
+    id: String,
+    started: Instant,
+}
+
+impl Task<'_> {
+    /// Says that it has ended well, and what came.
+    fn done(self, outcome: &str) {
+        self.progress.event(BuildEvent::TaskDone {
+            id: self.id,
+            outcome: outcome.to_owned(),
+            duration_ms: millis(self.started.elapsed()),
+        });
+    }
+}
+
 impl Fetcher {
-    /// A fetcher into `store`, from servers in the reach of `registry`. `is_cancelled` says that
-    /// nothing is wanted any more.
+    /// A fetcher into `store`, from servers in the reach of `registry`. `progress` hears of each
+    /// fetch as a task; `is_cancelled` says that nothing is wanted any more.
     ///
     /// # Errors
     /// Those of [`Client::new`].
@@ -52,6 +74,7 @@ impl Fetcher {
         store: Arc<Store>,
         secrets: Arc<Secrets>,
         agents: Arc<SshAgents>,
+        progress: Arc<dyn Progress>,
         is_cancelled: impl Fn() -> bool + Send + Sync + 'static,
     ) -> Result<Self, RegistryError> {
         Ok(Self {
@@ -60,7 +83,9 @@ impl Fetcher {
             store,
             secrets,
             agents,
+            progress,
             is_cancelled: Arc::new(is_cancelled),
+            tasks: AtomicUsize::new(0),
         })
     }
 
@@ -73,6 +98,8 @@ impl Fetcher {
         url: &Url,
         checksum: Option<Checksum>,
     ) -> anyhow::Result<http::Fetched> {
+        let what = format!("fetching {}", RedactedUrl(url));
+        let task = self.begin(&what);
         let secrets = Arc::clone(&self.secrets);
         let host = url.host_str().unwrap_or_default().to_owned();
         let authorization = tokio::task::spawn_blocking(move || secrets.http_auth(&host))
@@ -83,9 +110,10 @@ impl Fetcher {
             authorization: authorization.map(|found| Secret::new(found.expose().to_owned())),
             limit_bytes: None,
         };
-        http::fetch(&self.client, &self.store, url, &options)
-            .await
-            .with_context(|| format!("fetching {}", RedactedUrl(url)))
+        let fetched = http::fetch(&self.client, &self.store, url, &options).await;
+        let fetched = fetched.context(what)?;
+        task.done(fetched.digest.short());
+        Ok(fetched)
     }
 
     /// Writes the files of a repository into the new directory `into`.
@@ -94,6 +122,7 @@ impl Fetcher {
     /// Any; the chain names the repository.
     pub async fn repository(&self, reference: GitRef, into: &Path) -> anyhow::Result<git::Fetched> {
         let what = format!("fetching {reference}");
+        let task = self.begin(&what);
         let scratch = self.store.tmp_dir("git-")?;
         let mut options = git::Options::new(self.registry.plain_client()?, &scratch);
         let secrets = Arc::clone(&self.secrets);
@@ -124,7 +153,25 @@ impl Fetcher {
             }
         };
         drop(socket);
-        fetched.context(what)
+        let fetched = fetched.context(what)?;
+        task.done(&fetched.commit);
+        Ok(fetched)
+    }
+
+    /// Says that a fetch has begun.
+    fn begin(&self, name: &str) -> Task<'_> {
+        let number = self.tasks.fetch_add(1, Ordering::Relaxed);
+        let id = format!("fetch {number}");
+        self.progress.event(BuildEvent::TaskStarted {
+            id: id.clone(),
+            name: name.to_owned(),
+            total_bytes: None,
+        });
+        Task {
+            progress: &*self.progress,
+            id,
+            started: Instant::now(),
+        }
     }
 
     fn pass_on(&self, cancelled: &AtomicBool) {
