@@ -132,6 +132,10 @@ async fn run(
         });
     }
     let dockerfile = dockerfile::parse(&opened.dockerfile.name, &opened.dockerfile.text)?;
+    contexts::check_named(request)?;
+    for message in without_effect(request, &dockerfile) {
+        progress.event(BuildEvent::Warning { message });
+    }
     let mut settings = request.plan.clone();
     let epoch = epoch::resolve(request, &mut settings, &dockerfile, opened.source_date)?;
 
@@ -220,6 +224,22 @@ async fn run(
         digest: image.raw_manifest.digest.clone(),
         image_id: image.manifest.config.digest.clone(),
     })
+}
+
+/// What was written or asked for and means nothing.
+fn without_effect(request: &BuildRequest, dockerfile: &Dockerfile) -> Vec<String> {
+    let place = |span| dockerfile::place(&dockerfile.name, &dockerfile.text, span);
+    let flags = dockerfile.ignored_flags().into_iter();
+    let mut found: Vec<String> = flags
+        .map(|ignored| format!("{}: {}", place(ignored.span), ignored.message))
+        .collect();
+    if let plan::NoCache::Stages(names) = &request.plan.no_cache {
+        let stages = || dockerfile.stages.iter().filter_map(|s| s.name.as_ref());
+        let is_stage = |name: &str| stages().any(|stage| stage.raw.eq_ignore_ascii_case(name));
+        let unknown = names.iter().filter(|name| !is_stage(name));
+        found.extend(unknown.map(|name| format!("--no-cache-filter: no stage is called {name:?}")));
+    }
+    found
 }
 
 /// What fetches other servers' files for this build.

@@ -4,7 +4,11 @@ use std::fmt;
 
 use url::Url;
 
+use crate::remote::git;
 use crate::secret::RedactedUrl;
+
+/// What a repository of GitHub may begin with where the main context is named.
+const SHORT_FORM: &str = "github.com/";
 
 /// Whether BuildKit takes `text` for the address of a git repository: a URL of git or ssh,
 /// an HTTP(S) URL whose path ends in `.git`, or `USER@HOST:PATH`.
@@ -12,49 +16,18 @@ use crate::secret::RedactedUrl;
 /// `github.com/OWNER/NAME` is one where the main context is named, and only there: see
 /// [`is_git_context`].
 pub fn is_git(text: &str) -> bool {
-    match text.split_once("://") {
-        Some((scheme, rest)) if is_scheme(scheme) => match scheme.to_ascii_lowercase().as_str() {
-            "git" | "ssh" => true,
-            "http" | "https" => {
-                let path = rest.split(['#', '?']).next().unwrap_or_default();
-                path.split_once('/')
-                    .is_some_and(|(_, path)| path.ends_with(".git"))
-            }
-            _ => false,
-        },
-        _ => is_scp_style(text),
-    }
+    is_git_context(text) && !text.starts_with(SHORT_FORM)
 }
 
 /// [`is_git`], and also for the old short form of GitHub's repositories.
 pub fn is_git_context(text: &str) -> bool {
-    text.starts_with("github.com/") || is_git(text)
+    // One that is wrong is one, too: whoever fetches it says what is wrong.
+    !matches!(git::parse(text), Ok(None))
 }
 
 /// Whether `text` begins as an address for HTTP does.
 pub(super) fn is_http(text: &str) -> bool {
     text.starts_with("https://") || text.starts_with("http://")
-}
-
-fn is_scheme(scheme: &str) -> bool {
-    !scheme.is_empty() && scheme.bytes().all(|b| b.is_ascii_alphanumeric())
-}
-
-/// `USER@HOST:PATH`.
-fn is_scp_style(text: &str) -> bool {
-    let Some((user, rest)) = text.split_once('@') else {
-        return false;
-    };
-    let Some((host, _)) = rest.split_once(':') else {
-        return false;
-    };
-    let all = |text: &str, others: &[u8]| {
-        !text.is_empty()
-            && text
-                .bytes()
-                .all(|b| b.is_ascii_alphanumeric() || others.contains(&b))
-    };
-    all(user, b"-_") && all(host, b"-.")
 }
 
 /// Shows an address without what may be secret in it.

@@ -219,7 +219,7 @@ pub fn open(
             Ok(opened(context, dockerfile))
         }
         SourceInput::Checkout(path) => {
-            let dockerfile = read_dockerfile_at(path, place, false)?;
+            let dockerfile = read_dockerfile_at(path, place, false).map_err(within(path))?;
             let context = BuildContext::directory(path, IgnoreRules::default())?;
             Ok(opened(context, dockerfile))
         }
@@ -336,7 +336,8 @@ fn from_fetched<'a>(
         DockerfilePlace::Default => DockerfilePlace::Fetched(file),
         other => other,
     };
-    let dockerfile = read_dockerfile_at(&temporary.0, place, false)?;
+    let dockerfile = read_dockerfile_at(&temporary.0, place, false);
+    let dockerfile = dockerfile.map_err(within(&temporary.0))?;
     let mut context = BuildContext::directory(&temporary.0, IgnoreRules::default())?;
     context.temporary = Some(temporary);
     Ok(OpenedContext {
@@ -363,7 +364,8 @@ fn unpacked(
         input: input.to_owned(),
         source,
     })?;
-    let dockerfile = read_dockerfile_at(&temporary.0, place, false)?;
+    let dockerfile = read_dockerfile_at(&temporary.0, place, false);
+    let dockerfile = dockerfile.map_err(within(&temporary.0))?;
     let mut context = BuildContext::directory(&temporary.0, IgnoreRules::default())?;
     context.owners = Some(owners);
     context.temporary = Some(temporary);
@@ -373,6 +375,18 @@ fn unpacked(
         skipped_devices,
         source_date: last_modified.or(latest),
     })
+}
+
+/// Names a Dockerfile that is not there as the user did, and not by the directory that its
+/// context was unpacked in.
+fn within(dir: &Path) -> impl FnOnce(ContextError) -> ContextError + '_ {
+    move |error| match error {
+        ContextError::NoDockerfile { path, is_link } => ContextError::NoDockerfile {
+            path: path.strip_prefix(dir).map(Path::to_owned).unwrap_or(path),
+            is_link,
+        },
+        other => other,
+    }
 }
 
 impl Temporary {

@@ -28,6 +28,7 @@ impl Parser<'_> {
             return Err(self.at_least_one("HEALTHCHECK", split));
         }
         if is("NONE") {
+            // Nor does BuildKit look at flags here: `ignored` tells of them.
             return match command(rest)? {
                 CommandLine::Exec(arguments) if !arguments.is_empty() => Err(Problem::new(
                     rest.span(),

@@ -26,6 +26,7 @@ mod error;
 pub mod expand;
 mod healthcheck;
 mod heredoc;
+mod ignored;
 mod instruction;
 mod json;
 mod lines;
@@ -46,7 +47,8 @@ pub use instruction::{
 };
 
 pub use mount::{
-    Mount, MountError, MountFault, MountKind, Sharing, check_mount, parse_mount, parse_size,
+    Mount, MountError, MountFault, MountKind, Sharing, check_mount, parse_bool, parse_mount,
+    parse_size,
 };
 pub(crate) use suggest::nearest;
 

@@ -588,8 +588,8 @@ fn did_you_mean(word: &str, options: &[&str]) -> Option<String> {
     suggest::nearest(word, options).map(|near| format!("did you mean {near:?}?"))
 }
 
-/// As Go's `strconv.ParseBool`.
-pub(super) fn parse_bool(text: &str) -> Option<bool> {
+/// A boolean as Go's `strconv.ParseBool` takes it: what BuildKit reads most of them with.
+pub fn parse_bool(text: &str) -> Option<bool> {
     match text {
         "1" | "t" | "T" | "true" | "TRUE" | "True" => Some(true),
         "0" | "f" | "F" | "false" | "FALSE" | "False" => Some(false),

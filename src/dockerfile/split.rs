@@ -229,6 +229,11 @@ fn unknown_flag(
 }
 
 impl RawFlag<'_> {
+    /// `--name` or `--name=value`, without quotes and escapes.
+    pub(super) fn text(&self) -> &str {
+        &self.text
+    }
+
     /// Where bytes of its processed text stand.
     fn span_of(&self, range: Range<usize>) -> Span {
         let end = self.slice.text().len();

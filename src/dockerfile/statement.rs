@@ -234,7 +234,7 @@ impl Parser<'_> {
             "RUN" => Ok(InstructionKind::Run(self.run(split)?)),
             "HEALTHCHECK" => Ok(InstructionKind::Healthcheck(self.healthcheck(split)?)),
             "ONBUILD" => self.onbuild(line, split),
-            // BuildKit does not look at flags of these two.
+            // BuildKit does not look at flags of these two: `ignored` tells of them.
             "ARG" => Ok(InstructionKind::Arg(self.arg(split)?)),
             "STOPSIGNAL" => Ok(InstructionKind::Stopsignal(
                 self.one_argument(name, split)?.word(),

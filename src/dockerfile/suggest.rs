@@ -1,4 +1,8 @@
 //! "Did you mean": the known word nearest to an unknown one.
+//!
+//! Near is how many letters are missing, too many, wrong or swapped with their neighbour.
+
+use strsim::osa_distance;
 
 /// Words that differ more are not suggested.
 const MAX_DISTANCE: usize = 2;
@@ -8,15 +12,15 @@ const SHORT_CHARS: usize = 3;
 
 /// The option nearest to `word`, if it is near enough. The first of equally near ones.
 pub(crate) fn nearest<'o>(word: &str, options: &[&'o str]) -> Option<&'o str> {
-    let word: Vec<char> = word.chars().take(64).collect();
-    let most = if word.len() > SHORT_CHARS {
+    let word: String = word.chars().take(64).collect();
+    let most = if word.chars().count() > SHORT_CHARS {
         MAX_DISTANCE
     } else {
         1
     };
     options
         .iter()
-        .map(|option| (distance(&word, option), *option))
+        .map(|option| (osa_distance(&word, option), *option))
         .filter(|(distance, _)| *distance <= most)
         .min_by_key(|(distance, _)| *distance)
         .map(|(_, option)| option)
@@ -28,30 +32,8 @@ pub(super) fn is_typo(written: &str, meant: &str) -> bool {
     if written.len() > meant.len() + MAX_DISTANCE || written.is_empty() {
         return false;
     }
-    let letters: Vec<char> = written.chars().collect();
     written.to_lowercase() == meant.to_lowercase()
-        || letters.len() >= SHORT_CHARS && distance(&letters, meant) == 1
-}
-
-/// How many letters are missing, too many, wrong or swapped with their neighbour: the
-/// "optimal string alignment" variant of Levenshtein's distance.
-fn distance(word: &[char], option: &str) -> usize {
-    let option: Vec<char> = option.chars().collect();
-    let mut before: Vec<usize> = Vec::new();
-    let mut row: Vec<usize> = (0..=option.len()).collect();
-    for (i, a) in word.iter().enumerate() {
-        let mut next = vec![i + 1];
-        for (j, b) in option.iter().enumerate() {
-            let substituted = row[j] + usize::from(a != b);
-            let mut least = substituted.min(row[j + 1] + 1).min(next[j] + 1);
-            if i > 0 && j > 0 && *a == option[j - 1] && word[i - 1] == *b {
-                least = least.min(before[j - 1] + 1);
-            }
-            next.push(least);
-        }
-        before = std::mem::replace(&mut row, next);
-    }
-    row[option.len()]
+        || written.chars().count() >= SHORT_CHARS && osa_distance(written, meant) == 1
 }
 
 #[cfg(test)]

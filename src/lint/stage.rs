@@ -14,7 +14,7 @@ use super::{
 };
 use crate::dockerfile::expand::{Environment, Expansion, Options as ExpandOptions, expand};
 use crate::dockerfile::{
-    ArgDeclaration, CommandLine, Copy, Instruction, InstructionKind, KeyValue, Word,
+    ArgDeclaration, CommandLine, Copy, Instruction, InstructionKind, KeyValue, Word, parse_bool,
 };
 use crate::image::{DEFAULT_PATH, ImageConfig, Platform};
 
@@ -651,7 +651,7 @@ impl<'a> Stages<'a> {
         }
         let field = |name: &str| fields.get(name).map_or("", String::as_str);
         let info = MountInfo {
-            required: ["1", "t", "T", "true", "TRUE", "True"].contains(&field("required")),
+            required: parse_bool(field("required")) == Some(true),
             lines: here.placed.lines,
         };
         let declared = &mut self.declared[here.stage];

@@ -15,6 +15,7 @@ use crate::context::{
     self, BuildContext, ContextSource, DockerfileLocation, IgnoreRules, InputFile, NamedContext,
     OpenedContext, SourceInput,
 };
+use crate::dockerfile::parse_bool;
 use crate::plan::{ContextId, CopyFrom, MountFrom, MountKind, Operation, Plan};
 use crate::remote::{Fetcher, git};
 use crate::secret::RedactedUrl;
@@ -63,9 +64,7 @@ pub(super) async fn open(
         ContextSource::Git(address) => {
             let (store, fetcher) = needed()?;
             let keep = request.plan.build_args.get(KEEP_GIT_DIR);
-            let keep = keep.is_some_and(|value| {
-                matches!(value.as_str(), "1" | "true" | "t" | "T" | "TRUE" | "True")
-            });
+            let keep = keep.is_some_and(|value| parse_bool(value) == Some(true));
             let (path, time) = checkout(store, fetcher, address, keep.then_some(true)).await?;
             commit_time = Some(time);
             SourceInput::Checkout(path)
@@ -101,6 +100,20 @@ async fn checkout(
     let path = store.tmp_dir("context-")?.join("checkout");
     let fetched = fetcher.repository(reference, &path).await?;
     Ok((path, fetched.time))
+}
+
+/// Whether the named contexts that are directories are there, also those that nothing reads.
+///
+/// # Errors
+/// The first that is not; the chain names it.
+pub(super) fn check_named(request: &BuildRequest) -> anyhow::Result<()> {
+    for (name, context) in request.plan.contexts.iter() {
+        if let NamedContext::Directory(path) = context {
+            BuildContext::directory(path, IgnoreRules::default())
+                .with_context(|| format!("--build-context {name}"))?;
+        }
+    }
+    Ok(())
 }
 
 /// Opens the named contexts that the steps of `plan` read.

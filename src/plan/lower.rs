@@ -938,7 +938,7 @@ fn device(raw: &str) -> Device {
         match field.split_once('=') {
             _ if field.eq_ignore_ascii_case("required") => device.required = true,
             Some((key, value)) if key.eq_ignore_ascii_case("required") => {
-                device.required = matches!(value, "1" | "t" | "T" | "true" | "TRUE" | "True");
+                device.required = dockerfile::parse_bool(value) == Some(true);
             }
             Some((key, value)) if key.eq_ignore_ascii_case("name") => {
                 device.name = value.to_owned();

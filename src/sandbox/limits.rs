@@ -43,7 +43,7 @@ const RESOURCES: [(&str, Resource); 15] = [
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum UlimitError {
     /// There is no `=`.
-    #[error("invalid ulimit argument: {0}")]
+    #[error("invalid ulimit argument: {0:?}: expected NAME=SOFT[:HARD], such as nofile=1024:4096")]
     Format(String),
     /// There is no such resource.
     #[error("invalid ulimit type: {0}")]
@@ -180,8 +180,14 @@ mod tests {
             let error = text.parse::<Ulimit>().unwrap_err();
             assert_eq!(error.to_string(), message, "{text}");
         };
-        check("", "invalid ulimit argument: ");
-        check("nofile", "invalid ulimit argument: nofile");
+        check(
+            "",
+            "invalid ulimit argument: \"\": expected NAME=SOFT[:HARD], such as nofile=1024:4096",
+        );
+        check(
+            "nofile",
+            "invalid ulimit argument: \"nofile\": expected NAME=SOFT[:HARD], such as nofile=1024:4096",
+        );
         check("files=1", "invalid ulimit type: files");
         check("as=1", "invalid ulimit type: as");
         check("=1", "invalid ulimit type: ");

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use super::agent::{self, AgentSocket, Source};
 use super::keys::Key;
 use super::{Lookup, SessionError};
+use crate::dockerfile::parse_bool;
 
 /// The agent that is meant where no id is given.
 pub const DEFAULT_SSH_ID: &str = "default";
@@ -65,7 +66,7 @@ impl FromStr for SshSpec {
         let mut raw = false;
         for part in value.into_iter().flat_map(|value| value.split(',')) {
             if let Some(value) = part.strip_prefix("raw=") {
-                raw = boolean(value)
+                raw = parse_bool(value)
                     .ok_or_else(|| wrong(format!("raw is true or false, not {value:?}")))?;
             } else {
                 paths.push(PathBuf::from(part));
@@ -90,15 +91,6 @@ impl FromStr for SshSpec {
             paths,
             raw,
         })
-    }
-}
-
-/// A boolean as Go's `strconv.ParseBool` takes it, which BuildKit reads `raw` with.
-fn boolean(text: &str) -> Option<bool> {
-    match text {
-        "1" | "t" | "T" | "TRUE" | "true" | "True" => Some(true),
-        "0" | "f" | "F" | "FALSE" | "false" | "False" => Some(false),
-        _ => None,
     }
 }
 

@@ -82,7 +82,10 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("lint", &["dockerfile", "image"]),
     ("plan", &["dockerfile", "context", "remote", "image"]),
     ("store", &["image", "confined"]),
-    ("context", &["confined", "image", "layer", "rootfs"]),
+    (
+        "context",
+        &["confined", "image", "layer", "remote", "rootfs"],
+    ),
     ("rootfs", &["confined", "image"]),
     ("config", &["image", "sandbox", "registry"]),
     (
