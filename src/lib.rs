@@ -3,9 +3,12 @@
 //! # The flow
 //!
 //! ```text
+//! CONTEXT ─ context::open ─▶ BuildContext, Dockerfile text    a directory, standard input; URL and git by remote
 //! Dockerfile text ─ dockerfile::parse ─▶ Dockerfile           typed instructions, with spans; no I/O
 //! Dockerfile ─ plan::graph ─▶ StageGraph                      which images the target needs; no I/O
-//! image references ─ registry::Client::resolve ─▶ Resolved    manifests and configs; no layer yet
+//! image references ─ registry, layout ─▶ Resolved             manifests and configs; no layer yet
+//!                  └─ graph again, until it asks for no image that is missing: ONBUILD may name more
+//! Dockerfile + configs ─ lint::walk ─▶ warnings               and the answers of --check and --call
 //! StageGraph + configs + build args ─ plan::lower ─▶ Plan     a graph of steps with their inputs; no I/O
 //! Plan ─ build::build ─▶ Built                                cache look-up, or rootfs + sandbox, or copy
 //! Built + config ─ image::assemble ─▶ Image                   manifest and config: values and raw bytes
@@ -14,7 +17,8 @@
 //! ```
 //!
 //! Each arrow is a function, each name a type. A later stage never reaches back into an
-//! earlier one.
+//! earlier one. Named contexts ([`context::NamedContexts`]) are looked up by `plan::graph`
+//! wherever a stage or an image is named; those that steps read are opened when there is a plan.
 //!
 //! # The modules
 //!
@@ -34,7 +38,7 @@
 //! | [`layer`] | the layer archive, both directions | Dockerfiles, registries |
 //! | [`rootfs`] | unpacked layers ⇄ a mounted filesystem | archives |
 //! | [`sandbox`] | one process in one root filesystem | images, Dockerfiles |
-//! | [`build`] | performs a plan; the only module that knows the five above | the service, the terminal |
+//! | [`build`] | performs a plan: joins the leaves above | the service, the terminal |
 //! | [`export`] | an image → a file | how it was built |
 //! | [`pipeline`] | a whole build, read top to bottom | |
 //! | [`service`] | the webhook, the queue, the page | how an image is built |
@@ -66,13 +70,15 @@
 //! # A build
 //!
 //! `main` asks [`sandbox::enter`] to enter the user and mount namespaces before any
-//! thread exists, then calls [`pipeline::build`]. That parses, asks [`plan::graph()`] which
-//! images are needed, resolves them, and lowers. [`build::build`] gives each step a task.
+//! thread exists, then calls [`pipeline::build`]. That opens the context, parses, asks
+//! [`plan::graph()`] which images are needed and resolves them until none is missing,
+//! lowers, and says what the checks find. [`build::build`] gives each step a task.
 //! A RUN step that is not in the cache unpacks the layers below it (each straight from
 //! the network into its own tree), mounts them as an overlay, runs the process in a
 //! [`sandbox::Sandbox`], and keeps the overlay's upper directory: that is the new layer's
 //! tree. Sealing (tar, diff ID, gzip, digest: one pass in [`layer::seal`]) and uploading
-//! go on beside the next step. COPY works out its changes without any root filesystem.
+//! go on beside the next step. COPY works out its changes without any root filesystem;
+//! what ADD names by URL or in git, [`remote::Fetcher`] fetches first.
 //!
 //! # A webhook
 //!
