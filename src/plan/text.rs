@@ -217,9 +217,11 @@ pub(super) fn absolute(directory: &str, path: &str) -> String {
     format!("/{}", parts.join("/"))
 }
 
-/// As [`absolute`], but what names a directory (`x/`, `.`, `x/.`) keeps a trailing slash.
+/// As [`absolute`], but what names a directory (`x/`, `.`, `x/.`, nothing at all) keeps a
+/// trailing slash.
 pub(super) fn copy_destination(directory: &str, path: &str) -> String {
-    let is_directory = path.ends_with('/')
+    let is_directory = path.is_empty()
+        || path.ends_with('/')
         || path == "."
         || path.ends_with("/.")
         || path == ".."
@@ -326,6 +328,7 @@ mod tests {
             assert_eq!(absolute(directory, path), expected);
         }
         assert_eq!(copy_destination("/w", "."), "/w/");
+        assert_eq!(copy_destination("/w", ""), "/w/");
         assert_eq!(copy_destination("/w", "/etc/."), "/etc/");
         assert_eq!(copy_destination("/w", "x"), "/w/x");
         assert_eq!(copy_destination("/", "./"), "/");
