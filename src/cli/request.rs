@@ -272,6 +272,7 @@ impl BuildSettings {
         }
         let mut build_args = build_args(&args.build_args, machine)?;
         let epoch = epoch(&mut build_args, machine)?;
+        let platform = platform(&args.platforms, machine)?;
         let request = BuildRequest {
             context: context(&args.context)?,
             dockerfile: args.file.as_deref().map(dockerfile).transpose()?,
@@ -295,7 +296,8 @@ impl BuildSettings {
                     shm_size: args.shm_size.as_deref().map(values::size).transpose()?,
                     ulimits: ulimits(&args.ulimits)?,
                 },
-                ..plan::Settings::new(platform(&args.platforms, machine)?, Platform::host())
+                platform_is_given: platform.is_some(),
+                ..plan::Settings::new(platform.unwrap_or_else(Platform::host), Platform::host())
             },
             epoch,
             registry: super::registry::options(
@@ -477,7 +479,7 @@ fn epoch<E: Fn(&str) -> Option<OsString>>(
 fn platform<E: Fn(&str) -> Option<OsString>>(
     flags: &[String],
     machine: &Machine<E>,
-) -> Result<Platform, RequestError> {
+) -> Result<Option<Platform>, RequestError> {
     let flags = if flags.is_empty() {
         machine
             .var("DOCKER_DEFAULT_PLATFORM")?
@@ -493,9 +495,8 @@ fn platform<E: Fn(&str) -> Option<OsString>>(
         .collect::<Result<BTreeSet<_>, _>>()?;
     let mut platforms = platforms.into_iter();
     match (platforms.next(), platforms.next()) {
-        (None, _) => Ok(Platform::host()),
-        (Some(platform), None) => Ok(platform),
-        (Some(_), Some(_)) => Err(RequestError::SeveralPlatforms(flags.join(","))),
+        (platform, None) => Ok(platform),
+        (_, Some(_)) => Err(RequestError::SeveralPlatforms(flags.join(","))),
     }
 }
 

@@ -155,6 +155,59 @@ pub struct Platform {
 #[error("invalid platform {0:?}: expected OS/ARCHITECTURE[/VARIANT], such as \"linux/arm64\"")]
 pub struct PlatformError(pub String);
 
+/// The operating systems that may stand alone.
+const KNOWN_OS: &[&str] = &[
+    "aix",
+    "android",
+    "darwin",
+    "dragonfly",
+    "freebsd",
+    "hurd",
+    "illumos",
+    "ios",
+    "js",
+    "linux",
+    "nacl",
+    "netbsd",
+    "openbsd",
+    "plan9",
+    "solaris",
+    "windows",
+    "zos",
+];
+
+/// The architectures that may stand alone.
+const KNOWN_ARCHITECTURES: &[&str] = &[
+    "386",
+    "amd64",
+    "amd64p32",
+    "arm",
+    "arm64",
+    "arm64be",
+    "armbe",
+    "loong64",
+    "mips",
+    "mips64",
+    "mips64le",
+    "mips64p32",
+    "mips64p32le",
+    "mipsle",
+    "ppc",
+    "ppc64",
+    "ppc64le",
+    "riscv",
+    "riscv64",
+    "s390",
+    "s390x",
+    "sparc",
+    "sparc64",
+    "wasm",
+];
+
+/// The first build of Windows that runs images for other builds: those from the release before
+/// up to its own.
+const WINDOWS_COMPATIBLE_SINCE: [u16; 2] = [20348, 26100];
+
 impl Platform {
     /// The platform of this machine.
     pub fn host() -> Self {
@@ -175,53 +228,54 @@ impl Platform {
         }
     }
 
-    /// Parses `os/architecture[/variant]` and normalises common other names
-    /// (`x86_64`, `aarch64`, `arm64/v8`).
+    /// Parses `os[(version)]/architecture[/variant]` and normalises common other names
+    /// (`x86_64`, `aarch64`, `arm64/v8`). A known operating system or architecture may stand
+    /// alone: the other part is this machine's.
     ///
     /// # Errors
-    /// [`PlatformError`] where a part is missing, empty or not `[A-Za-z0-9_.-]`.
+    /// [`PlatformError`] where a part is empty, unknown and alone, or not `[A-Za-z0-9_.-]`.
     ///
     /// <https://github.com/containerd/platforms/blob/main/platforms.go>
     pub fn parse(text: &str) -> Result<Self, PlatformError> {
         let fail = || PlatformError(text.to_owned());
         let parts: Vec<&str> = text.split('/').collect();
-        let valid = |part: &&str| {
-            !part.is_empty()
-                && part
-                    .bytes()
-                    .all(|b| b.is_ascii_alphanumeric() || b"_.-".contains(&b))
+        let valid = |part: &str| {
+            let word = |b: u8| b.is_ascii_alphanumeric() || b"_.-".contains(&b);
+            !part.is_empty() && part.bytes().all(word)
         };
-        if !(2..=3).contains(&parts.len()) || !parts.iter().all(valid) {
+        let (os, version) = match parts[0].strip_suffix(')') {
+            Some(option) => option.split_once('(').ok_or_else(fail)?,
+            None => (parts[0], ""),
+        };
+        let rest_is_valid = parts[1..].iter().all(|part| valid(part));
+        if !valid(os) || !(version.is_empty() || valid(version)) || !rest_is_valid {
             return Err(fail());
         }
-        let os = match parts[0].to_ascii_lowercase().as_str() {
+        let os_version = (!version.is_empty()).then(|| version.to_owned());
+        let os = match os.to_ascii_lowercase().as_str() {
             "macos" => "darwin".to_owned(),
             other => other.to_owned(),
         };
-        let variant = parts.get(2).map(|v| v.to_ascii_lowercase());
-        let (architecture, variant) = match parts[1].to_ascii_lowercase().as_str() {
-            "x86_64" | "x86-64" | "amd64" => ("amd64".to_owned(), variant.filter(|v| v != "v1")),
-            "i386" => ("386".to_owned(), None),
-            "aarch64" | "arm64" => (
-                "arm64".to_owned(),
-                variant.filter(|v| !matches!(v.as_str(), "8" | "v8")),
-            ),
-            "armhf" => ("arm".to_owned(), Some("v7".to_owned())),
-            "armel" => ("arm".to_owned(), Some("v6".to_owned())),
-            "arm" => {
-                let variant = match variant.as_deref() {
-                    None | Some("" | "7") => "v7".to_owned(),
-                    Some("5" | "6" | "8") => format!("v{}", variant.as_deref().unwrap_or_default()),
-                    Some(other) => other.to_owned(),
-                };
-                ("arm".to_owned(), Some(variant))
+        let (os, (architecture, variant)) = match parts[1..] {
+            [] if KNOWN_OS.contains(&os.as_str()) => {
+                let host = Self::host();
+                (os, (host.architecture, host.variant))
             }
-            other => (other.to_owned(), variant),
+            [] => {
+                let (architecture, variant) = normal_architecture(parts[0], None);
+                if !KNOWN_ARCHITECTURES.contains(&architecture.as_str()) {
+                    return Err(fail());
+                }
+                (Self::host().os, (architecture, variant))
+            }
+            [architecture] => (os, normal_architecture(architecture, None)),
+            [architecture, variant] => (os, normal_architecture(architecture, Some(variant))),
+            _ => return Err(fail()),
         };
         Ok(Self {
             architecture,
             os,
-            os_version: None,
+            os_version,
             variant,
         })
     }
@@ -230,7 +284,9 @@ impl Platform {
     ///
     /// An Arm machine runs images for its own variant and older ones.
     pub fn fitness_for(&self, wanted: &Self) -> Option<u8> {
-        if (&self.os, &self.architecture) != (&wanted.os, &wanted.architecture) {
+        if (&self.os, &self.architecture) != (&wanted.os, &wanted.architecture)
+            || !self.version_serves(wanted)
+        {
             return None;
         }
         let normal = |p: &Self| {
@@ -250,11 +306,69 @@ impl Platform {
             _ => None,
         }
     }
+
+    /// Whether an image for this version of Windows runs on the wanted one. Other systems'
+    /// versions, and versions that nobody knows, stop nothing.
+    fn version_serves(&self, wanted: &Self) -> bool {
+        let (Some(have), Some(want)) = (&self.os_version, &wanted.os_version) else {
+            return true;
+        };
+        if self.os != "windows" {
+            return true;
+        }
+        let Some((want_release, want)) = windows_build(want) else {
+            return true;
+        };
+        let Some((release, have)) = windows_build(have) else {
+            return false;
+        };
+        let [oldest, newer] = WINDOWS_COMPATIBLE_SINCE;
+        if release != want_release || want < oldest {
+            return release == want_release && have == want;
+        }
+        let since = if want > newer { newer } else { oldest };
+        (since..=want).contains(&have)
+    }
+}
+
+/// Architecture and variant in Go's names.
+fn normal_architecture(architecture: &str, variant: Option<&str>) -> (String, Option<String>) {
+    let variant = variant.map(str::to_ascii_lowercase);
+    match architecture.to_ascii_lowercase().as_str() {
+        "x86_64" | "x86-64" | "amd64" => ("amd64".to_owned(), variant.filter(|v| v != "v1")),
+        "i386" => ("386".to_owned(), None),
+        "aarch64" | "arm64" => (
+            "arm64".to_owned(),
+            variant.filter(|v| !matches!(v.as_str(), "8" | "v8")),
+        ),
+        "armhf" => ("arm".to_owned(), Some("v7".to_owned())),
+        "armel" => ("arm".to_owned(), Some("v6".to_owned())),
+        "arm" => {
+            let variant = match variant.as_deref() {
+                None | Some("" | "7") => "v7".to_owned(),
+                Some("5" | "6" | "8") => format!("v{}", variant.as_deref().unwrap_or_default()),
+                Some(other) => other.to_owned(),
+            };
+            ("arm".to_owned(), Some(variant))
+        }
+        other => (other.to_owned(), variant),
+    }
+}
+
+/// `MAJOR.MINOR.BUILD[.REVISION]` → major and minor, build.
+fn windows_build(version: &str) -> Option<((u8, u8), u16)> {
+    let mut parts = version.split('.');
+    let release = (parts.next()?.parse().ok()?, parts.next()?.parse().ok()?);
+    Some((release, parts.next()?.parse().ok()?))
 }
 
 impl fmt::Display for Platform {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.os, self.architecture)?;
+        f.write_str(&self.os)?;
+        if let Some(version) = &self.os_version {
+            write!(f, "({version})")?;
+        }
+        write!(f, "/{}", self.architecture)?;
         if let Some(variant) = &self.variant {
             write!(f, "/{variant}")?;
         }
@@ -276,6 +390,10 @@ mod tests {
             ("linux/armel", "linux/arm/v6"),
             ("linux/amd64/v3", "linux/amd64/v3"),
             ("linux/s390x", "linux/s390x"),
+            ("windows(10.0.17763)/amd64", "windows(10.0.17763)/amd64"),
+            ("windows()/x86_64", "windows/amd64"),
+            ("x86_64", "linux/amd64"),
+            ("arm", "linux/arm/v7"),
         ] {
             assert_eq!(
                 Platform::parse(text).unwrap().to_string(),
@@ -283,7 +401,22 @@ mod tests {
                 "{text}"
             );
         }
-        for bad in ["", "linux", "linux/", "linux/a/b/c", "li nux/amd64"] {
+        let mut host = Platform::host();
+        assert_eq!(Platform::parse("linux"), Ok(host.clone()));
+        host.os = "darwin".to_owned();
+        assert_eq!(Platform::parse("macos"), Ok(host));
+        for bad in [
+            "",
+            "lnux",
+            "linux/",
+            "linux/a/b/c",
+            "li nux/amd64",
+            "windows(1/amd64",
+            "(1)/amd64",
+            "windows(1))/amd64",
+            "windows(a b)/amd64",
+            "linux/amd64(1)",
+        ] {
             assert_eq!(Platform::parse(bad), Err(PlatformError(bad.to_owned())));
         }
     }
@@ -296,5 +429,31 @@ mod tests {
         assert_eq!(p("linux/amd64").fitness_for(&p("linux/amd64")), Some(0));
         assert_eq!(p("linux/amd64/v3").fitness_for(&p("linux/amd64")), None);
         assert_eq!(p("linux/amd64").fitness_for(&p("linux/arm64")), None);
+    }
+
+    #[test]
+    fn a_version_of_windows_runs_images_for_those_that_it_is_compatible_with() {
+        let serves = |have: &str, want: &str| {
+            let [have, want] = [have, want].map(|v| format!("windows({v})/amd64"));
+            let have = Platform::parse(&have).unwrap();
+            have.fitness_for(&Platform::parse(&want).unwrap()).is_some()
+        };
+        for (have, want, expected) in [
+            ("10.0.17763.1", "10.0.17763.9", true),
+            ("10.0.17763", "10.0.17764", false),
+            ("10.0.17763", "10.0.20348", false),
+            ("10.0.20348", "10.0.20349", true),
+            ("10.0.20348", "10.0.26100", true),
+            ("10.0.20348", "10.0.26101", false),
+            ("10.0.26100", "10.0.26101", true),
+            ("10.0.26100", "10.0.20348", false),
+            ("1.1.0", "1.2.3", false),
+            ("", "10.0.17763", true),
+            ("10.0.17763", "", true),
+            ("10.0.17763", "some", true),
+            ("some", "10.0.17763", false),
+        ] {
+            assert_eq!(serves(have, want), expected, "{have} for {want}");
+        }
     }
 }

@@ -259,7 +259,13 @@ impl<'a> Builder<'a> {
             let problem = if names.is_empty() {
                 problem.with_hint("no stage of this Dockerfile has a name (\"FROM image AS name\")")
             } else {
-                problem.with_hint(format!("the stages are: {}", names.join(", ")))
+                let near = dockerfile::nearest(target, &names);
+                let near = near.map(|near| format!("did you mean {near:?}? "));
+                problem.with_hint(format!(
+                    "{}the stages are: {}",
+                    near.unwrap_or_default(),
+                    names.join(", ")
+                ))
             };
             error(self.dockerfile, vec![problem])
         })

@@ -22,7 +22,7 @@ use crate::dockerfile::{
     self, ArgDeclaration, CommandLine, Dockerfile, DockerfileError, Healthcheck, Instruction,
     InstructionKind, KeyValue, Problem, Span, Word,
 };
-use crate::image::{Empty, Healthcheck as ImageHealthcheck, ImageConfig};
+use crate::image::{Empty, Healthcheck as ImageHealthcheck, ImageConfig, Platform};
 use crate::remote::git;
 use crate::remote::http::Checksum;
 
@@ -102,8 +102,13 @@ pub fn lower(
         .remove(&graph.target)
         .expect("the target is one of the needed stages");
     let mut config = state.image;
-    // The image is for what was asked for, whatever its base says of itself.
-    config.platform = settings.platform.clone();
+    if settings.platform_is_given {
+        config.platform = marked(&config.platform, &settings.platform);
+    }
+    // Parsing gives a base's other names, such as arm64/v8, their usual form.
+    if let Ok(normal) = Platform::parse(&config.platform.to_string()) {
+        config.platform = normal;
+    }
     config.config.labels.extend(settings.labels.clone());
     Ok(Plan {
         steps: lowering.steps,
@@ -112,6 +117,17 @@ pub fn lower(
         history: state.history,
         warnings: lowering.warnings,
     })
+}
+
+/// What the image is marked with: what was asked for, whatever its base says of itself. Where
+/// that leaves a part open and the rest is the same, it is the base's.
+fn marked(base: &Platform, asked: &Platform) -> Platform {
+    let mut marked = asked.clone();
+    if (&base.os, &base.architecture) == (&asked.os, &asked.architecture) {
+        marked.variant = marked.variant.or_else(|| base.variant.clone());
+        marked.os_version = marked.os_version.or_else(|| base.os_version.clone());
+    }
+    marked
 }
 
 struct Lowering<'a> {

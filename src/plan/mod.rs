@@ -33,6 +33,9 @@ pub struct Settings {
     pub target: Option<String>,
     /// `--platform`: what the image is for.
     pub platform: Platform,
+    /// Whether somebody asked for `platform`. Where nobody did, the image is for what its base
+    /// is for, which `FROM --platform` can choose.
+    pub platform_is_given: bool,
     /// What this machine is.
     pub build_platform: Platform,
     /// `--label`: labels that win over those of the Dockerfile.
@@ -54,6 +57,7 @@ impl Settings {
             build_args: BTreeMap::new(),
             target: None,
             platform,
+            platform_is_given: true,
             build_platform,
             labels: BTreeMap::new(),
             contexts: NamedContexts::default(),

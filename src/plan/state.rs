@@ -10,6 +10,9 @@ const HISTORY_COMMENT: &str = "sockless.dockerfile.v0";
 /// The shell of shell forms where neither image nor `SHELL` says another.
 const DEFAULT_SHELL: [&str; 2] = ["/bin/sh", "-c"];
 
+/// The same in images for Windows.
+const WINDOWS_SHELL: [&str; 3] = ["cmd", "/S", "/C"];
+
 /// Arguments that say something of a stage and are no variables in it, as in BuildKit.
 const NO_VARIABLES: [&str; 2] = ["BUILDKIT_SBOM_SCAN_CONTEXT", "BUILDKIT_SBOM_SCAN_STAGE"];
 
@@ -35,7 +38,6 @@ impl State {
     /// The state after `FROM scratch`.
     pub(super) fn scratch(platform: Platform) -> Self {
         let mut image = ImageConfig::scratch(platform);
-        image.config.env.push(format!("PATH={DEFAULT_PATH}"));
         image.config.working_dir = "/".to_owned();
         Self::from_image(image, None)
     }
@@ -46,6 +48,14 @@ impl State {
         // made. They are not true of what is built on it.
         image.other.retain(|key, _| key == "os.features");
         image.config.other.retain(|key, _| key == "StopTimeout");
+        // Windows has its own idea of a search path.
+        let env = &mut image.config.env;
+        let has_path = env
+            .iter()
+            .any(|pair| pair.split('=').next() == Some("PATH"));
+        if !has_path && image.platform.os != "windows" {
+            env.push(format!("PATH={DEFAULT_PATH}"));
+        }
         let mut state = Self {
             image,
             env: Vec::new(),
@@ -105,6 +115,7 @@ impl State {
     pub(super) fn shell(&self) -> Vec<String> {
         match &self.image.config.shell {
             Some(shell) if !shell.is_empty() => shell.clone(),
+            _ if self.image.platform.os == "windows" => WINDOWS_SHELL.map(str::to_owned).to_vec(),
             _ => DEFAULT_SHELL.map(str::to_owned).to_vec(),
         }
     }

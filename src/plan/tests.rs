@@ -1032,3 +1032,100 @@ fn the_image_keeps_what_is_still_true_of_its_base() {
     // The image is for what was asked for.
     assert_eq!(config.platform.to_string(), "linux/arm64");
 }
+
+#[test]
+fn the_platform_of_the_image() {
+    let marked = |text: &str, asked: Option<&str>, base: &str| {
+        let mut case = case(text).base("base", |image| {
+            image.platform = Platform {
+                os_version: (base == "windows/amd64").then(|| "10.0.20348.1006".to_owned()),
+                ..Platform::parse(base).unwrap()
+            };
+        });
+        case.settings.platform_is_given = asked.is_some();
+        case.settings.platform = Platform::parse(asked.unwrap_or("linux/amd64")).unwrap();
+        case.plan().config.platform.to_string()
+    };
+    let from = "FROM base";
+    // Asked for: whatever the base says, which is kept only where it says more.
+    assert_eq!(
+        marked(from, Some("linux/arm64"), "linux/386"),
+        "linux/arm64"
+    );
+    assert_eq!(
+        marked(from, Some("linux/amd64"), "linux/amd64/v3"),
+        "linux/amd64/v3"
+    );
+    assert_eq!(
+        marked(from, Some("windows/amd64"), "windows/amd64"),
+        "windows(10.0.20348.1006)/amd64"
+    );
+    assert_eq!(
+        marked(from, Some("windows(1.2.3)/amd64"), "windows/amd64"),
+        "windows(1.2.3)/amd64"
+    );
+    assert_eq!(
+        marked(from, Some("windows/arm64"), "windows/amd64"),
+        "windows/arm64"
+    );
+    // Not asked for: the base's.
+    assert_eq!(marked(from, None, "linux/s390x"), "linux/s390x");
+    let other = "FROM --platform=linux/riscv64 scratch";
+    assert_eq!(marked(other, None, "linux/386"), "linux/riscv64");
+    assert_eq!(
+        marked(other, Some("linux/amd64"), "linux/386"),
+        "linux/amd64"
+    );
+}
+
+#[test]
+fn every_image_but_those_for_windows_has_a_path_and_a_shell() {
+    let config = |platform: &str, text: &str| {
+        let mut case = case(text).base("base", |image| {
+            image.platform = Platform::parse(platform).unwrap();
+            image.config.env = vec!["A=1".into()];
+        });
+        case.settings.platform = Platform::parse(platform).unwrap();
+        let config = case.plan().config.config;
+        (config.env.join(" "), config.entrypoint.unwrap().join(" "))
+    };
+    let path = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+    for (platform, text, env, entrypoint) in [
+        (
+            "linux/amd64",
+            "FROM base\nENTRYPOINT e",
+            &*format!("A=1 {path}"),
+            "/bin/sh -c e",
+        ),
+        (
+            "linux/amd64",
+            "FROM scratch\nENTRYPOINT e",
+            path,
+            "/bin/sh -c e",
+        ),
+        (
+            "windows/amd64",
+            "FROM base\nENTRYPOINT e",
+            "A=1",
+            "cmd /S /C e",
+        ),
+        (
+            "windows/amd64",
+            "FROM scratch\nENTRYPOINT e",
+            "",
+            "cmd /S /C e",
+        ),
+        (
+            "windows/amd64",
+            "FROM scratch\nSHELL [\"ps\"]\nENTRYPOINT e",
+            "",
+            "ps e",
+        ),
+    ] {
+        assert_eq!(
+            config(platform, text),
+            (env.to_owned(), entrypoint.to_owned()),
+            "{text}"
+        );
+    }
+}
