@@ -47,3 +47,5 @@ mod scenario;
 mod service;
 /// SSH agents and keys, as OpenSSH's own programs see them.
 mod session;
+/// Where COPY and ADD have their files from: servers, contexts that change, our own images.
+mod sources_add;
