@@ -121,11 +121,41 @@ pub fn graph(
         }));
         nodes.insert(index, node);
     }
+    builder
+        .problems
+        .extend(unknown_frontend(dockerfile, settings));
     builder.finish(StageGraph {
         stages: nodes.into_values().collect(),
         images: Vec::new(),
         target,
         global_args: Environment::new(),
+    })
+}
+
+/// Frontends of the language that is read here: the names of their images, without what stands
+/// before and behind them, and what BuildKit calls the one that it has built in.
+const FRONTENDS: [&str; 3] = ["dockerfile", "dockerfile-upstream", "dockerfile.v0"];
+
+/// The problem with a `syntax` directive that names the frontend of another language. That is a
+/// program in an image, which nobody runs here; its files may look like Dockerfiles all the same.
+/// The build argument `BUILDKIT_SYNTAX` wins over the directive.
+fn unknown_frontend(dockerfile: &Dockerfile, settings: &Settings) -> Option<Problem> {
+    let given = settings.build_args.get("BUILDKIT_SYNTAX");
+    let directive = dockerfile.directives.syntax.as_ref();
+    let (wanted, span, origin) = match (given, directive) {
+        (Some(value), _) => (value, dockerfile.stages[0].span, "BUILDKIT_SYNTAX"),
+        (None, Some(word)) => (&word.raw, word.span, "the syntax directive"),
+        (None, None) => return None,
+    };
+    let image = wanted.split_whitespace().next()?;
+    let name = image.split('@').next().unwrap_or(image);
+    let name = name.rsplit('/').next().unwrap_or(name);
+    let name = name.split(':').next().unwrap_or(name);
+    (!FRONTENDS.contains(&name)).then(|| {
+        let message = format!("{origin} asks for the frontend {image:?}, which is not run here");
+        Problem::new(span, message).with_hint(
+            "to have the file read as a plain Dockerfile: --build-arg BUILDKIT_SYNTAX=dockerfile.v0",
+        )
     })
 }
 

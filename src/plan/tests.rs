@@ -1034,6 +1034,36 @@ fn the_image_keeps_what_is_still_true_of_its_base() {
 }
 
 #[test]
+fn frontends_of_other_languages_are_not_run() {
+    for known in [
+        "docker/dockerfile:1",
+        "docker.io/docker/dockerfile:1.7-labs@sha256:00 --more",
+        "docker/dockerfile-upstream:master",
+        "mirror.example:5000/dockerfile",
+    ] {
+        case(&format!("# syntax={known}\nFROM scratch")).plan();
+    }
+    let problem = |line: &str, origin: &str, image: &str| {
+        format!(
+            "Dockerfile:{line}: {origin} asks for the frontend {image:?}, which is not run here \
+             (to have the file read as a plain Dockerfile: --build-arg BUILDKIT_SYNTAX=dockerfile.v0)"
+        )
+    };
+    for other in [
+        "foobar",
+        "some/dockerfile-x:1",
+        "dockerfile/other:dockerfile",
+    ] {
+        let other_case = || case(&format!("#syntax={other}\nFROM scratch"));
+        other_case().problems(&[&problem("1:9", "the syntax directive", other)]);
+        other_case().arg("BUILDKIT_SYNTAX", "dockerfile.v0").plan();
+    }
+    case("# syntax=docker/dockerfile:1\nFROM scratch")
+        .arg("BUILDKIT_SYNTAX", "a/b c=d")
+        .problems(&[&problem("2:1", "BUILDKIT_SYNTAX", "a/b")]);
+}
+
+#[test]
 fn the_platform_of_the_image() {
     let marked = |text: &str, asked: Option<&str>, base: &str| {
         let mut case = case(text).base("base", |image| {
