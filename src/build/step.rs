@@ -144,7 +144,9 @@ async fn dispatch(
             let cached = Cached::look_up(engine, step, definition, parent, None).await?;
             beginning.tell();
             cached
-                .or_make(engine, parent, || make_directory(engine, directory, parent))
+                .or_make(engine, parent, || {
+                    make_directory(engine, step, directory, parent)
+                })
                 .await
         }
         Operation::Copy(copy) => {
@@ -391,6 +393,7 @@ async fn run_step(
 
 async fn make_directory(
     engine: &Arc<Engine>,
+    step: &Step,
     directory: &plan::MakeDirectory,
     parent: &Filesystem,
 ) -> anyhow::Result<Layer> {
@@ -398,16 +401,14 @@ async fn make_directory(
         .stack(engine)
         .await
         .map_err(|error| unshare(&error))?;
-    let (directory, epoch) = (directory.clone(), engine.epoch);
+    let (directory, place, shared) = (directory.clone(), step.place.clone(), Arc::clone(engine));
     let changes = engine.blocking(move || {
-        let accounts = Accounts::read(&below).context("reading the image's accounts")?;
-        let account = accounts
-            .user(&directory.user)
-            .map_err(|reason| anyhow::anyhow!("USER {}: {reason}", directory.user))?;
+        // BuildKit reads USER as it reads --chown here: a number without a group is both.
+        let owner = owner(&shared, &below, ("USER ", &directory.user), &place)?;
         let new_directory = NewDirectory {
-            owner: (account.user.uid, account.user.gid),
+            owner,
             mode: 0o755,
-            mtime: own_time(epoch),
+            mtime: own_time(shared.epoch),
         };
         let mut additions = Additions::new(&below, new_directory);
         let path = additions.resolve(Path::new(&directory.path))?;
@@ -530,7 +531,7 @@ async fn place_copy(
     );
     let changes = engine.blocking(move || {
         let owner = match &what.chown {
-            Some(chown) => Some(owner(&shared, &below, chown, &place)?),
+            Some(chown) => Some(owner(&shared, &below, ("--chown=", chown), &place)?),
             None => None,
         };
         let spool = shared.store.tmp_dir("add-")?;
@@ -551,20 +552,28 @@ async fn place_copy(
 ///
 /// A name that the image does not know is 0 in BuildKit; images are built that way today, so
 /// it stays so, but not silently.
-fn owner(engine: &Engine, below: &Stack, chown: &str, place: &str) -> anyhow::Result<(u32, u32)> {
-    let owner = Owner::parse(chown);
+///
+/// `option` is what gives the owner, as messages have it, and its value.
+fn owner(
+    engine: &Engine,
+    below: &Stack,
+    option: (&str, &str),
+    place: &str,
+) -> anyhow::Result<(u32, u32)> {
+    let (option, value) = option;
+    let owner = Owner::parse(value);
     if let Some(ids) = owner.ids() {
         return Ok(ids);
     }
     anyhow::ensure!(
         !below.trees().is_empty(),
-        "--chown={chown}: there is no /etc/passwd or /etc/group to look names up in, as the layer is made on top of nothing (FROM scratch, or --link): use numbers"
+        "{option}{value}: there is no /etc/passwd or /etc/group to look names up in, as the layer is made on top of nothing (FROM scratch, or --link): use numbers"
     );
     let accounts = Accounts::read(below).context("reading the image's accounts")?;
     let (ids, unknown) = accounts.owner(&owner);
     if !unknown.is_empty() {
         engine.warn(format!(
-            "{place}: --chown={chown}: {}; the files belong to {}:{}",
+            "{place}: {option}{value}: {}; what is made belongs to {}:{}",
             unknown.join(", "),
             ids.0,
             ids.1
