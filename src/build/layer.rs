@@ -336,7 +336,7 @@ fn open_tree(path: &Path) -> anyhow::Result<Arc<Tree>> {
 }
 
 /// What `below` and one more layer are together.
-async fn chain_of(below: &[Arc<Layer>], top: &DiffId) -> anyhow::Result<Digest> {
+pub(super) async fn chain_of(below: &[Arc<Layer>], top: &DiffId) -> anyhow::Result<Digest> {
     let mut diff_ids = Vec::with_capacity(below.len() + 1);
     for layer in below {
         let names = layer.names().await;

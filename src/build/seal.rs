@@ -6,24 +6,35 @@ use std::time::Instant;
 use anyhow::Context as _;
 
 use super::Engine;
+use super::layer::{Filesystem, chain_of};
 use crate::layer::{self, SealOptions, SealedLayer};
 use crate::rootfs::{self, Change, Stack, Tree};
 
-/// Starts sealing what a RUN step changed. The tree gets its name in the store when its
-/// diff ID is known; it can be used before.
+/// Starts sealing what a RUN step changed. The tree gets its name in the store when the
+/// diff IDs of its layer and of those of `parent` are known; it can be used before.
+///
+/// The tree is never named by its own layer alone: it may hold what is as it was below (a
+/// file that was opened for writing, the directory of a mount point), which the layer does
+/// not have, and which hides other files where that layer lies on others.
 pub(super) fn seal_tree(
     engine: &Arc<Engine>,
     tree: &Arc<Tree>,
     below: Stack,
+    parent: &Filesystem,
 ) -> tokio::task::JoinHandle<anyhow::Result<SealedLayer>> {
-    let tree = Arc::clone(tree);
-    spawn(engine, move |engine| {
-        let sealed = layer::seal(
-            rootfs::changes(&tree, &below),
+    let changed = Arc::clone(tree);
+    let sealing = spawn(engine, move |engine| {
+        Ok(layer::seal(
+            rootfs::changes(&changed, &below),
             &engine.seal_options(),
             &engine.store,
-        )?;
-        engine.store.adopt_tree(tree.path(), &sealed.diff_id)?;
+        )?)
+    });
+    let (engine, tree, parent) = (Arc::clone(engine), Arc::clone(tree), parent.clone());
+    tokio::spawn(async move {
+        let sealed = sealing.await.context("sealing a layer")??;
+        let chain = chain_of(&parent.layers, &sealed.diff_id).await?;
+        engine.store.adopt_chained_tree(tree.path(), &chain)?;
         Ok(sealed)
     })
 }

@@ -387,7 +387,7 @@ async fn run_step(
     let tree = engine
         .blocking(move || run::run(&shared, &what, number, &lower, &sources))
         .await?;
-    let sealing = seal::seal_tree(engine, &tree, below);
+    let sealing = seal::seal_tree(engine, &tree, below, parent);
     Ok(Layer::sealing(sealing, Some(tree), engine.now()))
 }
 

@@ -174,7 +174,8 @@ impl Store {
     }
 
     /// Where the tree of the topmost layer of `chain` is, or would be, if that layer cannot
-    /// be unpacked without those below it.
+    /// be unpacked without those below it, or if the tree has more than the layer: what a
+    /// step left as it was below.
     pub fn chained_tree_path(&self, chain: &Digest) -> PathBuf {
         self.root
             .join("trees")
