@@ -353,6 +353,10 @@ impl<R: BufRead> TarReader<R> {
         if let Some(real) = sparse.name.take() {
             name = real;
         }
+        if name.is_empty() {
+            // The root itself, as in containerd and Docker.
+            name = b".".to_vec();
+        }
         self.check_path(&name)?;
         self.name = PathBuf::from(OsString::from_vec(name));
         self.check_path(&link)?;
@@ -361,9 +365,6 @@ impl<R: BufRead> TarReader<R> {
         metadata.uid = self.owner(uid)?;
         metadata.gid = self.owner(gid)?;
         metadata.mtime = mtime;
-        if self.name.as_os_str().is_empty() {
-            return Err(self.malformed("entry without a name"));
-        }
         let (kind, size_bytes) = self.kind(header, size, link, sparse)?;
         Ok(TarEntry {
             name: self.name.clone(),
