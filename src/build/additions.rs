@@ -193,13 +193,22 @@ impl<'s> Additions<'s> {
     /// Follows all links of `path`, the last component's too, also where they lead to
     /// nothing. The result is relative, without links.
     pub(super) fn resolve(&self, path: &Path) -> io::Result<PathBuf> {
+        self.resolve_in(Path::new(""), path)
+    }
+
+    /// [`Additions::resolve`] as it is for a process whose root directory is `root`, a path
+    /// without links: no link and no `..` in `path` leads out of it. What is returned begins
+    /// with `root`.
+    pub(super) fn resolve_in(&self, root: &Path, path: &Path) -> io::Result<PathBuf> {
         let mut left: Vec<OsString> = parts(path);
         left.reverse();
-        let mut resolved = PathBuf::new();
+        let mut resolved = root.to_owned();
         let mut links = 0;
         while let Some(part) = left.pop() {
             if part == ".." {
-                resolved.pop();
+                if resolved != root {
+                    resolved.pop();
+                }
                 continue;
             }
             let next = resolved.join(&part);
@@ -212,7 +221,7 @@ impl<'s> Additions<'s> {
                 return Err(Errno::LOOP.into());
             }
             if Path::new(&target).is_absolute() {
-                resolved = PathBuf::new();
+                resolved = root.to_owned();
             }
             let mut target = parts(Path::new(&target));
             target.reverse();

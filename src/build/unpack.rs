@@ -124,7 +124,8 @@ pub(super) fn unpack(
     Ok(())
 }
 
-/// Where an entry goes: links in its parents are followed, its own name is not.
+/// Where an entry goes: links in its parents are followed, its own name is not. As in
+/// BuildKit, the destination is the root directory for all of them.
 fn target(additions: &Additions<'_>, destination: &Path, name: &Path) -> io::Result<PathBuf> {
     let mut inside = PathBuf::new();
     for component in name.components() {
@@ -139,8 +140,8 @@ fn target(additions: &Additions<'_>, destination: &Path, name: &Path) -> io::Res
     let Some(last) = inside.file_name() else {
         return Ok(destination.to_owned());
     };
-    let parent = destination.join(inside.parent().unwrap_or(Path::new("")));
-    Ok(additions.resolve(&parent)?.join(last))
+    let parent = inside.parent().unwrap_or(Path::new(""));
+    Ok(additions.resolve_in(destination, parent)?.join(last))
 }
 
 enum ContentError {
