@@ -133,6 +133,11 @@ async fn run(
             message: format!("{device:?} of the build context's archive cannot be made here"),
         });
     }
+    if opened.dockerfile.has_containerignore {
+        progress.event(BuildEvent::Warning {
+            message: "the build context has a .containerignore, which is not read, and no .dockerignore: nothing is left out".to_owned(),
+        });
+    }
     let dockerfile = dockerfile::parse(&opened.dockerfile.name, &opened.dockerfile.text)?;
     contexts::check_named(request)?;
     for message in without_effect(request, &dockerfile) {

@@ -35,6 +35,8 @@ pub struct DockerfileSource {
     pub ignore: Vec<u8>,
     /// The name of the file that `ignore` is from.
     pub ignore_name: Option<String>,
+    /// Whether there are no rules but a `.containerignore`, which Podman and Buildah read.
+    pub has_containerignore: bool,
 }
 
 impl DockerfileSource {
@@ -105,6 +107,7 @@ pub(super) fn read_dockerfile_at(
         text,
         ignore: Vec::new(),
         ignore_name: None,
+        has_containerignore: false,
     })
 }
 
@@ -153,7 +156,7 @@ fn find(
             None => {
                 let name = file
                     .file_name()
-                    .ok_or_else(|| no_dockerfile(&shown, false))?;
+                    .ok_or_else(|| no_dockerfile(&shown, false, false))?;
                 beside = open_beside(file)?;
                 (&beside, PathBuf::from(name))
             }
@@ -174,7 +177,8 @@ fn find(
         let is_link = dir
             .lstat(&inside)
             .is_ok_and(|stat| rustix::fs::FileType::from_raw_mode(stat.st_mode).is_symlink());
-        no_dockerfile(&shown, is_link)
+        let has_containerfile = given.is_none() && dir.lstat(Path::new("Containerfile")).is_ok();
+        no_dockerfile(&shown, is_link, has_containerfile)
     })?;
     // Also beside `dockerfile` they are those of `Dockerfile`, as in BuildKit.
     let mut rules = inside.into_os_string();
@@ -205,12 +209,15 @@ fn with_rules(
         None => read_inside(context, Path::new(".dockerignore"))?
             .map(|bytes| (".dockerignore".to_owned(), bytes)),
     };
+    let has_containerignore =
+        rules.is_none() && context.lstat(Path::new(".containerignore")).is_ok();
     let (ignore_name, ignore) = rules.unzip();
     Ok(DockerfileSource {
         name,
         text,
         ignore: ignore.unwrap_or_default(),
         ignore_name,
+        has_containerignore,
     })
 }
 
@@ -228,7 +235,7 @@ fn open_beside(file: &Path) -> Result<ConfinedDir, ContextError> {
         _ => Path::new("."),
     };
     ConfinedDir::open(parent).map_err(|source| match source.kind() {
-        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => no_dockerfile(file, false),
+        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => no_dockerfile(file, false, false),
         _ => read_error(file)(source),
     })
 }
@@ -291,10 +298,11 @@ fn read_error(path: &Path) -> impl FnOnce(io::Error) -> ContextError + '_ {
     }
 }
 
-fn no_dockerfile(path: &Path, is_link: bool) -> ContextError {
+fn no_dockerfile(path: &Path, is_link: bool, has_containerfile: bool) -> ContextError {
     ContextError::NoDockerfile {
         path: path.to_owned(),
         is_link,
+        has_containerfile,
     }
 }
 
@@ -446,6 +454,18 @@ mod tests {
     }
 
     #[test]
+    fn rules_under_another_name_are_noticed_where_there_are_none() {
+        let dir = fixture(&["c/Dockerfile"]);
+        let noticed = || read(&dir, None).unwrap().has_containerignore;
+        assert!(!noticed());
+        fs::write(dir.path().join("c/.containerignore"), "secret\n").unwrap();
+        assert!(noticed());
+        assert_eq!(read(&dir, None).unwrap().ignore, b"");
+        fs::write(dir.path().join("c/.dockerignore"), "").unwrap();
+        assert!(!noticed());
+    }
+
+    #[test]
     fn what_cannot_be_read_is_said() {
         let dir = fixture(&["c/file"]);
         let context = dir.path().join("c");
@@ -456,6 +476,15 @@ mod tests {
             format!("no Dockerfile at {}/Dockerfile", context.display())
         );
         assert_eq!(text(Some("c/x")), format!("no Dockerfile at {}", at("c/x")));
+        fs::write(context.join("Containerfile"), "").unwrap();
+        assert_eq!(text(Some("c/x")), format!("no Dockerfile at {}", at("c/x")));
+        assert_eq!(
+            text(None),
+            format!(
+                "no Dockerfile at {}: there is a Containerfile, which is read only where --file names it",
+                at("c/Dockerfile")
+            )
+        );
         assert_eq!(text(Some("o/x")), format!("no Dockerfile at {}", at("o/x")));
         fs::create_dir(context.join("Dockerfile")).unwrap();
         assert_eq!(

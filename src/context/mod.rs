@@ -155,12 +155,20 @@ pub enum ContextError {
     },
     /// There is no Dockerfile.
     #[error("no Dockerfile at {}{}", path.display(),
-        if *is_link { ": it is a symbolic link to nothing inside its directory" } else { "" })]
+        if *is_link {
+            ": it is a symbolic link to nothing inside its directory"
+        } else if *has_containerfile {
+            ": there is a Containerfile, which is read only where --file names it"
+        } else {
+            ""
+        })]
     NoDockerfile {
         /// Where it was looked for.
         path: PathBuf,
         /// Whether a link is there, to nothing inside of the directory it was looked for in.
         is_link: bool,
+        /// Whether no name was given and what Podman and Buildah read then is there.
+        has_containerfile: bool,
     },
     /// The main context is none of the forms that there are.
     #[error("unable to prepare context: {source_text:?} is neither a directory, a URL nor \"-\"")]

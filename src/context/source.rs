@@ -277,6 +277,7 @@ fn from_stdin(
         text,
         ignore: Vec::new(),
         ignore_name: None,
+        has_containerignore: false,
     };
     let mut context = BuildContext::directory(&temporary.0, IgnoreRules::default())?;
     context.temporary = Some(temporary);
