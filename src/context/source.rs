@@ -382,7 +382,12 @@ fn unpacked(
 /// context was unpacked in.
 fn within(dir: &Path) -> impl FnOnce(ContextError) -> ContextError + '_ {
     move |error| match error {
-        ContextError::NoDockerfile { path, is_link } => ContextError::NoDockerfile {
+        ContextError::NoDockerfile {
+            path,
+            is_link,
+            has_containerfile,
+        } => ContextError::NoDockerfile {
+            has_containerfile,
             path: path.strip_prefix(dir).map(Path::to_owned).unwrap_or(path),
             is_link,
         },
