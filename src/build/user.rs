@@ -9,7 +9,7 @@ use crate::sandbox::User;
 
 /// The largest `/etc/passwd` or `/etc/group` that is read, in bytes. The files come from
 /// an image, so their size is its author's choice.
-const FILE_LIMIT_BYTES: u64 = 4 << 20;
+const FILE_LIMIT_BYTES: u64 = 10 << 20;
 
 /// A user as `/etc/passwd` describes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -85,17 +85,25 @@ impl Accounts {
 
     /// `USER`: `user[:group]`, each a name or a number; empty is root.
     ///
-    /// A number without an account has group 0. The supplementary groups are the primary
-    /// one and, unless that was given, those that list the account, as in Docker.
+    /// A number is never looked up as a name, and one without an account has group 0. `root` for
+    /// both needs no account. The supplementary groups are the primary one and, unless that was
+    /// given, those that list the account, as in Docker.
     pub(super) fn user(&self, text: &str) -> Result<Account, String> {
         let (user, group) = match text.split_once(':') {
             Some((user, group)) => (user, Some(group).filter(|g| !g.is_empty())),
             None => (text, None),
         };
-        let user = if user.is_empty() { "0" } else { user };
+        let (user, group) = match (user, group) {
+            ("", group) => ("0", group),
+            (user, Some(group)) if is_root_or_number(user) && is_root_or_number(group) => {
+                let digits = |text| if text == "root" { "0" } else { text };
+                (digits(user), Some(digits(group)))
+            }
+            given => given,
+        };
         let number = parse_id(user);
         let account = match number {
-            Some(uid) => self.passwd.iter().find(|p| p.name == user || p.uid == uid),
+            Some(uid) => self.passwd.iter().find(|p| p.uid == uid),
             None => Some(
                 self.passwd
                     .iter()
@@ -154,10 +162,13 @@ impl Accounts {
     }
 
     fn gid(&self, text: &str) -> Result<u32, String> {
-        if let Some(group) = self.group.iter().find(|g| g.name == text) {
-            return Ok(group.gid);
+        if let Some(gid) = parse_id(text) {
+            return Ok(gid);
         }
-        parse_id(text).ok_or_else(|| format!("no group {text:?} in the image's /etc/group"))
+        match self.group.iter().find(|g| g.name == text) {
+            Some(group) => Ok(group.gid),
+            None => Err(format!("no group {text:?} in the image's /etc/group")),
+        }
     }
 }
 
@@ -207,6 +218,10 @@ impl Owner {
     }
 }
 
+fn is_root_or_number(text: &str) -> bool {
+    text == "root" || parse_id(text).is_some()
+}
+
 fn parse_id(text: &str) -> Option<u32> {
     let is_number = text.bytes().all(|b| b.is_ascii_digit());
     if is_number { text.parse().ok() } else { None }
@@ -235,8 +250,8 @@ mod tests {
 
     fn accounts() -> Accounts {
         Accounts::parse(
-            "root:x:0:0:root:/root:/bin/sh\nbroken\napp:x:1000:1000::/home/app:/bin/sh\nnohome:x:7:8\n",
-            "root:x:0:\nstaff:x:50:deploy\naudio:x:29:app\nvideo:x:44:app,deploy\napp:x:1000:\n",
+            "root:x:0:0:root:/root:/bin/sh\nbroken\napp:x:1000:1000::/home/app:/bin/sh\nnohome:x:7:8\n99:x:5:5::/:\n",
+            "root:x:0:\n98:x:6:\nstaff:x:50:deploy\naudio:x:29:app\nvideo:x:44:app,deploy\napp:x:1000:\n",
         )
     }
 
@@ -306,6 +321,18 @@ mod tests {
     }
 
     #[test]
+    fn root_and_numbers_need_no_account() {
+        for (text, ids) in [("root:root", (0, 0)), ("5:root", (5, 0)), ("root:7", (0, 7))] {
+            let account = Accounts::default().user(text).unwrap();
+            assert_eq!((account.user.uid, account.user.gid), ids, "{text}");
+        }
+        assert_eq!(
+            Accounts::default().user("root"),
+            Err("no user \"root\" in the image's /etc/passwd".into())
+        );
+    }
+
+    #[test]
     fn users_are_names_or_numbers() {
         check("", 0, 0, &[0], "/root");
         check("app", 1000, 1000, &[1000, 29, 44], "/home/app");
@@ -316,6 +343,8 @@ mod tests {
         check("4242:4343", 4242, 4343, &[4343], "/");
         check("0:staff", 0, 50, &[50], "/root");
         check("nohome", 7, 8, &[8], "/");
+        // Digits are a number, whatever names there are.
+        check("99:98", 99, 98, &[98], "/");
         assert_eq!(
             accounts().user("x"),
             Err("no user \"x\" in the image's /etc/passwd".into())
