@@ -570,7 +570,7 @@ impl<'a> Lowering<'a> {
         reads: &[Option<Base>],
     ) -> Lowered {
         let mut mounts = Vec::new();
-        let args = self.run_args(current, instruction, run, &mut mounts)?;
+        let args = self.run_args(current, run, &mut mounts)?;
         let mut sources = Vec::new();
         for (at, word) in run.mounts.iter().enumerate() {
             let from = match reads.get(at).copied().flatten() {
@@ -620,7 +620,7 @@ impl<'a> Lowering<'a> {
             args: args.clone(),
             env,
             proxy_env: proxy_env(self.settings, is_set),
-            cwd: state.working_dir().to_owned(),
+            cwd: absolute("/", state.working_dir()),
             user: state.image.config.user.clone(),
             network,
             security,
@@ -663,7 +663,6 @@ impl<'a> Lowering<'a> {
     fn run_args(
         &self,
         current: &Current<'_>,
-        instruction: &Instruction,
         run: &dockerfile::Run,
         mounts: &mut Vec<Mount>,
     ) -> Result<Vec<String>, Problem> {
@@ -704,9 +703,6 @@ impl<'a> Lowering<'a> {
                 full
             }
         };
-        if line.trim().is_empty() {
-            return Err(Problem::new(instruction.span, "RUN has no command"));
-        }
         let mut args = current.state.shell();
         args.push(line);
         Ok(args)
@@ -718,14 +714,20 @@ impl<'a> Lowering<'a> {
         instruction: &Instruction,
         word: &Word,
     ) -> Lowered {
-        let path = self.expand(current, word)?;
-        let path = absolute(current.state.working_dir(), &path);
+        let text = self.expand(current, word)?;
+        let previous = current.state.working_dir();
+        // BuildKit cleans what it joins, and keeps an absolute path as it is written.
+        let path = match text.as_str() {
+            "" if previous.starts_with('/') => previous.to_owned(),
+            text if text.starts_with('/') => text.to_owned(),
+            text => absolute(previous, text),
+        };
         current.state.image.config.working_dir.clone_from(&path);
         let makes_layer = path != "/";
         if makes_layer {
             let user = current.state.image.config.user.clone();
             let operation = Operation::MakeDirectory(MakeDirectory {
-                path: path.clone(),
+                path: absolute("/", &path),
                 user,
             });
             self.step(current, instruction, operation);

@@ -584,7 +584,7 @@ fn working_directories_and_users() {
         "(ENV D=deep)",
         "WORKDIR /start/deep",
         "(USER app:staff)",
-        "WORKDIR /x/y",
+        "WORKDIR //x//y/",
         "RUN /bin/sh -c r # buildkit",
         "(WORKDIR /)",
         "RUN /bin/sh -c s # buildkit",
