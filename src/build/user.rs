@@ -322,7 +322,11 @@ mod tests {
 
     #[test]
     fn root_and_numbers_need_no_account() {
-        for (text, ids) in [("root:root", (0, 0)), ("5:root", (5, 0)), ("root:7", (0, 7))] {
+        for (text, ids) in [
+            ("root:root", (0, 0)),
+            ("5:root", (5, 0)),
+            ("root:7", (0, 7)),
+        ] {
             let account = Accounts::default().user(text).unwrap();
             assert_eq!((account.user.uid, account.user.gid), ids, "{text}");
         }
