@@ -13,7 +13,7 @@ use anyhow::Context as _;
 
 use images::Images;
 
-use crate::build::{self, BaseImage, Built, Timings};
+use crate::build::{self, BaseImage, Built, DeviceSettings, Timings};
 use crate::context::{ContextSource, DockerfileLocation};
 use crate::dockerfile::Dockerfile;
 use crate::failure::{Failure, Kind};
@@ -57,6 +57,8 @@ pub struct BuildRequest {
     pub secrets: Arc<Secrets>,
     /// `--ssh`.
     pub agents: Arc<SshAgents>,
+    /// `RUN --device`: where devices are described, and `--allow device`.
+    pub devices: DeviceSettings,
     /// Which sandbox runs the steps.
     pub sandbox: sandbox::Choice,
     /// The store's directory.
@@ -191,6 +193,7 @@ async fn run(
         epoch,
         secrets: Arc::clone(&request.secrets),
         agents: Arc::clone(&request.agents),
+        devices: request.devices.clone(),
         push: push.clone(),
     };
     let built = build::build(&plan, settings, Arc::clone(timings)).await?;

@@ -8,6 +8,7 @@ mod cache;
 mod cache_mount;
 mod context_tree;
 mod copy;
+mod devices;
 mod layer;
 mod mounts;
 mod push;
@@ -32,7 +33,7 @@ use tokio::task::JoinSet;
 
 use crate::context::BuildContext;
 use crate::image::{ImageLayer, Platform, Reference, Repository};
-use crate::plan::{ContextId, Plan, StepId};
+use crate::plan::{ContextId, Operation, Plan, StepId};
 use crate::progress::{BuildEvent, Progress, millis};
 use crate::registry::{Client, RegistryError, Resolved};
 use crate::remote::Fetcher;
@@ -40,7 +41,10 @@ use crate::sandbox::{self, Cancel, Sandbox, SandboxError, UsernsError, World};
 use crate::session::{Secrets, SshAgents};
 use crate::store::Store;
 
+use devices::Devices;
 use layer::{Filesystem, SharedError};
+
+pub use devices::{DeviceError, DeviceSettings};
 
 /// How many layers are fetched and unpacked at once. Unpacking is bound by CPU and disk;
 /// more would only take memory.
@@ -103,6 +107,8 @@ pub struct Settings {
     pub secrets: Arc<Secrets>,
     /// SSH agents that steps may use.
     pub agents: Arc<SshAgents>,
+    /// Devices that steps may have.
+    pub devices: DeviceSettings,
     /// The tags to push to, while steps still run.
     pub push: Vec<Reference>,
 }
@@ -146,6 +152,7 @@ pub(crate) struct Engine {
     keep_blobs: bool,
     secrets: Arc<Secrets>,
     agents: Arc<SshAgents>,
+    devices: Devices,
     unpacking: Semaphore,
     timings: Arc<Timings>,
     push: push::Pusher,
@@ -191,7 +198,9 @@ pub async fn build(
     settings: Settings,
     timings: Arc<Timings>,
 ) -> anyhow::Result<Built> {
-    let engine = Arc::new(Engine::new(settings, timings, wanted(plan)));
+    let devices = Devices::new(settings.devices.clone(), plan);
+    check_devices(plan, &devices)?;
+    let engine = Arc::new(Engine::new(settings, timings, wanted(plan), devices));
     engine.progress.event(BuildEvent::Planned {
         steps: plan.steps.len(),
     });
@@ -297,6 +306,17 @@ impl std::error::Error for Shared_ {
     }
 }
 
+/// Refuses what was not allowed before anything is pulled.
+fn check_devices(plan: &Plan, devices: &Devices) -> anyhow::Result<()> {
+    for step in &plan.steps {
+        if let Operation::Run(run) = &step.operation {
+            let edits = devices.edits(&run.devices);
+            edits.with_context(|| step.place.clone())?;
+        }
+    }
+    Ok(())
+}
+
 /// The numbers of the steps whose layers the result has.
 fn wanted(plan: &Plan) -> BTreeSet<usize> {
     let parent = |id: &StepId| plan.steps[id.0].parent;
@@ -306,8 +326,14 @@ fn wanted(plan: &Plan) -> BTreeSet<usize> {
 }
 
 impl Engine {
-    fn new(settings: Settings, timings: Arc<Timings>, wanted: BTreeSet<usize>) -> Self {
+    fn new(
+        settings: Settings,
+        timings: Arc<Timings>,
+        wanted: BTreeSet<usize>,
+        devices: Devices,
+    ) -> Self {
         Self {
+            devices,
             push: push::Pusher::new(&settings.push, wanted),
             store: settings.store,
             client: settings.client,

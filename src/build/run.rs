@@ -35,16 +35,25 @@ pub(super) fn run(
         .map_err(|reason| anyhow::anyhow!("USER {}: {reason}", run.user))?;
 
     let mounting = Instant::now();
+    let devices = engine.devices.edits(&run.devices)?;
+    for what in &devices.left_out {
+        engine.warn(format!("step {step}: RUN --device: {what}"));
+    }
     let mut mounts = Mounts::prepare(engine, run, sources)?;
+    // What a device brings wins.
+    let mut step_mounts = std::mem::take(&mut mounts.mounts);
+    step_mounts.extend(devices.mounts);
+    let mut user = account.user;
+    user.groups.extend(&devices.groups);
     let scratch = engine.store.tmp_dir("step-")?;
     let mut rootfs = Rootfs::mount(below, &scratch)?;
     let process = Process {
         rootfs: rootfs.path().to_owned(),
         args: run.args.iter().map(Into::into).collect(),
-        env: environment(run, &account.home, &mounts.env),
+        env: environment(run, &account.home, &mounts.env, &devices.env),
         cwd: run.cwd.clone().into(),
-        user: account.user,
-        mounts: std::mem::take(&mut mounts.mounts),
+        user,
+        mounts: step_mounts,
         network: match run.network {
             Network::Default => sandbox::Network::Private,
             Network::None => sandbox::Network::None,
@@ -56,7 +65,7 @@ pub(super) fn run(
             Security::Sandbox => sandbox::Security::Sandbox,
             Security::Insecure => sandbox::Security::Insecure,
         },
-        devices: Vec::new(),
+        devices: devices.devices,
         shm_size: run.shm_size,
         ulimits: run.ulimits.iter().map(ulimit).collect(),
     };
@@ -117,8 +126,14 @@ pub(super) fn run(
 }
 
 /// The step's environment: the stage's, what comes with its mounts, and what every process
-/// needs. Secrets win over the stage's variables; an agent's socket does not.
-fn environment(run: &Run, home: &str, mounted: &[(String, Vec<u8>)]) -> Vec<OsString> {
+/// needs. Secrets win over the stage's variables, an agent's socket does not, and what
+/// `devices` bring wins over all.
+fn environment(
+    run: &Run,
+    home: &str,
+    mounted: &[(String, Vec<u8>)],
+    devices: &[String],
+) -> Vec<OsString> {
     let mut env: Vec<OsString> = run.env.iter().map(Into::into).collect();
     env.extend(run.proxy_env.iter().map(Into::into));
     let name = |pair: &OsString| {
@@ -135,6 +150,11 @@ fn environment(run: &Run, home: &str, mounted: &[(String, Vec<u8>)]) -> Vec<OsSt
         env.retain(|pair| !is_it(pair));
         let pair = [variable.as_bytes(), b"=", value].concat();
         env.push(OsString::from_vec(pair));
+    }
+    for pair in devices {
+        let pair = OsString::from(pair);
+        env.retain(|other| name(other) != name(&pair));
+        env.push(pair);
     }
     let has = |env: &[OsString], wanted: &str| {
         env.iter()

@@ -145,7 +145,7 @@ pub(super) struct BuildArgs {
     #[arg(long = "ssh", value_name = "default|ID[=SOCKET|KEY,…]")]
     pub ssh: Vec<String>,
 
-    /// Allows steps network.host, security.insecure or device
+    /// Allows steps network.host, security.insecure, device or device=NAME
     #[arg(long = "allow", value_name = "ENTITLEMENT")]
     pub allow: Vec<String>,
 

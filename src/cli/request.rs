@@ -13,6 +13,7 @@ use super::call::{CallError, CallSettings};
 use super::output::{OutputError, Wanted};
 use super::unsupported::UnsupportedFlag;
 use super::values::{self, ValueError};
+use crate::build::DeviceSettings;
 use crate::context::{
     ContextError, ContextSource, DockerfileLocation, NamedContextError, NamedContexts,
 };
@@ -20,7 +21,7 @@ use crate::image::{Platform, PlatformError, Reference, ReferenceError};
 use crate::pipeline::{BuildRequest, Output};
 use crate::plan::{self, Entitlement, Network, NoCache, RunSettings, Ulimit};
 use crate::registry::Reach;
-use crate::sandbox::{self, HostError, UlimitError};
+use crate::sandbox::{self, HostError, UlimitError, cdi};
 use crate::session::{SecretSpec, Secrets, SessionError, SshAgents, SshSpec};
 
 /// The last second of the year 9999, beyond which RFC 3339 cannot write a time.
@@ -201,6 +202,16 @@ impl<E: Fn(&str) -> Option<OsString>> Machine<E> {
             })
     }
 
+    /// Where devices are described: the directories of `SOCKLESS_CDI_DIRS`, separated by
+    /// colons, else the usual ones.
+    fn cdi_dirs(&self) -> Vec<PathBuf> {
+        let dirs = (self.env)("SOCKLESS_CDI_DIRS").filter(|dirs| !dirs.is_empty());
+        match dirs {
+            Some(dirs) => std::env::split_paths(&dirs).collect(),
+            None => cdi::DIRS.map(PathBuf::from).into(),
+        }
+    }
+
     fn root(&self, flag: Option<&Path>) -> Result<PathBuf, RequestError> {
         let dir = |name| {
             (self.env)(name)
@@ -265,7 +276,11 @@ impl BuildSettings {
         if to_stdout + usize::from(args.quiet) > 1 {
             return Err(RequestError::StandardOutput);
         }
-        let mut allowed = values::entitlements(&args.allow)?;
+        let mut devices = DeviceSettings {
+            dirs: machine.cdi_dirs(),
+            ..DeviceSettings::default()
+        };
+        let mut allowed = values::entitlements(&args.allow, &mut devices)?;
         // Who asks for it on the command line allows it.
         if args.network == Some(NetworkArg::Host) {
             allowed.insert(Entitlement::NetworkHost);
@@ -319,6 +334,7 @@ impl BuildSettings {
                 SshSpec::parse_all(&args.ssh)?,
                 &machine.env,
             )?),
+            devices,
             annotations: values::annotations(&args.annotations)?,
             sandbox: match args.sandbox {
                 Some(sandbox) => sandbox.into(),
@@ -802,10 +818,7 @@ pub(super) mod tests {
             request.annotations.manifest,
             [("b".to_owned(), "2".to_owned())].into()
         );
-        assert_eq!(
-            plan.allowed,
-            [Entitlement::NetworkHost, Entitlement::Device].into()
-        );
+        assert_eq!(plan.allowed, [Entitlement::NetworkHost].into());
         assert_eq!(
             plan.run,
             RunSettings {

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use thiserror::Error;
 
+use crate::build::DeviceSettings;
 use crate::dockerfile::parse_size;
 use crate::image::Annotations;
 use crate::plan::Entitlement;
@@ -23,7 +24,9 @@ pub(super) enum ValueError {
         reason: &'static str,
     },
     /// `--allow`.
-    #[error("--allow {0:?}: expected network.host, security.insecure or device")]
+    #[error(
+        "--allow {0:?}: expected network.host, security.insecure, device or device=NAME[,alias=ALIAS]"
+    )]
     Entitlement(String),
     /// A size.
     #[error("--shm-size {0:?}: expected a number of bytes, such as 67108864, 64m or 1g")]
@@ -81,18 +84,47 @@ pub(super) fn annotations(flags: &[String]) -> Result<Annotations, ValueError> {
     Ok(all)
 }
 
-/// `--allow`; several may stand in one, separated by commas.
-pub(super) fn entitlements(flags: &[String]) -> Result<BTreeSet<Entitlement>, ValueError> {
-    let names = flags.iter().flat_map(|flag| flag.split(','));
-    names
-        .filter(|name| !name.is_empty())
-        .map(|name| match name {
-            "network.host" => Ok(Entitlement::NetworkHost),
-            "security.insecure" => Ok(Entitlement::SecurityInsecure),
-            "device" => Ok(Entitlement::Device),
-            _ => Err(ValueError::Entitlement(name.to_owned())),
-        })
-        .collect()
+/// `--allow`; several may stand in one, separated by commas, but for `device=…`, which
+/// takes options of its own. Devices go to `devices`.
+pub(super) fn entitlements(
+    flags: &[String],
+    devices: &mut DeviceSettings,
+) -> Result<BTreeSet<Entitlement>, ValueError> {
+    let mut allowed = BTreeSet::new();
+    for flag in flags {
+        if let Some(device) = flag.strip_prefix("device=") {
+            allow_device(device, devices)
+                .ok_or_else(|| ValueError::Entitlement(flag.to_owned()))?;
+            continue;
+        }
+        for name in flag.split(',').filter(|name| !name.is_empty()) {
+            match name {
+                "network.host" => drop(allowed.insert(Entitlement::NetworkHost)),
+                "security.insecure" => drop(allowed.insert(Entitlement::SecurityInsecure)),
+                "device" => devices.all = true,
+                _ => return Err(ValueError::Entitlement(name.to_owned())),
+            }
+        }
+    }
+    Ok(allowed)
+}
+
+/// `NAME[,alias=ALIAS]`, or nothing for all.
+fn allow_device(text: &str, devices: &mut DeviceSettings) -> Option<()> {
+    let (name, options) = text.split_once(',').unwrap_or((text, ""));
+    match (name, options) {
+        ("", "") => devices.all = true,
+        ("", _) => return None,
+        (name, "") => drop(devices.names.insert(name.to_owned())),
+        (name, options) => {
+            let alias = options.strip_prefix("alias=")?;
+            if alias.is_empty() || alias.contains(',') {
+                return None;
+            }
+            devices.aliases.insert(alias.to_owned(), name.to_owned());
+        }
+    }
+    Some(())
 }
 
 /// `--shm-size`, as Docker takes it.
@@ -154,20 +186,40 @@ mod tests {
 
     #[test]
     fn entitlements_are_known() {
+        let mut devices = DeviceSettings::default();
+        let mut parse = |values: &[&str]| entitlements(&flags(values), &mut devices);
         assert_eq!(
-            entitlements(&flags(&["network.host,device", "security.insecure"])),
-            Ok([
-                Entitlement::NetworkHost,
-                Entitlement::SecurityInsecure,
-                Entitlement::Device
-            ]
-            .into())
+            parse(&["network.host,device", "security.insecure"]),
+            Ok([Entitlement::NetworkHost, Entitlement::SecurityInsecure].into())
         );
         assert_eq!(
-            entitlements(&flags(&["everything"]))
-                .unwrap_err()
-                .to_string(),
-            "--allow \"everything\": expected network.host, security.insecure or device"
+            parse(&["device=a.test/b=c", "device=a.test/d,alias=e"]),
+            Ok(BTreeSet::new())
+        );
+        for wrong in [
+            "everything",
+            "device=,alias=x",
+            "device=a,alias=",
+            "device=a,x=y",
+        ] {
+            assert_eq!(
+                parse(&[wrong]),
+                Err(ValueError::Entitlement(wrong.to_owned()))
+            );
+        }
+        assert_eq!(
+            devices,
+            DeviceSettings {
+                dirs: Vec::new(),
+                all: true,
+                names: ["a.test/b=c".to_owned()].into(),
+                aliases: [("e".to_owned(), "a.test/d".to_owned())].into(),
+            }
+        );
+        assert_eq!(
+            ValueError::Entitlement("everything".to_owned()).to_string(),
+            "--allow \"everything\": expected network.host, security.insecure, device or \
+             device=NAME[,alias=ALIAS]"
         );
     }
 

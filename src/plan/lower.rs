@@ -950,7 +950,7 @@ fn set_checksum(
 fn device(raw: &str) -> Device {
     let mut device = Device {
         name: String::new(),
-        required: true,
+        required: false,
     };
     for field in dockerfile::comma_fields(raw).unwrap_or_default() {
         match field.split_once('=') {

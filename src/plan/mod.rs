@@ -87,8 +87,6 @@ pub enum Entitlement {
     NetworkHost,
     /// `security.insecure`: `RUN --security=insecure`.
     SecurityInsecure,
-    /// `device`: `RUN --device`.
-    Device,
 }
 
 impl Entitlement {
@@ -97,7 +95,6 @@ impl Entitlement {
         match self {
             Self::NetworkHost => "network.host",
             Self::SecurityInsecure => "security.insecure",
-            Self::Device => "device",
         }
     }
 }

@@ -35,8 +35,5 @@ pub(super) fn refused(instruction: &Instruction, allowed: &BTreeSet<Entitlement>
     if let Some(network) = run.network.as_ref().filter(|n| n.raw == "host") {
         need(Entitlement::NetworkHost, network.span, "--network=host");
     }
-    for device in &run.devices {
-        need(Entitlement::Device, device.span, "--device");
-    }
     problems
 }
