@@ -13,7 +13,7 @@ use anyhow::Context as _;
 
 use images::Images;
 
-use crate::build::{self, BaseImage, Built, DeviceSettings, Timings};
+use crate::build::{self, BaseImage, Built, Timings};
 use crate::context::{ContextSource, DockerfileLocation};
 use crate::dockerfile::Dockerfile;
 use crate::failure::{Failure, Kind};
@@ -28,6 +28,7 @@ use crate::session::{Secrets, SshAgents};
 use crate::store::Store;
 use crate::{dockerfile, export};
 
+pub use crate::build::DeviceSettings;
 pub use ask::{Answer, Question, ask};
 
 /// Everything a build needs to know, validated.
@@ -145,8 +146,17 @@ async fn run(
     for message in without_effect(request, &dockerfile) {
         progress.event(BuildEvent::Warning { message });
     }
+    for (id, variable) in request.secrets.unset_variables() {
+        progress.event(BuildEvent::Warning {
+            message: format!(
+                "--secret id={id}: the environment variable {variable} is not set, so the secret is empty"
+            ),
+        });
+    }
     let mut settings = request.plan.clone();
-    let epoch = epoch::resolve(request, &mut settings, &dockerfile, opened.source_date)?;
+    let remote = (&*store, &*fetcher);
+    let main = opened.source_date;
+    let epoch = epoch::resolve(request, &mut settings, &dockerfile, main, remote).await?;
 
     let resolving = Instant::now();
     let mut images = Images::default();

@@ -13,12 +13,11 @@ use super::call::{CallError, CallSettings};
 use super::output::{OutputError, Wanted};
 use super::unsupported::UnsupportedFlag;
 use super::values::{self, ValueError};
-use crate::build::DeviceSettings;
 use crate::context::{
     ContextError, ContextSource, DockerfileLocation, NamedContextError, NamedContexts,
 };
 use crate::image::{Platform, PlatformError, Reference, ReferenceError};
-use crate::pipeline::{BuildRequest, Output};
+use crate::pipeline::{BuildRequest, DeviceSettings, Output};
 use crate::plan::{self, Entitlement, Network, NoCache, RunSettings, Ulimit};
 use crate::registry::Reach;
 use crate::sandbox::{self, HostError, UlimitError, cdi};
@@ -308,7 +307,7 @@ impl BuildSettings {
                         Some(NetworkArg::Host) => Network::Host,
                     },
                     extra_hosts: extra_hosts(&args.add_hosts)?,
-                    shm_size: args.shm_size.as_deref().map(values::size).transpose()?,
+                    shm_size: shm_size(args.shm_size.as_deref())?,
                     ulimits: ulimits(&args.ulimits)?,
                 },
                 platform_is_given: platform.is_some(),
@@ -437,6 +436,12 @@ fn parse_tags(tags: &[String]) -> Result<Vec<Reference>, RequestError> {
 
 /// A later argument of the same name wins. A name alone takes its value from the
 /// environment, and where that has none, is as if it had not been given.
+/// `--shm-size`; 0 is the usual size, as with Docker.
+fn shm_size(text: Option<&str>) -> Result<Option<u64>, ValueError> {
+    let size = text.map(values::size).transpose()?;
+    Ok(size.filter(|size| *size > 0))
+}
+
 fn build_args<E: Fn(&str) -> Option<OsString>>(
     args: &[String],
     machine: &Machine<E>,

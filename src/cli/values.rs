@@ -4,9 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use thiserror::Error;
 
-use crate::build::DeviceSettings;
 use crate::dockerfile::parse_size;
 use crate::image::Annotations;
+use crate::pipeline::DeviceSettings;
 use crate::plan::Entitlement;
 
 /// Why a value is refused.

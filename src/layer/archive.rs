@@ -163,6 +163,25 @@ fn ours() -> (u32, u32) {
     (uid.as_raw(), gid.as_raw())
 }
 
+/// The latest time of a regular file in `archive`, plain or compressed, in seconds since
+/// 1970 UTC. Blocking.
+///
+/// # Errors
+/// As [`extract`], but for what has to do with a directory.
+pub fn newest(
+    archive: impl Read + Send + 'static,
+    limits: &Limits,
+) -> Result<Option<i64>, LayerError> {
+    let mut tar = TarReader::new(BufReader::new(decompress(archive)?), limits.clone());
+    let mut newest = None;
+    while let Some(entry) = tar.next()? {
+        if matches!(entry.kind, EntryKind::File(_)) {
+            newest = newest.max(Some(entry.metadata.mtime.seconds));
+        }
+    }
+    Ok(newest)
+}
+
 struct Extractor {
     tree: Tree,
     extracted: Extracted,

@@ -85,7 +85,7 @@ pub(super) async fn open(
 
 /// Checks a repository out; gives its directory, which goes with the store's `tmp/`, and the
 /// time of the commit.
-async fn checkout(
+pub(super) async fn checkout(
     store: &Store,
     fetcher: &Fetcher,
     address: &str,

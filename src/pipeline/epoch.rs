@@ -2,67 +2,111 @@
 //!
 //! <https://reproducible-builds.org/specs/source-date-epoch/>
 
-use super::BuildRequest;
-use crate::dockerfile::{Dockerfile, InstructionKind};
-use crate::plan;
+use anyhow::Context as _;
+use url::Url;
 
-/// The build argument.
-const EPOCH: &str = "SOURCE_DATE_EPOCH";
-
-/// The last second of the year 9999, beyond which RFC 3339 cannot write a time.
-const EPOCH_MAX: i64 = 253_402_300_799;
-
-/// The value that stands for the time of the main context.
-const CONTEXT: &str = "context";
+use super::{BuildRequest, contexts};
+use crate::context::NamedContext;
+use crate::dockerfile::Dockerfile;
+use crate::layer::{Limits, archive};
+use crate::plan::{self, CopySource, SOURCE_DATE_EPOCH, SourceDate};
+use crate::remote::{Fetcher, git, http};
+use crate::store::Store;
 
 /// The date in seconds since 1970 UTC, if there is one. Arguments that name where it comes
 /// from get the number instead, as in BuildKit.
 ///
-/// It is the build argument, else the default of a global `ARG`. `context` is the time of
-/// a context that has one: the commit's, `Last-Modified`, the newest file of an archive.
+/// The date of a repository is the commit's, and that of a URL its `Last-Modified`, else the
+/// time of the newest file where it is an archive; directories and images have none.
+/// `main` is that of the main context.
 ///
 /// # Errors
-/// A value that is neither a number of seconds nor `context`.
-pub(super) fn resolve(
+/// A value that means nothing; whatever goes wrong when the source is fetched.
+pub(super) async fn resolve(
     request: &BuildRequest,
     settings: &mut plan::Settings,
     dockerfile: &Dockerfile,
-    source_date: Option<i64>,
+    main: Option<i64>,
+    (store, fetcher): (&Store, &Fetcher),
 ) -> anyhow::Result<Option<i64>> {
-    let given = request.plan.build_args.get(EPOCH).cloned();
-    let Some(text) = given.or_else(|| default(dockerfile)) else {
+    let Some(from) = plan::source_date(dockerfile, settings)? else {
         return Ok(request.epoch);
     };
-    if text.is_empty() {
-        return Ok(None);
+    let date = match &from {
+        SourceDate::Nothing => None,
+        SourceDate::Seconds(seconds) => Some(*seconds),
+        SourceDate::MainContext => main,
+        SourceDate::NamedContext(name) => {
+            let mut contexts = settings.contexts.iter();
+            let found = contexts.find(|(known, _)| known == name);
+            let date = match found {
+                Some((_, NamedContext::Url(url))) => of_url(url, None, store, fetcher).await,
+                Some((_, NamedContext::Git(address))) => {
+                    let checkout = contexts::checkout(store, fetcher, address, None).await;
+                    checkout.map(|(_, time)| Some(time))
+                }
+                _ => Ok(None),
+            };
+            date.with_context(|| format!("{SOURCE_DATE_EPOCH} of --build-context {name}"))?
+        }
+        SourceDate::Source(source) => of_source(source, store, fetcher)
+            .await
+            .with_context(|| format!("{SOURCE_DATE_EPOCH} of the stage that it names"))?,
+    };
+    let text = date.map_or_else(String::new, |seconds| seconds.to_string());
+    if let Some(given) = settings.build_args.get_mut(SOURCE_DATE_EPOCH) {
+        given.clone_from(&text);
+        if text.is_empty() {
+            settings.build_args.remove(SOURCE_DATE_EPOCH);
+        }
     }
-    if text == CONTEXT {
-        match source_date {
-            Some(seconds) => settings
-                .build_args
-                .insert(EPOCH.to_owned(), seconds.to_string()),
-            None => settings.build_args.remove(EPOCH),
-        };
-        return Ok(source_date);
-    }
-    let seconds = text.parse::<i64>().ok();
-    let seconds = seconds.filter(|seconds| (0..=EPOCH_MAX).contains(seconds));
-    match seconds {
-        Some(seconds) => Ok(Some(seconds)),
-        None => anyhow::bail!(
-            "{EPOCH}={text:?}: expected seconds since 1970 as a whole number, or {CONTEXT:?}"
-        ),
+    settings.source_date = Some(text);
+    Ok(date)
+}
+
+/// The date of what a stage fetches.
+async fn of_source(
+    source: &CopySource,
+    store: &Store,
+    fetcher: &Fetcher,
+) -> anyhow::Result<Option<i64>> {
+    match source {
+        CopySource::Url { url, checksum } => {
+            let url = Url::parse(url).with_context(|| format!("ADD {url:?}"))?;
+            let checksum = checksum.as_deref().map(http::Checksum::parse).transpose()?;
+            of_url(&url, checksum, store, fetcher).await
+        }
+        CopySource::Git {
+            reference,
+            checksum,
+            keep_git_dir,
+        } => {
+            let parsed = git::parse(reference)?;
+            let parsed = parsed.with_context(|| format!("{reference:?} is no git repository"))?;
+            let parsed = parsed.with_flags(*keep_git_dir, checksum.as_deref())?;
+            let path = store.tmp_dir("date-")?.join("checkout");
+            Ok(Some(fetcher.repository(parsed, &path).await?.time))
+        }
+        CopySource::Path(_) | CopySource::Inline { .. } => Ok(None),
     }
 }
 
-/// The default of a global `ARG`, where it is a plain text.
-fn default(dockerfile: &Dockerfile) -> Option<String> {
-    let arguments = dockerfile.global_args.iter().rev();
-    let mut declarations = arguments.flat_map(|instruction| match &instruction.kind {
-        InstructionKind::Arg(declarations) => declarations.as_slice(),
-        _ => &[],
+/// The date of a file that is fetched, if it has one.
+async fn of_url(
+    url: &Url,
+    checksum: Option<http::Checksum>,
+    store: &Store,
+    fetcher: &Fetcher,
+) -> anyhow::Result<Option<i64>> {
+    let fetched = fetcher.file(url, checksum).await?;
+    if fetched.last_modified.is_some() {
+        return Ok(fetched.last_modified);
+    }
+    let path = store.blob_path(&fetched.digest);
+    let newest = tokio::task::spawn_blocking(move || {
+        let file = std::fs::File::open(&path)?;
+        // What is no archive has no date.
+        anyhow::Ok(archive::newest(file, &Limits::default()).unwrap_or_default())
     });
-    let declaration = declarations.find(|declaration| declaration.name.raw == EPOCH)?;
-    let default = declaration.default.as_ref()?;
-    Some(default.raw.trim_matches(['"', '\'']).to_owned()).filter(|text| !text.contains('$'))
+    newest.await.context("a task ended abnormally")?
 }

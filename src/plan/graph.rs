@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::{ContextId, ImageId, Settings, support};
+use super::{ContextId, ImageId, SOURCE_DATE_EPOCH, Settings, support};
 use crate::context::named::NamedContext;
 use crate::dockerfile::expand::{Environment, expand_word};
 use crate::dockerfile::{
@@ -190,6 +190,17 @@ pub(super) fn platform_args(dockerfile: &Dockerfile, settings: &Settings) -> Env
     args
 }
 
+/// What the variables before the first `FROM` are worth, the platform's included.
+///
+/// # Errors
+/// [`DockerfileError`] for what cannot be expanded.
+pub(super) fn global_args(
+    dockerfile: &Dockerfile,
+    settings: &Settings,
+) -> Result<Environment, DockerfileError> {
+    Builder::new(dockerfile, settings).map(|builder| builder.args)
+}
+
 struct Builder<'a> {
     dockerfile: &'a Dockerfile,
     settings: &'a Settings,
@@ -226,7 +237,12 @@ impl<'a> Builder<'a> {
                     continue;
                 };
                 let given = settings.build_args.get(&name).cloned();
+                let resolved = settings.source_date.as_ref();
+                let resolved = resolved.filter(|_| name == SOURCE_DATE_EPOCH);
                 let default = match &declaration.default {
+                    Some(_) if given.is_none() && resolved.is_some() => {
+                        resolved.filter(|text| !text.is_empty()).cloned()
+                    }
                     Some(default) if given.is_none() => builder.expand(default),
                     _ => None,
                 };
@@ -334,8 +350,9 @@ impl<'a> Builder<'a> {
                     let messages: Vec<String> =
                         error.problems.into_iter().map(|p| p.message).collect();
                     let message = messages.join("; ");
+                    let problem = Problem::new(stage.base.span, message);
                     self.problems
-                        .push(trigger_problem(stage.base.span, &expression, &message));
+                        .push(trigger_problem(stage.base.span, &expression, problem));
                 }
             }
         }
@@ -388,7 +405,7 @@ impl<'a> Builder<'a> {
         let problems = support::refused(instruction, &self.settings.allowed);
         self.problems
             .extend(problems.into_iter().map(|problem| match from {
-                Some(span) => trigger_problem(span, &instruction.original, &problem.message),
+                Some(span) => trigger_problem(span, &instruction.original, problem),
                 None => problem,
             }));
         match &instruction.kind {
@@ -591,12 +608,15 @@ fn mount_from(mount: &str) -> Option<String> {
     })
 }
 
-/// A problem of a trigger, which points at the `FROM` that brought it.
-pub(super) fn trigger_problem(from: Span, expression: &str, message: &str) -> Problem {
-    Problem::new(
-        from,
-        format!("ONBUILD {expression:?} of the base image: {message}"),
-    )
+/// A problem of a trigger, which points at the `FROM` that brought it: the trigger's own
+/// places are not of this file.
+pub(super) fn trigger_problem(from: Span, expression: &str, problem: Problem) -> Problem {
+    let message = &problem.message;
+    Problem {
+        message: format!("ONBUILD {expression:?} of the base image: {message}"),
+        span: from,
+        ..problem
+    }
 }
 
 /// Joins problems of `dockerfile` into its error, in the order of their places.

@@ -42,6 +42,13 @@ const PROXY_ARGS: [&str; 10] = [
     "all_proxy",
 ];
 
+/// How many bytes the variables and labels of a stage may have. No system call starts a
+/// process with more variables than a few MiB.
+const STATE_LIMIT_BYTES: usize = 16 << 20;
+
+/// How many bytes of variables and history all steps together may have: each has a copy.
+const PLAN_LIMIT_BYTES: usize = 256 << 20;
+
 /// The host name that steps see, as in BuildKit.
 const HOSTNAME: &str = "buildkitsandbox";
 
@@ -87,6 +94,7 @@ pub fn lower(
         states: BTreeMap::new(),
         problems: Vec::new(),
         warnings: Vec::new(),
+        bytes: 0,
     };
     for node in &graph.stages {
         let state = lowering.stage(node);
@@ -141,6 +149,8 @@ struct Lowering<'a> {
     states: BTreeMap<usize, State>,
     problems: Vec<Problem>,
     warnings: Vec<String>,
+    /// How many bytes of texts the stages and steps so far have, roughly.
+    bytes: usize,
 }
 
 /// The stage that is being lowered.
@@ -184,6 +194,7 @@ impl<'a> Lowering<'a> {
         }
         // Triggers run once: in the stages right on top of the image.
         state.image.config.on_build = None;
+        self.bytes += state.bytes() + state.history_bytes(0);
         let mut current = Current {
             node,
             state,
@@ -193,16 +204,56 @@ impl<'a> Lowering<'a> {
         };
         for planned in &node.instructions {
             current.trigger_of = planned.trigger.as_ref().map(|_| stage.base.span);
+            if self.bytes > PLAN_LIMIT_BYTES {
+                break;
+            }
+            let entries = current.state.history.len();
             let lowered = self.instruction(&mut current, &planned.instruction, &planned.reads);
+            let lowered =
+                lowered.and_then(|()| self.account(&current, &planned.instruction, entries));
             if let Err(problem) = lowered {
                 self.problems.push(match &planned.trigger {
-                    Some(trigger) => trigger_problem(stage.base.span, trigger, &problem.message),
+                    Some(trigger) => trigger_problem(stage.base.span, trigger, problem),
                     None => problem,
                 });
             }
         }
         self.name_steps(&current, stage.name.as_ref());
         current.state
+    }
+
+    /// Counts what an instruction made of texts, those that it repeats included.
+    ///
+    /// # Errors
+    /// It is too much; nothing more is lowered then.
+    fn account(
+        &mut self,
+        current: &Current<'_>,
+        instruction: &Instruction,
+        entries: usize,
+    ) -> Lowered {
+        let bytes = current.state.bytes();
+        self.bytes += current.state.history_bytes(entries);
+        self.bytes += match instruction.kind {
+            // Each step has the whole environment.
+            InstructionKind::Run(_) => bytes,
+            _ => 0,
+        };
+        let message = if bytes > STATE_LIMIT_BYTES {
+            format!(
+                "the stage's variables and labels are longer than {} MiB here",
+                STATE_LIMIT_BYTES >> 20
+            )
+        } else if self.bytes > PLAN_LIMIT_BYTES {
+            format!(
+                "the variables of all steps and the history are longer than {} MiB up to here",
+                PLAN_LIMIT_BYTES >> 20
+            )
+        } else {
+            return Ok(());
+        };
+        self.bytes = usize::MAX / 2;
+        Err(Problem::new(instruction.span, message))
     }
 
     fn uses_cache(&self, stage: Option<&Word>) -> bool {
@@ -525,13 +576,25 @@ impl<'a> Lowering<'a> {
         current: &Current<'_>,
         pairs: &[KeyValue],
     ) -> Result<Vec<(String, String)>, Problem> {
+        let mut bytes = 0;
         pairs
             .iter()
             .map(|pair| {
-                Ok((
+                let expanded = (
                     self.expand(current, &pair.key)?,
                     self.expand(current, &pair.value)?,
-                ))
+                );
+                bytes += expanded.0.len() + expanded.1.len();
+                match bytes > STATE_LIMIT_BYTES {
+                    false => Ok(expanded),
+                    true => Err(Problem::new(
+                        pair.value.span,
+                        format!(
+                            "the instruction's values are longer than {} MiB up to here",
+                            STATE_LIMIT_BYTES >> 20
+                        ),
+                    )),
+                }
             })
             .collect()
     }
@@ -872,7 +935,7 @@ impl<'a> Lowering<'a> {
 }
 
 /// What one source of `COPY` or `ADD` is.
-fn copy_source(
+pub(super) fn copy_source(
     text: &str,
     word: &Word,
     is_add: bool,
@@ -912,7 +975,7 @@ fn copy_source(
 }
 
 /// `ADD --checksum`, which is for one source that is fetched.
-fn set_checksum(
+pub(super) fn set_checksum(
     sources: &mut [CopySource],
     text: &str,
     word: &Word,

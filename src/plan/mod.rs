@@ -4,6 +4,7 @@
 //! change what later lines mean: [`graph::graph`] needs only the text and says which
 //! images are needed, the network happens in between, and [`lower::lower`] is pure again.
 
+mod epoch;
 pub mod graph;
 pub mod lower;
 pub mod mode;
@@ -21,6 +22,7 @@ use serde::{Deserialize, Serialize};
 use crate::context::named::{NamedContext, NamedContexts};
 use crate::image::{History, ImageConfig, Platform};
 
+pub use epoch::{SOURCE_DATE_EPOCH, SourceDate, source_date};
 pub use graph::{ImageNeed, ImageSource, StageGraph, graph};
 pub use lower::lower;
 
@@ -46,6 +48,9 @@ pub struct Settings {
     pub no_cache: NoCache,
     /// `--allow`: what steps may ask for beyond the sandbox.
     pub allowed: BTreeSet<Entitlement>,
+    /// What the default of a global `ARG SOURCE_DATE_EPOCH` is worth once [`source_date`] was
+    /// asked where it leads; empty where that has no date.
+    pub source_date: Option<String>,
     /// What every RUN step gets.
     pub run: RunSettings,
 }
@@ -63,6 +68,7 @@ impl Settings {
             contexts: NamedContexts::default(),
             no_cache: NoCache::default(),
             allowed: BTreeSet::new(),
+            source_date: None,
             run: RunSettings::default(),
         }
     }

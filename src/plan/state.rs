@@ -106,6 +106,26 @@ impl State {
         }
     }
 
+    /// How many bytes its variables and labels have.
+    pub(super) fn bytes(&self) -> usize {
+        let env = self
+            .env
+            .iter()
+            .map(|(name, value)| name.len() + value.len());
+        let labels = self.image.config.labels.iter();
+        env.sum::<usize>()
+            + labels
+                .map(|(name, value)| name.len() + value.len())
+                .sum::<usize>()
+    }
+
+    /// How many bytes the history has from its entry `from` on.
+    pub(super) fn history_bytes(&self, from: usize) -> usize {
+        let entries = self.history.iter().skip(from);
+        let texts = entries.filter_map(|entry| entry.created_by.as_ref());
+        texts.map(String::len).sum()
+    }
+
     /// What variables are worth, for expansion.
     pub(super) fn environment(&self) -> Environment {
         self.env.iter().cloned().collect()

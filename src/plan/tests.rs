@@ -544,14 +544,24 @@ fn triggers_of_the_base_run_first() {
     case("FROM base AS p\nONBUILD LABEL a=1\nFROM p AS c\nONBUILD LABEL b=1\nFROM c")
         .history(&["(LABEL a=1)", "(LABEL b=1)"]);
     case("FROM base AS b\nRUN ok").triggers(&["RUN --network=host x", "COPY --from=b a b", "FROM x"]).problems(&[
-        "Dockerfile:1:6: ONBUILD \"RUN --network=host x\" of the base image: RUN --network=host needs the entitlement network.host, which was not allowed",
+        "Dockerfile:1:6: ONBUILD \"RUN --network=host x\" of the base image: RUN --network=host needs the entitlement network.host, which was not allowed (allow it with --allow network.host if you trust this Dockerfile)",
         "Dockerfile:1:6: cannot copy from stage \"b\": it is this stage itself (a stage can read only from stages before it)",
         "Dockerfile:1:6: ONBUILD \"FROM x\" of the base image: FROM is not allowed as an ONBUILD trigger",
     ]);
     case("FROM base AS b\nRUN ok")
         .triggers(&["STOPSIGNAL NONE"])
         .problems(&[
-            "Dockerfile:1:6: ONBUILD \"STOPSIGNAL NONE\" of the base image: invalid signal: NONE",
+            "Dockerfile:1:6: ONBUILD \"STOPSIGNAL NONE\" of the base image: invalid signal: NONE (a signal is a number from 1 to 64 or a name such as SIGTERM)",
+        ]);
+    // Its advice comes with it, and its own places do not.
+    case("FROM base AS b\nRUN ok")
+        .triggers(&[
+            "RUN --mount=type=bind,target=/ ls",
+            "RUN --mount=type=cache,target=/c,sharing=$A ls",
+        ])
+        .problems(&[
+            "Dockerfile:1:6: ONBUILD \"RUN --mount=type=bind,target=/ ls\" of the base image: invalid mount target \"/\" (a step's root filesystem is not covered: mount below it)",
+            "Dockerfile:1:6: ONBUILD \"RUN --mount=type=cache,target=/c,sharing=$A ls\" of the base image: invalid --mount: unsupported sharing value \"\": it must be locked or private or shared",
         ]);
     // A trigger may need more stages and images.
     case("FROM other AS one\nFROM base")
@@ -1164,4 +1174,34 @@ fn every_image_but_those_for_windows_has_a_path_and_a_shell() {
             "{text}"
         );
     }
+}
+
+#[test]
+fn texts_that_grow_without_end_are_refused_where_they_do() {
+    let double = |count: usize| {
+        let mut text = "FROM base\nENV A=0123456789abcdef\n".to_owned();
+        for _ in 0..count {
+            text.push_str("ENV A=$A$A\n");
+        }
+        text
+    };
+    // 16 bytes, doubled 18 times: 4 MiB.
+    case(&double(18)).plan();
+    let four = double(18);
+    case(&format!("{four}ENV B=$A C=$A\nENV D=$A\nRUN x")).problems(&[
+        "Dockerfile:22:1: the stage's variables and labels are longer than 16 MiB here",
+    ]);
+    case(&format!("{four}ENV B=$A C=$A D=$A E=$A F=$A")).problems(&[
+        "Dockerfile:21:22: the instruction's values are longer than 16 MiB up to here",
+    ]);
+    case(&format!("{four}LABEL a=$A b=$A\nLABEL c=$A d=$A")).problems(&[
+        "Dockerfile:22:1: the stage's variables and labels are longer than 16 MiB here",
+    ]);
+    // One variable, again and again in the history and in each step.
+    case(&format!("{four}{}", "ENV B=$A\n".repeat(100))).problems(&[
+        "Dockerfile:82:1: the variables of all steps and the history are longer than 256 MiB up to here",
+    ]);
+    case(&format!("{four}{}", "RUN x\n".repeat(100))).problems(&[
+        "Dockerfile:82:1: the variables of all steps and the history are longer than 256 MiB up to here",
+    ]);
 }
