@@ -7,13 +7,16 @@
 //!
 //! A step that may not share the directory it finds in use gets one with the next number.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File, TryLockError};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Context as _;
 
 use super::Cancelled;
+use crate::confined::remove_tree;
 use crate::image::Digest;
 use crate::plan::Sharing;
 use crate::sandbox::Cancel;
@@ -86,6 +89,67 @@ pub(super) fn take(
             }
         }
     }
+}
+
+/// What stands in a name between a cache's ID and what it is made from, and how.
+pub(super) const DETAIL: char = '\n';
+
+/// Empties the caches with these IDs, whatever they are made from: a build without the cache
+/// begins with new ones, as in BuildKit. Gives the IDs of those that are in use, which stay.
+///
+/// # Errors
+/// That the store cannot be read or written.
+pub(super) fn empty(store: &Store, ids: &BTreeSet<&str>) -> anyhow::Result<BTreeSet<String>> {
+    let mut in_use = BTreeSet::new();
+    if ids.is_empty() {
+        return Ok(in_use);
+    }
+    let all = store.cache_mounts_path();
+    let entries = match fs::read_dir(&all) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(in_use),
+        entries => entries.with_context(|| format!("listing {}", all.display()))?,
+    };
+    for entry in entries {
+        let dir = entry
+            .with_context(|| format!("listing {}", all.display()))?
+            .path();
+        let Ok(name) = fs::read(dir.join("name")) else {
+            continue;
+        };
+        let name = String::from_utf8_lossy(&name);
+        let id = name.split(DETAIL).next().unwrap_or_default();
+        if ids.contains(id) && !empty_one(store, &dir)? {
+            in_use.insert(id.to_owned());
+        }
+    }
+    Ok(in_use)
+}
+
+/// Whether nobody had any of the directories of one name.
+fn empty_one(store: &Store, all: &Path) -> anyhow::Result<bool> {
+    let mut is_free = true;
+    for number in 0..DIRECTORIES_LIMIT {
+        let dir = all.join(number.to_string());
+        let path = dir.join("lock");
+        let lock = match File::options().write(true).open(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => break,
+            lock => lock.with_context(|| format!("opening {}", path.display()))?,
+        };
+        if lock.try_lock().is_err() {
+            is_free = false;
+            continue;
+        }
+        // Out of sight first: what is half removed is no cache.
+        let old = store.tmp_dir("old-cache-")?.join("files");
+        match fs::rename(dir.join("files"), &old) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            moved => {
+                moved.with_context(|| format!("emptying {}", dir.display()))?;
+                remove_tree(&old).with_context(|| format!("removing {}", old.display()))?;
+            }
+        }
+    }
+    Ok(is_free)
 }
 
 fn open(

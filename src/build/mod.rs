@@ -33,7 +33,7 @@ use tokio::task::JoinSet;
 
 use crate::context::BuildContext;
 use crate::image::{ImageLayer, Platform, Reference, Repository};
-use crate::plan::{ContextId, Operation, Plan, StepId};
+use crate::plan::{ContextId, MountKind, Operation, Plan, StepId};
 use crate::progress::{BuildEvent, Progress, millis};
 use crate::registry::{Client, RegistryError, Resolved};
 use crate::remote::Fetcher;
@@ -201,6 +201,19 @@ pub async fn build(
     let devices = Devices::new(settings.devices.clone(), plan);
     check_devices(plan, &devices)?;
     let engine = Arc::new(Engine::new(settings, timings, wanted(plan), devices));
+    let (shared, forgotten) = (Arc::clone(&engine), forgotten_caches(plan));
+    engine
+        .blocking(move || {
+            let ids = forgotten.iter().map(String::as_str).collect();
+            for id in cache_mount::empty(&shared.store, &ids)? {
+                let id = id.trim_start_matches('/');
+                shared.warn(format!(
+                    "the cache mount {id:?} is in use by another build, so it is not emptied"
+                ));
+            }
+            Ok(())
+        })
+        .await?;
     engine.progress.event(BuildEvent::Planned {
         steps: plan.steps.len(),
     });
@@ -304,6 +317,21 @@ impl std::error::Error for Shared_ {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         self.0.source()
     }
+}
+
+/// The IDs of the cache mounts of steps that `--no-cache` does anew.
+fn forgotten_caches(plan: &Plan) -> BTreeSet<String> {
+    let steps = plan.steps.iter().filter(|step| !step.use_cache);
+    let runs = steps.filter_map(|step| match &step.operation {
+        Operation::Run(run) => Some(run),
+        _ => None,
+    });
+    let mounts = runs.flat_map(|run| &run.mounts);
+    let ids = mounts.filter_map(|mount| match &mount.kind {
+        MountKind::Cache { id, .. } => Some(id.clone()),
+        _ => None,
+    });
+    ids.collect()
 }
 
 /// Refuses what was not allowed before anything is pulled.

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use anyhow::Context as _;
 
 use super::Engine;
-use super::cache_mount::{self, CacheDirectory};
+use super::cache_mount::{self, CacheDirectory, DETAIL};
 use super::context_tree::ContextTree;
 use super::copy::SourceTree;
 use super::subtree::{self, Subtree};
@@ -266,20 +266,20 @@ fn cache_name(mount: &Mount, run: &Run, sources: &[Stack]) -> anyhow::Result<Opt
     };
     let mut name = id.clone();
     if source != "/" {
-        name.push_str(&format!(" source {source}"));
+        name.push_str(&format!("{DETAIL}source {source}"));
     } else if mode.is_some() || uid.is_some() || gid.is_some() {
-        name.push_str(&format!(" mode {mode:?} uid {uid:?} gid {gid:?}"));
+        name.push_str(&format!("{DETAIL}mode {mode:?} uid {uid:?} gid {gid:?}"));
     }
     match from {
         MountFrom::Scratch => {}
-        MountFrom::Context(context) => name.push_str(&format!(" context {}", context.0)),
+        MountFrom::Context(context) => name.push_str(&format!("{DETAIL}context {}", context.0)),
         MountFrom::Step(index) => {
             // The trees' names say what is in them.
             debug_assert!(*index < run.sources.len());
             let trees = sources[*index].trees().iter();
             let names = trees.filter_map(|tree| tree.path().file_name());
             for tree in names {
-                name.push_str(&format!(" on {}", tree.display()));
+                name.push_str(&format!("{DETAIL}on {}", tree.display()));
             }
         }
     }

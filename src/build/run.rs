@@ -17,7 +17,7 @@ use crate::image::DEFAULT_PATH;
 use crate::plan::{Network, Run, Security, Ulimit};
 use crate::progress::{BuildEvent, Stream};
 use crate::rootfs::{MountPoint, Rootfs, Stack, Tree};
-use crate::sandbox::{self, Outcome, Process};
+use crate::sandbox::{self, MountSource, Outcome, Process};
 
 /// Runs `run` on top of `below`, with `sources` to mount, and returns the tree of what it
 /// changed. Blocking.
@@ -43,6 +43,7 @@ pub(super) fn run(
     // What a device brings wins.
     let mut step_mounts = std::mem::take(&mut mounts.mounts);
     step_mounts.extend(devices.mounts);
+    open_new_tmpfs(&mut step_mounts, below)?;
     let mut user = account.user;
     user.groups.extend(&devices.groups);
     let scratch = engine.store.tmp_dir("step-")?;
@@ -167,6 +168,23 @@ fn environment(
         env.push(format!("HOME={home}").into());
     }
     env
+}
+
+/// The mode of an empty directory in memory that covers nothing, as the kernel has it.
+const TMPFS_MODE: u32 = 0o1777;
+
+/// A tmpfs has the mode of the directory that it covers. Where the image has none, anybody
+/// may write to it; the directory that is made for it does not count.
+fn open_new_tmpfs(mounts: &mut [sandbox::Mount], below: &Stack) -> anyhow::Result<()> {
+    for mount in mounts {
+        if let MountSource::Tmpfs { mode, .. } = &mut mount.source
+            && mode.is_none()
+            && below.lookup(&mount.target, true)?.is_none()
+        {
+            *mode = Some(TMPFS_MODE);
+        }
+    }
+    Ok(())
 }
 
 fn ulimit(limit: &Ulimit) -> sandbox::Ulimit {

@@ -42,6 +42,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "build",
             "export",
             "image",
+            "layer",
             "layout",
             "remote",
             "session",
