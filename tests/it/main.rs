@@ -35,6 +35,8 @@ mod dockerfile;
 mod memory;
 /// Which module may use which.
 mod modules;
+/// What RUN steps have mounted, over several builds, and devices.
+mod mounts;
 /// What README says of settings is what the program has.
 mod readme;
 /// Registries: credentials, transport, what is sent and what is not.
@@ -49,3 +51,5 @@ mod service;
 mod session;
 /// Where COPY and ADD have their files from: servers, contexts that change, our own images.
 mod sources_add;
+/// Contexts, ADD and dates from servers and repositories.
+mod sources;

@@ -12,6 +12,7 @@ pub mod process;
 pub mod registry;
 pub mod sockless;
 pub mod tarball;
+pub mod web;
 
 /// Ends the test with the reason why it cannot run here; fails it where every test must run.
 macro_rules! skip {
