@@ -257,4 +257,29 @@ mod tests {
         let made = fixture.take("a", Sharing::Locked).unwrap();
         assert!(fs::read_dir(made.files).unwrap().next().is_none());
     }
+
+    #[test]
+    fn caches_are_emptied_by_their_ids_unless_they_are_in_use() {
+        let fixture = fixture();
+        let fill = |name: &str| {
+            let cache = fixture.take(name, Sharing::Shared).unwrap();
+            fs::write(cache.files.join("f"), "x").unwrap();
+            cache
+        };
+        let (plain, dressed) = ("/a", format!("/a{DETAIL}mode 7"));
+        drop((fill(plain), fill(&dressed), fill("/a b")));
+        let used = fill("/used");
+        let ids = BTreeSet::from(["/a", "/used", "/none"]);
+        let in_use = empty(&fixture.store, &ids).unwrap();
+        assert_eq!(in_use, BTreeSet::from(["/used".to_owned()]));
+        assert!(used.files.join("f").exists());
+        let has = |name: &str| {
+            let cache = fixture.take(name, Sharing::Shared).unwrap();
+            cache.files.join("f").exists()
+        };
+        assert_eq!(
+            [has(plain), has(&dressed), has("/a b")],
+            [false, false, true]
+        );
+    }
 }

@@ -189,7 +189,8 @@ mod tests {
     fn asked(text: &str, given: Option<&str>) -> Result<Option<SourceDate>, String> {
         let platform = Platform::parse("linux/amd64").unwrap();
         let mut settings = Settings::new(platform.clone(), platform);
-        settings.contexts = NamedContexts::parse(&["files=https://files.test/a.tar"]).unwrap();
+        settings.contexts =
+            NamedContexts::parse(["files=https://files.test/a.tar"].as_slice()).unwrap();
         if let Some(given) = given {
             let name = SOURCE_DATE_EPOCH.to_owned();
             settings.build_args.insert(name, given.to_owned());

@@ -361,3 +361,33 @@ fn sandbox_devices_are_those_that_were_allowed() {
         }
     );
 }
+
+#[test]
+fn sandbox_proxies_do_not_decide_what_is_cached_and_arguments_do() {
+    let (upstream, place) = (upstream!(), Place::new());
+    let dockerfile = "FROM busybox\nARG WORD\nARG EMPTY=\nARG UNSET\n\
+                      COPY f* /files/\n\
+                      RUN echo \"ran: $http_proxy $WORD ${EMPTY-unset} ${UNSET-unset}\" && \
+                      ls /files/f1\n";
+    let files = [
+        ("Dockerfile", dockerfile),
+        (".dockerignore", "Dockerfile\n"),
+        ("f1", "same\n"),
+    ];
+    let context = place.context("context", &files);
+    let with = |proxy: &str, word: &str| {
+        let args = [format!("http_proxy={proxy}"), format!("WORD={word}")];
+        let args = ["--build-arg", &args[0], "--build-arg", &args[1]];
+        build_in(&place, &upstream, &context, &[], &args)
+    };
+    with("p.test:1", "a")
+        .success()
+        .says("ran: p.test:1 a  unset");
+    with("p.test:2", "a").success().does_not_say("ran: p.test");
+    with("p.test:2", "b")
+        .success()
+        .says("ran: p.test:2 b  unset");
+    // The same content by another name is not the same.
+    std::fs::rename(context.join("f1"), context.join("f2")).expect("ours");
+    with("p.test:2", "b").failure().says("Dockerfile:6");
+}
