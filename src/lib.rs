@@ -12,7 +12,7 @@
 //! StageGraph + configs + build args ─ plan::lower ─▶ Plan     a graph of steps with their inputs; no I/O
 //! Plan ─ build::build ─▶ Built                                cache look-up, or rootfs + sandbox, or copy
 //! Built + config ─ image::assemble ─▶ Image                   manifest and config: values and raw bytes
-//! Image ─ registry, export ─▶ a registry, an OCI archive
+//! Image ─ registry, export ─▶ a registry, an archive, a layout, a directory
 //! webhook ─ service ─▶ job ─▶ source ─▶ the same flow, in a child process
 //! ```
 //!
@@ -39,7 +39,7 @@
 //! | [`rootfs`] | unpacked layers ⇄ a mounted filesystem | archives |
 //! | [`sandbox`] | one process in one root filesystem | images, Dockerfiles |
 //! | [`build`] | performs a plan: joins the leaves above | the service, the terminal |
-//! | [`export`] | an image → a file | how it was built |
+//! | [`export`] | an image, or its files → a file or directory | how it was built |
 //! | [`pipeline`] | a whole build, read top to bottom | |
 //! | [`service`] | the webhook, the queue, the page | how an image is built |
 //! | [`cli`] | arguments and terminal | everything but requests and events |

@@ -4,8 +4,9 @@ mod ask;
 mod contexts;
 mod epoch;
 mod images;
+mod outputs;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -15,6 +16,7 @@ use images::Images;
 
 use crate::build::{self, BaseImage, Built, Timings};
 use crate::context::{ContextSource, DockerfileLocation};
+use crate::dockerfile;
 use crate::dockerfile::Dockerfile;
 use crate::failure::{Failure, Kind};
 use crate::image::{self, Annotations, Digest, History, Image, Reference};
@@ -26,7 +28,6 @@ use crate::remote::Fetcher;
 use crate::sandbox::{self, Cancel, World};
 use crate::session::{Secrets, SshAgents};
 use crate::store::Store;
-use crate::{dockerfile, export};
 
 pub use crate::build::DeviceSettings;
 pub use ask::{Answer, Question, ask};
@@ -42,8 +43,10 @@ pub struct BuildRequest {
     pub tags: Vec<Reference>,
     /// Whether the image is pushed to every tag.
     pub push: bool,
-    /// Files that are written.
+    /// Files and directories that are written.
     pub outputs: Vec<Output>,
+    /// Annotations of the image as it is pushed, beside [`Self::annotations`].
+    pub push_annotations: Annotations,
     /// What the Dockerfile is planned with: arguments, target, platform, labels, …
     pub plan: plan::Settings,
     /// `SOURCE_DATE_EPOCH`, in seconds since 1970 UTC.
@@ -70,14 +73,56 @@ pub struct BuildRequest {
     pub metadata_file: Option<PathBuf>,
 }
 
-/// A file that the image is written to.
+/// A file or directory that the result is written to. A file `-` is standard output.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Output {
-    /// `type=oci,dest=FILE`: a tar of an OCI image layout.
-    OciArchive {
+    /// The image.
+    Image(ImageOutput),
+    /// `type=tar`: the image's files, in a tar.
+    Tar {
         /// The file.
         dest: PathBuf,
     },
+    /// `type=local`: the image's files.
+    Local {
+        /// The directory.
+        dest: PathBuf,
+    },
+}
+
+/// How and where an image is written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ImageOutput {
+    /// In which form.
+    pub format: ImageFormat,
+    /// The file or directory.
+    pub dest: PathBuf,
+    /// Names for the image there, beside [`BuildRequest::tags`].
+    pub names: Vec<Reference>,
+    /// Annotations of the image there, beside [`BuildRequest::annotations`].
+    pub annotations: Annotations,
+}
+
+/// The form in which an image is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ImageFormat {
+    /// `type=oci`: a tar of an OCI image layout.
+    OciArchive,
+    /// `type=docker`: the same with what `docker load` reads.
+    DockerArchive,
+    /// `type=oci,tar=false`: an OCI image layout in a directory.
+    OciLayout,
+}
+
+impl Output {
+    /// The file or directory.
+    pub fn dest(&self) -> &Path {
+        match self {
+            Self::Image(ImageOutput { dest, .. }) | Self::Tar { dest } | Self::Local { dest } => {
+                dest
+            }
+        }
+    }
 }
 
 /// What a build made.
@@ -125,6 +170,7 @@ async fn run(
     timings: &Arc<Timings>,
 ) -> anyhow::Result<BuildResult> {
     check_result_files(request)?;
+    outputs::check(request)?;
     let store = Arc::new(Store::open(&request.root)?);
     let client = Client::new(request.registry.clone())?;
     let stop = cancel.clone();
@@ -189,7 +235,7 @@ async fn run(
         Vec::new()
     };
     let settings = build::Settings {
-        keep_blobs: !request.outputs.is_empty() || needs_base_blobs(&push, &images),
+        keep_blobs: writes_image(request) || needs_base_blobs(&push, &images),
         store: Arc::clone(&store),
         client: client.clone(),
         progress: Arc::clone(progress),
@@ -208,29 +254,23 @@ async fn run(
     };
     let built = build::build(&plan, settings, Arc::clone(timings)).await?;
     let (origins, mut layer_bytes) = (built.origins.clone(), built.uploaded_bytes.clone());
+    let files = built.files.clone();
     let image = assemble(plan, built, epoch, request.annotations.clone())?;
 
     let publishing = Instant::now();
-    for output in &request.outputs {
-        let Output::OciArchive { dest } = output;
-        fetch_missing(&client, &store, &image, &origins).await?;
-        let (image, tags, store, dest) = (
-            image.clone(),
-            request.tags.clone(),
-            Arc::clone(&store),
-            dest.clone(),
-        );
-        let digest = image.raw_manifest.digest.clone();
-        let reference = dest.display().to_string();
-        tokio::task::spawn_blocking(move || export::oci_archive(&image, &tags, &store, &dest))
-            .await
-            .context("a task ended abnormally")??;
-        progress.event(BuildEvent::Published {
-            reference,
-            digest,
-            uploaded_bytes: 0,
-        });
-    }
+    let exporter = outputs::Exporter {
+        request,
+        client: &client,
+        store: &store,
+        image: &image,
+        origins: &origins,
+        files: &files,
+        epoch,
+        progress: &**progress,
+        cancel,
+    };
+    exporter.write_all().await?;
+    let image = outputs::reported(request, &image);
     for tag in &push {
         // Several tags of one repository share what was sent; the first one's event has it.
         let sent = layer_bytes.remove(tag.repository()).unwrap_or(0);
@@ -361,6 +401,12 @@ async fn base_images(
         bases.push(BaseImage { resolved, origin });
     }
     Ok(bases)
+}
+
+/// Whether an output has the layers themselves.
+fn writes_image(request: &BuildRequest) -> bool {
+    let mut outputs = request.outputs.iter();
+    outputs.any(|output| matches!(output, Output::Image(_)))
 }
 
 /// Whether a base image lies at another registry than where the image goes: then its

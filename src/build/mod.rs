@@ -37,6 +37,7 @@ use crate::plan::{ContextId, MountKind, Operation, Plan, StepId};
 use crate::progress::{BuildEvent, Progress, millis};
 use crate::registry::{Client, RegistryError, Resolved};
 use crate::remote::Fetcher;
+use crate::rootfs::Stack;
 use crate::sandbox::{self, Cancel, Sandbox, SandboxError, UsernsError, World};
 use crate::session::{Secrets, SshAgents};
 use crate::store::Store;
@@ -122,7 +123,7 @@ pub struct BaseImage {
     pub origin: Option<Repository>,
 }
 
-/// The layers that a build made.
+/// What a build made.
 #[derive(Debug)]
 pub struct Built {
     /// The image's layers, base first.
@@ -133,6 +134,32 @@ pub struct Built {
     pub origins: Vec<Option<Repository>>,
     /// Bytes of layers that were sent, by where to.
     pub uploaded_bytes: BTreeMap<Repository, u64>,
+    /// The files that the layers are together.
+    pub files: Files,
+}
+
+/// The files of the image that was built, for who wants them and not the layers.
+#[derive(Clone)]
+pub struct Files {
+    engine: Arc<Engine>,
+    filesystem: Filesystem,
+}
+
+impl std::fmt::Debug for Files {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Files({} layers)", self.filesystem.layers.len())
+    }
+}
+
+impl Files {
+    /// All layers unpacked, as one filesystem. What no step needed is fetched and unpacked now.
+    ///
+    /// # Errors
+    /// [`NoRootfs`] where layers cannot be unpacked here; any that fetching gives.
+    pub async fn stack(&self) -> anyhow::Result<Stack> {
+        let stack = self.filesystem.stack(&self.engine).await;
+        stack.map_err(|error| unshare(&error))
+    }
 }
 
 /// What all steps share.
@@ -282,6 +309,7 @@ pub async fn build(
             .collect(),
         layers,
         uploaded_bytes,
+        files: Files { engine, filesystem },
     })
 }
 

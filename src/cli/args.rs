@@ -67,7 +67,7 @@ pub(super) struct BuildArgs {
     #[arg(long, value_name = "STAGE")]
     pub target: Option<String>,
 
-    /// Writes the image: type=oci,dest=FILE (an OCI layout in a tar; "-" is standard output), type=registry
+    /// Writes the result, several times if given so: type=oci, docker, tar or local, with dest=PATH ("-" is standard output), or type=registry; DIR is type=local, "-" is type=tar
     #[arg(short, long = "output", value_name = "type=TYPE,…")]
     pub outputs: Vec<String>,
 

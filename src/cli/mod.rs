@@ -188,7 +188,9 @@ mod tests {
         check_refused(
             "sockless build --load .",
             "--load is not supported yet",
-            &["there is no daemon to load into; write an archive with -o type=oci,dest=FILE"],
+            &[
+                "there is no daemon to load into; use -o type=docker,dest=- and pipe into `docker load`",
+            ],
         );
         check_refused(
             "sockless build --memory 1g .",

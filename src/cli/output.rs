@@ -4,12 +4,14 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
-use crate::pipeline::Output;
+use super::values::annotate;
+use crate::image::{Annotations, Reference};
+use crate::pipeline::{ImageFormat, ImageOutput, Output};
 
 /// What one `--output` asks for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Wanted {
-    /// A file.
+    /// A file or directory.
     File(Output),
     /// An image with further names, and whether it is pushed.
     Image {
@@ -17,6 +19,8 @@ pub(super) enum Wanted {
         names: Vec<String>,
         /// `type=registry`, or `push=true`.
         push: bool,
+        /// From `annotation.NAME=`.
+        annotations: Annotations,
     },
     /// `type=cacheonly`: nothing, and knowingly so.
     Nothing,
@@ -25,7 +29,7 @@ pub(super) enum Wanted {
 /// Why an `--output` is refused.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub(super) enum OutputError {
-    /// It is no list of fields.
+    /// It is no list of fields, or they do not go together.
     #[error("invalid --output {output:?}: {reason}")]
     Malformed {
         /// As given.
@@ -41,6 +45,47 @@ pub(super) enum OutputError {
         /// The type or field.
         what: String,
     },
+    /// `type=docker` without a file.
+    #[error("--output {0:?}: there is no daemon to load into")]
+    Load(String),
+}
+
+impl OutputError {
+    /// What to do about it.
+    pub(super) fn hint(&self) -> Option<&'static str> {
+        match self {
+            Self::Load(_) => Some("use -o type=docker,dest=- and pipe into `docker load`"),
+            Self::Malformed { .. } | Self::Unsupported { .. } => None,
+        }
+    }
+}
+
+/// Fields of images, and the one value each that says what is done anyway.
+const AS_IT_IS: [(&str, &str); 9] = [
+    ("compression", "gzip"),
+    ("force-compression", "false"),
+    ("name-canonical", "false"),
+    ("oci-mediatypes", "true"),
+    ("prefer-nondist-layers", "false"),
+    ("push-by-digest", "false"),
+    ("registry.insecure", "false"),
+    ("rewrite-timestamp", "false"),
+    ("unpack", "false"),
+];
+
+/// The fields of one `--output`, read and not judged.
+#[derive(Default)]
+struct Fields {
+    kind: Option<String>,
+    dest: Option<String>,
+    push: Option<bool>,
+    tar: Option<bool>,
+    names: Vec<String>,
+    annotations: Annotations,
+    /// The first field that only images have.
+    of_images: Option<String>,
+    /// The first field that only root filesystems have.
+    of_files: Option<String>,
 }
 
 impl Wanted {
@@ -60,69 +105,171 @@ impl Wanted {
             what,
         };
         if output == "-" {
-            return Err(unsupported("type=tar (what \"-\" means)".to_owned()));
+            let dest = PathBuf::from(output);
+            return Ok(Self::File(Output::Tar { dest }));
         }
-        let fields = split_fields(output).map_err(|reason| malformed(reason.to_owned()))?;
-        if let [path] = &fields[..]
+        let list = split_fields(output).map_err(|reason| malformed(reason.to_owned()))?;
+        if let [path] = &list[..]
             && !path.is_empty()
             && !path.contains('=')
         {
-            return Err(unsupported(
-                "type=local (what a path alone means)".to_owned(),
-            ));
+            let dest = PathBuf::from(path);
+            return Ok(Self::File(Output::Local { dest }));
         }
-        let (mut kind, mut dest, mut push) = (None, None, None);
-        let mut names = Vec::new();
-        for field in &fields {
-            let (key, value) = field
-                .split_once('=')
-                .ok_or_else(|| malformed(format!("the field {field:?} has no \"=\"")))?;
-            match key.trim().to_ascii_lowercase().as_str() {
-                "type" => kind = Some(value.to_owned()),
-                "dest" => dest = Some(value.to_owned()),
-                "name" => names.extend(value.split(',').map(str::to_owned)),
-                "push" => push = Some(parse_bool(value).ok_or_else(|| not_bool(output, field))?),
-                "tar" => match parse_bool(value) {
-                    Some(true) => {}
-                    Some(false) => return Err(unsupported("a layout in a directory".to_owned())),
-                    None => return Err(not_bool(output, field)),
-                },
-                other => return Err(unsupported(format!("the field {other:?}"))),
+        let fields = Fields::read(output, &list)?;
+        let kind = fields
+            .kind
+            .ok_or_else(|| malformed("the field \"type=\" is missing".to_owned()))?;
+        let dest = fields.dest.filter(|dest| !dest.is_empty());
+        let has_no = |field: &str| Err(malformed(format!("type={kind} has no {field:?}")));
+        match kind.as_str() {
+            "oci" | "docker" | "registry" | "image" => {
+                if let Some(field) = fields.of_files {
+                    return has_no(&format!("{field}="));
+                }
             }
+            "tar" | "local" | "cacheonly" => {
+                if let Some(field) = fields.of_images {
+                    return has_no(&format!("{field}="));
+                }
+            }
+            _ => {}
         }
-        let kind = kind.ok_or_else(|| malformed("the field \"type=\" is missing".to_owned()))?;
-        let no_dest = |wanted| match &dest {
-            None => Ok(wanted),
-            Some(_) => Err(malformed(format!("type={kind} has no \"dest=\""))),
+        let file = |dest: Option<String>| PathBuf::from(dest.as_deref().unwrap_or("-"));
+        let directory = |dest: Option<String>| match dest.as_deref() {
+            None => Err(malformed(format!("type={kind} needs \"dest=DIR\""))),
+            Some("-") => Err(malformed(
+                "a directory cannot be written to standard output".to_owned(),
+            )),
+            Some(dest) => Ok(PathBuf::from(dest)),
         };
         match kind.as_str() {
-            "oci" if push.is_some() => Err(malformed("type=oci has no \"push=\"".to_owned())),
-            "oci" if !names.is_empty() => Err(unsupported(
-                "the field \"name\" of type=oci (use --tag)".to_owned(),
-            )),
-            "oci" => match dest.as_deref() {
-                None | Some("") => Err(malformed(
-                    "type=oci needs \"dest=FILE\", or \"dest=-\" for standard output".to_owned(),
-                )),
-                Some(dest) => Ok(Self::File(Output::OciArchive {
-                    dest: PathBuf::from(dest),
-                })),
-            },
-            "registry" => no_dest(Self::Image {
-                names,
-                push: push.unwrap_or(true),
+            "oci" | "docker" => {
+                if fields.push.is_some() {
+                    return has_no("push=");
+                }
+                let (format, dest) = match (kind.as_str(), fields.tar) {
+                    (_, Some(false)) => (ImageFormat::OciLayout, directory(dest)?),
+                    ("docker", _) if dest.is_none() => {
+                        return Err(OutputError::Load(output.to_owned()));
+                    }
+                    ("docker", _) => (ImageFormat::DockerArchive, file(dest)),
+                    _ => (ImageFormat::OciArchive, file(dest)),
+                };
+                let names = fields
+                    .names
+                    .iter()
+                    .map(|name| match Reference::parse(name) {
+                        Ok(name) if name.digest().is_some() => {
+                            Err(malformed(format!("the name {name} has a digest")))
+                        }
+                        Ok(name) => Ok(name),
+                        Err(error) => Err(malformed(error.to_string())),
+                    });
+                Ok(Self::File(Output::Image(ImageOutput {
+                    format,
+                    dest,
+                    names: names.collect::<Result<_, _>>()?,
+                    annotations: fields.annotations,
+                })))
+            }
+            "tar" => Ok(Self::File(Output::Tar { dest: file(dest) })),
+            "local" => Ok(Self::File(Output::Local {
+                dest: directory(dest)?,
+            })),
+            "registry" | "image" if dest.is_some() => has_no("dest="),
+            "registry" | "image" if fields.tar.is_some() => has_no("tar="),
+            "registry" | "image" => Ok(Self::Image {
+                names: fields.names,
+                push: fields.push.unwrap_or(kind == "registry"),
+                annotations: fields.annotations,
             }),
-            "image" => no_dest(Self::Image {
-                names,
-                push: push.unwrap_or(false),
-            }),
-            "cacheonly" => no_dest(Self::Nothing),
-            "docker" | "local" | "tar" => Err(unsupported(format!("type={kind}"))),
+            "cacheonly" if dest.is_some() => has_no("dest="),
+            "cacheonly" => Ok(Self::Nothing),
+            "moby" => Err(unsupported(format!("type={kind}"))),
             other => Err(malformed(format!(
-                "unknown type {other:?}: expected \"oci\" or \"registry\""
+                "unknown type {other:?}: expected \"oci\", \"docker\", \"tar\", \"local\", \"registry\", \"image\" or \"cacheonly\""
             ))),
         }
     }
+}
+
+impl Fields {
+    fn read(output: &str, list: &[String]) -> Result<Self, OutputError> {
+        let malformed = |reason: String| OutputError::Malformed {
+            output: output.to_owned(),
+            reason,
+        };
+        let mut fields = Self::default();
+        for field in list {
+            let (key, value) = field
+                .split_once('=')
+                .ok_or_else(|| malformed(format!("the field {field:?} has no \"=\"")))?;
+            let (key, bool) = (key.trim(), || {
+                parse_bool(value).ok_or_else(|| not_bool(output, field))
+            });
+            let lower = key.to_ascii_lowercase();
+            let unsupported = || OutputError::Unsupported {
+                output: output.to_owned(),
+                what: format!("the field {lower:?}"),
+            };
+            let as_it_is = AS_IT_IS.iter().find(|(known, _)| *known == lower);
+            match lower.as_str() {
+                "type" => {
+                    fields.kind = Some(value.to_owned());
+                    continue;
+                }
+                "dest" => {
+                    fields.dest = Some(value.to_owned());
+                    continue;
+                }
+                "mode" if value.is_empty() || value == "copy" => {
+                    fields.of_files.get_or_insert(lower);
+                    continue;
+                }
+                "platform-split" if !bool()? => {
+                    fields.of_files.get_or_insert(lower);
+                    continue;
+                }
+                "name" => fields.names.extend(value.split(',').map(str::to_owned)),
+                "push" => fields.push = Some(bool()?),
+                "tar" => fields.tar = Some(value.is_empty() || bool()?),
+                _ if let Some((_, said)) = as_it_is => {
+                    let is_said = match parse_bool(said) {
+                        Some(said) => bool()? == said,
+                        None => value == *said,
+                    };
+                    if !is_said {
+                        return Err(unsupported());
+                    }
+                }
+                _ => {
+                    // The name of an annotation keeps its case.
+                    let Some((kind, name)) = annotation(key) else {
+                        return Err(unsupported());
+                    };
+                    annotate(&mut fields.annotations, kind, name, value)
+                        .map_err(|reason| malformed(format!("the field {field:?}: {reason}")))?;
+                }
+            }
+            fields.of_images.get_or_insert(lower);
+        }
+        Ok(fields)
+    }
+}
+
+/// Splits `annotation.NAME` or `annotation-TYPE[PLATFORM].NAME` into type and name.
+///
+/// <https://docs.docker.com/build/metadata/annotations/#specify-annotations>
+fn annotation(key: &str) -> Option<(&str, &str)> {
+    let (kind, name) = key.strip_prefix("annotation")?.split_once('.')?;
+    let kind = match kind.strip_prefix('-') {
+        Some(kind) => kind,
+        // A platform alone is one of the manifest.
+        None if kind.is_empty() || kind.starts_with('[') => "manifest",
+        None => return None,
+    };
+    (!name.is_empty()).then_some((kind, name))
 }
 
 fn not_bool(output: &str, field: &str) -> OutputError {
@@ -183,22 +330,49 @@ fn split_fields(text: &str) -> Result<Vec<String>, &'static str> {
 mod tests {
     use super::*;
 
+    fn image(format: ImageFormat, dest: &str) -> ImageOutput {
+        ImageOutput {
+            format,
+            dest: dest.into(),
+            names: Vec::new(),
+            annotations: Annotations::default(),
+        }
+    }
+
     #[test]
     fn outputs_are_read_as_buildx_reads_them() {
-        let file = |dest: &str| Wanted::File(Output::OciArchive { dest: dest.into() });
-        let image = |names: &[&str], push| Wanted::Image {
+        use ImageFormat::{DockerArchive, OciArchive, OciLayout};
+        let file = |format, dest| Wanted::File(Output::Image(image(format, dest)));
+        let pushed = |names: &[&str], push| Wanted::Image {
             names: names.iter().map(|&n| n.to_owned()).collect(),
             push,
+            annotations: Annotations::default(),
         };
+        let tar = |dest: &str| Wanted::File(Output::Tar { dest: dest.into() });
+        let local = |dest: &str| Wanted::File(Output::Local { dest: dest.into() });
         for (output, expected) in [
-            ("type=oci,dest=a.tar", file("a.tar")),
-            ("dest=-,type=oci,tar=true", file("-")),
-            ("type=oci,\"dest=a,b\"\"c\"", file("a,b\"c")),
-            ("type=registry", image(&[], true)),
-            ("type=image", image(&[], false)),
+            ("-", tar("-")),
+            ("type=tar", tar("-")),
+            ("type=tar,dest=a.tar,platform-split=false", tar("a.tar")),
+            ("out", local("out")),
+            ("./a b", local("./a b")),
+            ("type=local,dest=out,mode=copy", local("out")),
+            ("type=oci", file(OciArchive, "-")),
+            ("type=oci,dest=a.tar", file(OciArchive, "a.tar")),
+            ("dest=-,type=oci,tar=true", file(OciArchive, "-")),
+            ("type=oci,\"dest=a,b\"\"c\"", file(OciArchive, "a,b\"c")),
+            ("type=oci,tar=false,dest=d", file(OciLayout, "d")),
+            ("type=docker,dest=-", file(DockerArchive, "-")),
+            ("type=docker,tar=0,dest=d", file(OciLayout, "d")),
+            (
+                "type=oci,dest=a,compression=gzip,oci-mediatypes=1,Force-Compression=f",
+                file(OciArchive, "a"),
+            ),
+            ("type=registry", pushed(&[], true)),
+            ("type=image", pushed(&[], false)),
             (
                 "type=image,\"name=a,b\",push=true",
-                image(&["a", "b"], true),
+                pushed(&["a", "b"], true),
             ),
             ("type=cacheonly", Wanted::Nothing),
         ] {
@@ -207,27 +381,93 @@ mod tests {
     }
 
     #[test]
+    fn names_and_annotations_belong_to_one_output() {
+        let pairs = |pairs: &[(&str, &str)]| {
+            let pairs = pairs.iter();
+            pairs
+                .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
+                .collect()
+        };
+        let annotations = Annotations {
+            manifest: pairs(&[("a.b", "1=2"), ("C", ""), ("d", "4")]),
+            descriptor: pairs(&[("e", "5")]),
+        };
+        let output = "annotation.a.b=1=2,annotation-manifest.C=,annotation[linux/amd64].d=4,\
+                      annotation-manifest-descriptor[linux/amd64].e=5";
+        assert_eq!(
+            Wanted::parse(&format!("type=docker,dest=x,\"name=a:1,h.io/b\",{output}")),
+            Ok(Wanted::File(Output::Image(ImageOutput {
+                names: ["a:1", "h.io/b"]
+                    .map(|name| Reference::parse(name).unwrap())
+                    .to_vec(),
+                annotations: annotations.clone(),
+                ..image(ImageFormat::DockerArchive, "x")
+            })))
+        );
+        assert_eq!(
+            Wanted::parse(&format!("type=registry,{output}")),
+            Ok(Wanted::Image {
+                names: Vec::new(),
+                push: true,
+                annotations
+            })
+        );
+    }
+
+    #[test]
     fn what_cannot_be_honoured_is_refused() {
         for (output, expected) in [
             (
-                "-",
-                "--output \"-\": type=tar (what \"-\" means) is not supported yet",
-            ),
-            (
-                "out",
-                "--output \"out\": type=local (what a path alone means) is not supported yet",
-            ),
-            (
                 "type=docker",
-                "--output \"type=docker\": type=docker is not supported yet",
+                "--output \"type=docker\": there is no daemon to load into",
             ),
             (
                 "type=oci,dest=a,compression=zstd",
                 "--output \"type=oci,dest=a,compression=zstd\": the field \"compression\" is not supported yet",
             ),
             (
-                "type=oci",
-                "invalid --output \"type=oci\": type=oci needs \"dest=FILE\", or \"dest=-\" for standard output",
+                "type=oci,dest=a,oci-mediatypes=false",
+                "--output \"type=oci,dest=a,oci-mediatypes=false\": the field \"oci-mediatypes\" is not supported yet",
+            ),
+            (
+                "type=local,dest=a,mode=delete",
+                "--output \"type=local,dest=a,mode=delete\": the field \"mode\" is not supported yet",
+            ),
+            (
+                "type=local,dest=a,platform-split=true",
+                "--output \"type=local,dest=a,platform-split=true\": the field \"platform-split\" is not supported yet",
+            ),
+            (
+                "type=tar,dest=a,attestation-prefix=x",
+                "--output \"type=tar,dest=a,attestation-prefix=x\": the field \"attestation-prefix\" is not supported yet",
+            ),
+            (
+                "type=local",
+                "invalid --output \"type=local\": type=local needs \"dest=DIR\"",
+            ),
+            (
+                "type=oci,tar=false,dest=-",
+                "invalid --output \"type=oci,tar=false,dest=-\": a directory cannot be written to standard output",
+            ),
+            (
+                "type=tar,name=a",
+                "invalid --output \"type=tar,name=a\": type=tar has no \"name=\"",
+            ),
+            (
+                "type=oci,mode=copy",
+                "invalid --output \"type=oci,mode=copy\": type=oci has no \"mode=\"",
+            ),
+            (
+                "type=oci,push=true",
+                "invalid --output \"type=oci,push=true\": type=oci has no \"push=\"",
+            ),
+            (
+                "type=oci,annotation-index.a=b",
+                "invalid --output \"type=oci,annotation-index.a=b\": the field \"annotation-index.a=b\": an image for one platform has no index; use manifest or manifest-descriptor",
+            ),
+            (
+                "type=oci,annotation.=b",
+                "--output \"type=oci,annotation.=b\": the field \"annotation.\" is not supported yet",
             ),
             (
                 "dest=a",
@@ -235,13 +475,9 @@ mod tests {
             ),
             (
                 "type=oic,dest=a",
-                "invalid --output \"type=oic,dest=a\": unknown type \"oic\": expected \"oci\" or \"registry\"",
+                "invalid --output \"type=oic,dest=a\": unknown type \"oic\": expected \"oci\", \"docker\", \"tar\", \"local\", \"registry\", \"image\" or \"cacheonly\"",
             ),
             ("", "invalid --output \"\": the field \"\" has no \"=\""),
-            (
-                "type=\"oci",
-                "invalid --output \"type=\\\"oci\": unknown type \"\\\"oci\": expected \"oci\" or \"registry\"",
-            ),
             (
                 "\"type=oci",
                 "invalid --output \"\\\"type=oci\": a quote is not closed",
@@ -261,5 +497,10 @@ mod tests {
         ] {
             assert_eq!(Wanted::parse(output).unwrap_err().to_string(), expected);
         }
+        let load = Wanted::parse("type=docker").unwrap_err();
+        assert_eq!(
+            load.hint(),
+            Some("use -o type=docker,dest=- and pipe into `docker load`")
+        );
     }
 }

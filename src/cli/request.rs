@@ -16,8 +16,8 @@ use super::values::{self, ValueError};
 use crate::context::{
     ContextError, ContextSource, DockerfileLocation, NamedContextError, NamedContexts,
 };
-use crate::image::{Platform, PlatformError, Reference, ReferenceError};
-use crate::pipeline::{BuildRequest, DeviceSettings, Output};
+use crate::image::{Annotations, Platform, PlatformError, Reference, ReferenceError};
+use crate::pipeline::{BuildRequest, DeviceSettings};
 use crate::plan::{self, Entitlement, Network, NoCache, RunSettings, Ulimit};
 use crate::registry::Reach;
 use crate::sandbox::{self, HostError, UlimitError, cdi};
@@ -129,6 +129,9 @@ pub(super) enum RequestError {
     /// The context or the Dockerfile.
     #[error(transparent)]
     Context(#[from] ContextError),
+    /// One image is pushed, and cannot have two manifests.
+    #[error("two outputs give the annotation {0:?} different values, and one image is pushed")]
+    TwoAnnotations(String),
     /// Two things at once on standard output.
     #[error("standard output can take one thing: only one of --quiet and one \"dest=-\"")]
     StandardOutput,
@@ -142,6 +145,7 @@ impl RequestError {
             Self::PushWithoutTag => Some("name the image with --tag REGISTRY/REPOSITORY:TAG"),
             Self::SeveralPlatforms(_) => Some("run one build for each platform"),
             Self::NoRoot => Some("choose a directory with --root DIR"),
+            Self::Output(error) => error.hint(),
             _ => None,
         }
     }
@@ -252,6 +256,7 @@ impl BuildSettings {
         let mut push = args.push;
         let mut outputs = Vec::new();
         let mut nowhere = false;
+        let mut push_annotations = Annotations::default();
         for output in &args.outputs {
             match Wanted::parse(output)? {
                 Wanted::File(file) => outputs.push(file),
@@ -259,9 +264,12 @@ impl BuildSettings {
                 Wanted::Image {
                     names,
                     push: wanted,
+                    annotations,
                 } => {
                     tags.extend(names);
                     push |= wanted;
+                    merge(&mut push_annotations.manifest, annotations.manifest)?;
+                    merge(&mut push_annotations.descriptor, annotations.descriptor)?;
                 }
             }
         }
@@ -270,7 +278,7 @@ impl BuildSettings {
         }
         let to_stdout = outputs
             .iter()
-            .filter(|Output::OciArchive { dest }| dest == Path::new("-"))
+            .filter(|output| output.dest() == Path::new("-"))
             .count();
         if to_stdout + usize::from(args.quiet) > 1 {
             return Err(RequestError::StandardOutput);
@@ -293,6 +301,7 @@ impl BuildSettings {
             tags: parse_tags(&tags)?,
             push,
             outputs,
+            push_annotations,
             plan: plan::Settings {
                 build_args,
                 target: args.target.filter(|target| !target.is_empty()),
@@ -355,6 +364,20 @@ impl BuildSettings {
             die_with_parent: args.die_with_parent,
         })
     }
+}
+
+/// Joins what several outputs of one image say of it.
+fn merge(
+    all: &mut BTreeMap<String, String>,
+    more: BTreeMap<String, String>,
+) -> Result<(), RequestError> {
+    for (name, value) in more {
+        if all.get(&name).is_some_and(|other| *other != value) {
+            return Err(RequestError::TwoAnnotations(name));
+        }
+        all.insert(name, value);
+    }
+    Ok(())
 }
 
 /// `--no-cache` and `--no-cache-filter`, whose names are separated by commas too.
@@ -761,6 +784,25 @@ pub(super) mod tests {
         .unwrap();
         assert_eq!(settings.request.sandbox, Choice::Crun);
         assert_eq!(settings.progress, ProgressArg::Plain);
+    }
+
+    #[test]
+    fn a_pushed_image_has_one_value_for_an_annotation() {
+        let both = |second: &str| {
+            let first = "type=registry,annotation.a=1,annotation.b=2";
+            convert(&["-t", "h.io/a", "-o", first, "-o", second, "."], &[])
+        };
+        let request = both("type=image,annotation.a=1,annotation.c=3")
+            .unwrap()
+            .request;
+        let names: Vec<&String> = request.push_annotations.manifest.keys().collect();
+        assert_eq!(names, ["a", "b", "c"]);
+        assert_eq!(request.annotations, Annotations::default());
+        let error = both("type=image,annotation.a=other").unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "two outputs give the annotation \"a\" different values, and one image is pushed"
+        );
     }
 
     #[test]

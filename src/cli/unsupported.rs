@@ -75,8 +75,9 @@ const FLAGS: &[Unsupported] = &[
     boolean("disable-content-trust"),
     boolean("force-rm").hint("steps leave no containers behind; leave it out"),
     value("isolation"),
-    boolean("load")
-        .hint("there is no daemon to load into; write an archive with -o type=oci,dest=FILE"),
+    boolean("load").hint(
+        "there is no daemon to load into; use -o type=docker,dest=- and pipe into `docker load`",
+    ),
     value("memory").short('m'),
     value("memory-swap"),
     value("policy"),

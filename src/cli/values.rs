@@ -62,26 +62,41 @@ pub(super) fn annotations(flags: &[String]) -> Result<Annotations, ValueError> {
             return Err(wrong("the name is empty"));
         }
         for kind in types.split(',') {
-            // One platform is built, so naming it changes nothing.
-            let kind = kind.split_once('[').map_or(kind, |(kind, _)| kind);
-            let target = match kind {
-                "manifest" => &mut all.manifest,
-                "manifest-descriptor" => &mut all.descriptor,
-                "index" | "index-descriptor" => {
-                    return Err(wrong(
-                        "an image for one platform has no index; use manifest or manifest-descriptor",
-                    ));
-                }
-                _ => {
-                    return Err(wrong(
-                        "unknown type: expected manifest, manifest-descriptor, index or index-descriptor",
-                    ));
-                }
-            };
-            target.insert(name.to_owned(), value.to_owned());
+            annotate(&mut all, kind, name, value).map_err(wrong)?;
         }
     }
     Ok(all)
+}
+
+/// Adds the annotation `name` to what `kind` says: `manifest` or `manifest-descriptor`,
+/// perhaps with a platform in brackets behind it.
+///
+/// # Errors
+/// What is wrong with `kind`.
+pub(super) fn annotate(
+    all: &mut Annotations,
+    kind: &str,
+    name: &str,
+    value: &str,
+) -> Result<(), &'static str> {
+    // One platform is built, so naming it changes nothing.
+    let kind = kind.split_once('[').map_or(kind, |(kind, _)| kind);
+    let target = match kind {
+        "manifest" => &mut all.manifest,
+        "manifest-descriptor" => &mut all.descriptor,
+        "index" | "index-descriptor" => {
+            return Err(
+                "an image for one platform has no index; use manifest or manifest-descriptor",
+            );
+        }
+        _ => {
+            return Err(
+                "unknown type: expected manifest, manifest-descriptor, index or index-descriptor",
+            );
+        }
+    };
+    target.insert(name.to_owned(), value.to_owned());
+    Ok(())
 }
 
 /// `--allow`; several may stand in one, separated by commas, but for `device=…`, which

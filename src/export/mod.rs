@@ -1,9 +1,17 @@
-//! An image goes out: as a tar of an OCI image layout.
+//! An image goes out: as an OCI image layout in a tar or in a directory, as an archive for
+//! `docker load`, or as the files that its layers are together, in a tar or in a directory.
 //!
 //! Pushing to a registry is [`crate::registry`]'s. Nothing is compressed or fetched
-//! here: every blob has to be in the store.
+//! here: every blob has to be in the store, every layer unpacked.
 
+mod file;
+mod files;
+mod layout;
+mod local;
 mod oci;
+mod tar;
+#[cfg(test)]
+mod testing;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -11,9 +19,16 @@ use std::path::{Path, PathBuf};
 use thiserror::Error;
 
 use crate::image::Digest;
+use crate::layer::LayerError;
+use crate::layout::LayoutError;
+use crate::rootfs::RootfsError;
 use crate::store::StoreError;
 
-pub use oci::{oci_archive, write_oci_archive};
+pub use self::tar::root_tar;
+pub use file::{IsCancelled, check_file};
+pub use layout::image_layout;
+pub use local::{LocalReport, check_directory, local};
+pub use oci::{ArchiveKind, image_archive};
 
 /// What can go wrong while an image is written.
 #[derive(Debug, Error)]
@@ -63,6 +78,26 @@ pub enum ExportError {
     /// The archive cannot be written.
     #[error("writing the archive")]
     Archive(#[source] io::Error),
+    /// The root filesystem cannot be written as a tar.
+    #[error("writing the root filesystem")]
+    RootTar(#[source] LayerError),
+    /// The root filesystem cannot be read.
+    #[error(transparent)]
+    Rootfs(RootfsError),
+    /// A file of the root filesystem cannot be written to a directory.
+    #[error("writing {path:?} to {}", dest.display())]
+    Local {
+        /// The file, inside the image.
+        path: PathBuf,
+        /// The directory.
+        dest: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// The directory has a layout that cannot be extended.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
 }
 
 impl ExportError {

@@ -1,10 +1,11 @@
-//! `type=oci`: an OCI image layout in a tar.
+//! `type=oci` and `type=docker`: an OCI image layout in a tar.
 //!
 //! ```text
 //! blobs/
 //! blobs/sha256/
 //! blobs/sha256/<hex>   config, layers and manifest
-//! index.json           one entry a tag, with the annotations that BuildKit sets
+//! index.json           one entry a name, with the annotations that BuildKit sets
+//! manifest.json        type=docker only: what `docker load` reads
 //! oci-layout
 //! ```
 //!
@@ -14,94 +15,44 @@
 //! <https://github.com/opencontainers/image-spec/blob/main/image-layout.md>
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io::{self, BufWriter, IsTerminal as _, Read, Write};
-use std::os::unix::fs::PermissionsExt as _;
+use std::io::{self, Read, Write};
 use std::path::Path;
 
+use serde::Serialize;
+
 use super::ExportError;
+use super::file::{IsCancelled, write_whole};
 use crate::image::{Descriptor, Digest, Image, Index, MediaType, Reference};
 use crate::store::Store;
 
 /// The content of `oci-layout`.
-const LAYOUT: &[u8] = br#"{"imageLayoutVersion":"1.0.0"}"#;
+pub(super) const LAYOUT: &[u8] = br#"{"imageLayoutVersion":"1.0.0"}"#;
 
 /// The whole name, which containerd imports under.
-const NAME: &str = "io.containerd.image.name";
+pub(super) const NAME: &str = "io.containerd.image.name";
 
 /// The tag alone, which tools after the specification select by.
-const REF_NAME: &str = "org.opencontainers.image.ref.name";
+pub(super) const REF_NAME: &str = "org.opencontainers.image.ref.name";
 
-/// Where an entry's bytes are.
-enum Source<'i> {
+/// What an archive is made for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ArchiveKind {
+    /// Readers of OCI image layouts.
+    Oci,
+    /// `docker load` too.
+    Docker,
+}
+
+/// Where a blob's bytes are.
+pub(super) enum Source<'i> {
+    /// In the image.
     Bytes(&'i [u8]),
+    /// In the store.
     Store(&'i Descriptor),
 }
 
-/// Writes `image` as a tar of an OCI image layout to `dest`; `-` is standard output.
-///
-/// All layers have to be in `store`. A file appears under its name when it is
-/// complete, or not at all; what is no regular file, such as a pipe, is written as it is.
-///
-/// # Errors
-/// [`ExportError`]; a damaged blob is `CopyBlob`.
-pub fn oci_archive(
-    image: &Image,
-    tags: &[Reference],
-    store: &Store,
-    dest: &Path,
-) -> Result<(), ExportError> {
-    if dest == Path::new("-") {
-        let stdout = io::stdout();
-        if stdout.is_terminal() {
-            return Err(ExportError::Terminal);
-        }
-        return write_oci_archive(image, tags, store, stdout.lock()).map(drop);
-    }
-    // A link keeps pointing at its file: that one is replaced, not the link.
-    let resolved = fs::canonicalize(dest);
-    let dest = resolved.as_deref().unwrap_or(dest);
-    match fs::metadata(dest) {
-        Ok(metadata) if !metadata.is_file() && !metadata.is_dir() => {
-            let file = File::options()
-                .write(true)
-                .open(dest)
-                .map_err(ExportError::io("opening", dest))?;
-            return write_oci_archive(image, tags, store, file).map(drop);
-        }
-        Ok(metadata) if metadata.is_dir() => {
-            let error = io::Error::from(io::ErrorKind::IsADirectory);
-            return Err(ExportError::io("writing", dest)(error));
-        }
-        _ => {}
-    }
-    let parent = match dest.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    let file = tempfile::Builder::new()
-        .prefix(".sockless-")
-        // What `open(2)` of a new file would give; the umask takes its part.
-        .permissions(fs::Permissions::from_mode(0o666))
-        .tempfile_in(parent)
-        .map_err(ExportError::io("creating a file in", parent))?;
-    let file = write_oci_archive(image, tags, store, file)?;
-    file.persist(dest)
-        .map_err(|error| ExportError::io("naming", dest)(error.error))?;
-    Ok(())
-}
-
-/// Writes the tar to `out`, which is flushed and returned.
-///
-/// # Errors
-/// [`ExportError`]; what was written by then is no archive.
-pub fn write_oci_archive<W: Write>(
-    image: &Image,
-    tags: &[Reference],
-    store: &Store,
-    out: W,
-) -> Result<W, ExportError> {
-    // A map, because one layer may be in an image twice and a tar must name it once.
+/// All blobs of an image by digest: one layer may be in it twice, and is named once.
+pub(super) fn blobs(image: &Image) -> BTreeMap<&Digest, Source<'_>> {
     let mut blobs = BTreeMap::from([
         (
             &image.raw_manifest.digest,
@@ -115,28 +66,99 @@ pub fn write_oci_archive<W: Write>(
     for layer in &image.layers {
         blobs.insert(&layer.descriptor.digest, Source::Store(&layer.descriptor));
     }
-    let mut tar = tar::Builder::new(BufWriter::with_capacity(1 << 20, out));
+    blobs
+}
+
+/// Writes `image` as a tar of an OCI image layout to `dest`; `-` is standard output.
+///
+/// All layers have to be in `store`. A file appears under its name when it is
+/// complete, or not at all; what is no regular file, such as a pipe, is written as it is.
+///
+/// # Errors
+/// [`ExportError`]; a damaged blob is `CopyBlob`.
+pub fn image_archive(
+    kind: ArchiveKind,
+    image: &Image,
+    names: &[Reference],
+    store: &Store,
+    dest: &Path,
+    is_cancelled: IsCancelled<'_>,
+) -> Result<(), ExportError> {
+    write_whole(dest, is_cancelled, |out| {
+        write_archive(kind, image, names, store, out)
+    })
+}
+
+fn write_archive(
+    kind: ArchiveKind,
+    image: &Image,
+    names: &[Reference],
+    store: &Store,
+    out: impl Write,
+) -> Result<(), ExportError> {
+    let mut tar = tar::Builder::new(out);
     append_directory(&mut tar, "blobs/")?;
     append_directory(&mut tar, "blobs/sha256/")?;
-    for (digest, source) in blobs {
-        let name = format!("blobs/sha256/{}", digest.hex());
+    for (digest, source) in blobs(image) {
+        let name = blob_name(digest);
         match source {
             Source::Bytes(bytes) => append(&mut tar, &name, bytes)?,
             Source::Store(descriptor) => append_blob(&mut tar, &name, descriptor, store)?,
         }
     }
-    let index = serde_json::to_vec(&index(image, tags)).expect("an index has only string keys");
+    let index = serde_json::to_vec(&index(image, names)).expect("an index has only string keys");
     append(&mut tar, "index.json", &index)?;
+    if kind == ArchiveKind::Docker {
+        let manifest = [DockerManifest::of(image, names)];
+        let manifest = serde_json::to_vec(&manifest).expect("there are no maps in it");
+        append(&mut tar, "manifest.json", &manifest)?;
+    }
     append(&mut tar, "oci-layout", LAYOUT)?;
-    let buffered = tar.into_inner().map_err(ExportError::Archive)?;
-    let mut out = buffered
-        .into_inner()
-        .map_err(|error| ExportError::Archive(error.into_error()))?;
-    out.flush().map_err(ExportError::Archive)?;
-    Ok(out)
+    tar.finish().map_err(ExportError::Archive)
 }
 
-/// One entry a tag, or one without a name.
+/// Where a blob is in a layout.
+pub(super) fn blob_name(digest: &Digest) -> String {
+    format!("blobs/sha256/{}", digest.hex())
+}
+
+/// An image in `manifest.json`.
+///
+/// <https://github.com/moby/docker-image-spec/blob/main/v1.2.md#combined-image-json--filesystem-changeset-format>
+#[derive(Serialize)]
+#[serde(rename_all = "PascalCase")]
+struct DockerManifest {
+    config: String,
+    /// Null for an image without a name, as containerd writes it.
+    repo_tags: Option<Vec<String>>,
+    layers: Vec<String>,
+}
+
+impl DockerManifest {
+    fn of(image: &Image, names: &[Reference]) -> Self {
+        Self {
+            config: blob_name(&image.manifest.config.digest),
+            repo_tags: (!names.is_empty()).then(|| names.iter().map(familiar).collect()),
+            layers: (image.layers.iter())
+                .map(|layer| blob_name(&layer.descriptor.digest))
+                .collect(),
+        }
+    }
+}
+
+/// A name as Docker's users write it: without the parts that Docker Hub's have by default.
+fn familiar(name: &Reference) -> String {
+    let whole = name.to_string();
+    let Some(path) = whole.strip_prefix("docker.io/") else {
+        return whole;
+    };
+    match path.strip_prefix("library/") {
+        Some(official) if !official.contains('/') => official.to_owned(),
+        _ => path.to_owned(),
+    }
+}
+
+/// One entry a name, or one without.
 fn index(image: &Image, tags: &[Reference]) -> Index {
     let mut unnamed = image.descriptor();
     unnamed.platform = Some(image.config.platform.clone());
@@ -192,6 +214,19 @@ fn append_blob(
     descriptor: &Descriptor,
     store: &Store,
 ) -> Result<(), ExportError> {
+    let mut header = header(tar::EntryType::Regular, 0o644, descriptor.size);
+    read_blob(descriptor, store, |blob| {
+        tar.append_data(&mut header, name, blob)
+    })
+}
+
+/// Gives `copy` a blob of the store to read: exactly as many bytes as `descriptor` says,
+/// and checked by its digest at the end.
+pub(super) fn read_blob(
+    descriptor: &Descriptor,
+    store: &Store,
+    copy: impl FnOnce(&mut dyn Read) -> io::Result<()>,
+) -> Result<(), ExportError> {
     let digest = || -> Digest { descriptor.digest.clone() };
     let mut reader =
         store
@@ -207,10 +242,9 @@ fn append_blob(
             want: descriptor.size,
         });
     }
-    let mut header = header(tar::EntryType::Regular, 0o644, descriptor.size);
-    // Not one byte more than the header says, and yet to the end: there the digest is checked.
+    // Not one byte more than announced, and yet to the end: there the digest is checked.
     let mut limited = reader.by_ref().take(descriptor.size);
-    tar.append_data(&mut header, name, &mut limited)
+    copy(&mut limited)
         .and_then(|()| {
             let missing = limited.limit();
             let excess = io::copy(limited.get_mut(), &mut io::sink())?;
@@ -232,41 +266,26 @@ fn append_blob(
 #[cfg(test)]
 mod tests {
     use std::collections::HashMap;
-    use std::os::unix::fs::symlink;
+    use std::fs;
     use std::process::Command;
 
+    use super::super::testing::{Fixture, fixture, skip, tags};
     use super::*;
     use crate::image::validate::validate;
-    use crate::image::{Annotations, DiffId, History, ImageConfig, ImageLayer, Platform, assemble};
 
-    struct Fixture {
-        dir: tempfile::TempDir,
-        store: Store,
-        image: Image,
+    fn oci_archive(
+        image: &Image,
+        names: &[Reference],
+        store: &Store,
+        dest: &Path,
+    ) -> Result<(), ExportError> {
+        image_archive(ArchiveKind::Oci, image, names, store, dest, &|| false)
     }
 
-    /// An image of three layers, the last of which is the first again.
-    fn fixture() -> Fixture {
-        let dir = tempfile::tempdir().unwrap();
-        let store = Store::open(&dir.path().join("store")).unwrap();
-        let layers = ["one", "two", "one"].map(|text| {
-            let mut tar = tar::Builder::new(Vec::new());
-            append(&mut tar, text, text.as_bytes()).unwrap();
-            let plain = tar.into_inner().unwrap();
-            let digest = store.put_blob(&plain).unwrap();
-            ImageLayer {
-                diff_id: DiffId::from_uncompressed(digest),
-                descriptor: Descriptor::of(MediaType::LAYER_TAR, &plain),
-            }
-        });
-        let mut config = ImageConfig::scratch(Platform::parse("linux/amd64").unwrap());
-        config.history = vec![History::default(); 3];
-        let image = assemble(config, layers.to_vec(), Annotations::default());
-        Fixture { dir, store, image }
-    }
-
-    fn tags(names: &[&str]) -> Vec<Reference> {
-        names.iter().map(|n| Reference::parse(n).unwrap()).collect()
+    fn written(kind: ArchiveKind, image: &Image, names: &[Reference], store: &Store) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        write_archive(kind, image, names, store, &mut bytes).unwrap();
+        bytes
     }
 
     /// Name, mode and time of an entry.
@@ -355,7 +374,7 @@ mod tests {
             store,
             image,
         } = fixture();
-        let write = || write_oci_archive(&image, &[], &store, Vec::new()).unwrap();
+        let write = || written(ArchiveKind::Oci, &image, &[], &store);
         let first = write();
         assert_eq!(first, write());
         let (_, contents) = read_back(&first);
@@ -402,37 +421,32 @@ mod tests {
     }
 
     #[test]
-    fn what_stands_at_the_destination_is_respected() {
-        let Fixture { dir, store, image } = fixture();
-        let right = write_oci_archive(&image, &[], &store, Vec::new()).unwrap();
-        let real = dir.path().join("real.tar");
-        let link = dir.path().join("link.tar");
-        fs::write(&real, "old").unwrap();
-        symlink("real.tar", &link).unwrap();
-        oci_archive(&image, &[], &store, &link).unwrap();
-        assert_eq!(fs::read(&real).unwrap(), right);
-        assert_eq!(fs::read_link(&link).unwrap(), Path::new("real.tar"));
-
-        let error = oci_archive(&image, &[], &store, dir.path()).unwrap_err();
+    fn docker_finds_its_own_manifest() {
+        let Fixture {
+            dir: _dir,
+            store,
+            image,
+        } = fixture();
+        let names = tags(&["a:1", "me/a", "library/a/b", "h.io/library/c:2"]);
+        let (heads, contents) = read_back(&written(ArchiveKind::Docker, &image, &names, &store));
+        let found: Vec<&str> = heads.iter().map(|(name, ..)| name.as_str()).collect();
         assert_eq!(
-            format!("{:#}", anyhow::Error::new(error)),
-            format!("writing {}: is a directory", dir.path().display())
+            found[found.len() - 3..],
+            ["index.json", "manifest.json", "oci-layout"]
         );
-
-        // A pipe is written to and stays a pipe.
-        let pipe = dir.path().join("pipe");
-        rustix::fs::mkfifoat(
-            rustix::fs::CWD,
-            &pipe,
-            rustix::fs::Mode::from_raw_mode(0o600),
-        )
-        .unwrap();
-        let reader = std::thread::spawn({
-            let pipe = pipe.clone();
-            move || fs::read(pipe).unwrap()
-        });
-        oci_archive(&image, &[], &store, &pipe).unwrap();
-        assert_eq!(reader.join().unwrap(), right);
+        let layers = [0, 1, 0].map(|at: usize| blob_name(&image.layers[at].descriptor.digest));
+        let config = blob_name(&image.manifest.config.digest);
+        let [one, two, again] = &layers;
+        assert_eq!(
+            String::from_utf8_lossy(&contents["manifest.json"]),
+            format!(
+                r#"[{{"Config":"{config}","RepoTags":["a:1","me/a:latest","library/a/b:latest","h.io/library/c:2"],"Layers":["{one}","{two}","{again}"]}}]"#
+            )
+        );
+        let (_, contents) = read_back(&written(ArchiveKind::Docker, &image, &[], &store));
+        let manifest: serde_json::Value =
+            serde_json::from_slice(&contents["manifest.json"]).unwrap();
+        assert_eq!(manifest[0]["RepoTags"], serde_json::Value::Null);
     }
 
     #[test]
@@ -456,15 +470,5 @@ mod tests {
             assert_eq!(inspected["Digest"], image.raw_manifest.digest.as_str());
             assert_eq!(inspected["Layers"].as_array().unwrap().len(), 3);
         }
-    }
-
-    /// A test that cannot run says so, and fails where everything has to run.
-    #[allow(clippy::print_stderr, reason = "a test says that it did not run")]
-    fn skip(reason: &str) {
-        assert!(
-            std::env::var_os("SOCKLESS_TEST_REQUIRE_ALL").is_none_or(|v| v != "1"),
-            "{reason}"
-        );
-        eprintln!("skipped: {reason}");
     }
 }

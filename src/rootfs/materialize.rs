@@ -275,7 +275,7 @@ fn write_file(
 
 /// Copies `source` to the empty file `target`, sharing blocks or leaving holes where the
 /// file system can. Returns the source's length, or `want + 1` if it is longer than `want`.
-fn copy(mut source: &File, mut target: &File, want: u64) -> io::Result<u64> {
+pub(crate) fn copy(mut source: &File, mut target: &File, want: u64) -> io::Result<u64> {
     let length = source.metadata()?.len();
     if length != want {
         return Ok(length.min(want.saturating_add(1)));

@@ -40,12 +40,13 @@ pub use change::{
 };
 pub use diff::{Changes, changes};
 pub use inherit::inherit_metadata;
+pub(crate) use materialize::copy as copy_content;
 pub use materialize::materialize;
 pub use overlay::{Changed, Rootfs};
 pub use stack::{Node, Stack};
 pub use stubs::MountPoint;
 #[cfg(test)]
-pub(crate) use testing::in_worlds;
+pub(crate) use testing::{has_many_ids, in_worlds, line, tree_of};
 pub use tree::Tree;
 pub use xattr::belongs_in_layer;
 

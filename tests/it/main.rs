@@ -37,6 +37,8 @@ mod memory;
 mod modules;
 /// What RUN steps have mounted, over several builds, and devices.
 mod mounts;
+/// `--output`: archives, layouts, directories.
+mod outputs;
 /// What README says of settings is what the program has.
 mod readme;
 /// Registries: credentials, transport, what is sent and what is not.
@@ -49,7 +51,7 @@ mod scenario;
 mod service;
 /// SSH agents and keys, as OpenSSH's own programs see them.
 mod session;
-/// Where COPY and ADD have their files from: servers, contexts that change, our own images.
-mod sources_add;
 /// Contexts, ADD and dates from servers and repositories.
 mod sources;
+/// Where COPY and ADD have their files from: servers, contexts that change, our own images.
+mod sources_add;

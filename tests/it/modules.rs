@@ -69,7 +69,10 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "confined",
         ],
     ),
-    ("export", &["registry", "layer", "store", "image"]),
+    (
+        "export",
+        &["layer", "layout", "rootfs", "confined", "store", "image"],
+    ),
     ("layer", &["rootfs", "store", "image", "confined"]),
     ("registry", &["store", "image"]),
     (
