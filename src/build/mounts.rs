@@ -12,6 +12,7 @@ use super::cache_mount::{self, CacheDirectory, DETAIL};
 use super::context_tree::ContextTree;
 use super::copy::SourceTree;
 use super::subtree::{self, Subtree};
+use crate::confined;
 use crate::image::{Digest, Hasher};
 use crate::plan::{Mount, MountFrom, MountKind, Run};
 use crate::rootfs::{Rootfs, Stack};
@@ -32,6 +33,7 @@ pub(super) struct Mounts {
     sockets: Vec<AgentSocket>,
     caches: BTreeMap<String, CacheDirectory>,
     filesystems: Vec<Option<Rootfs>>,
+    temporary: Vec<PathBuf>,
 }
 
 impl Mounts {
@@ -60,12 +62,23 @@ impl Mounts {
         Ok(mounts)
     }
 
-    /// Unmounts and removes what is not kept.
+    /// Unmounts and removes what is not kept. What cannot be removed goes with the store's `tmp/`.
     pub(super) fn finish(self) {
-        self.filesystems
-            .into_iter()
-            .flatten()
-            .for_each(Rootfs::discard);
+        let filesystems = self.filesystems.into_iter().flatten();
+        filesystems.for_each(Rootfs::discard);
+        drop(self.sockets);
+        for dir in self.temporary {
+            if let Err(error) = confined::remove_tree(&dir) {
+                tracing::debug!(dir = %dir.display(), %error, "a directory stays");
+            }
+        }
+    }
+
+    /// A directory that is removed when the step has ended.
+    fn temporary(&mut self, engine: &Engine, prefix: &str) -> anyhow::Result<PathBuf> {
+        let dir = engine.store.tmp_dir(prefix)?;
+        self.temporary.push(dir.clone());
+        Ok(dir)
     }
 
     fn push(&mut self, mount: &Mount, source: MountSource, read_only: bool) {
@@ -155,7 +168,7 @@ impl Mounts {
                 self.push(mount, MountSource::Bind(path), false);
             }
             MountKind::Script { name, content } => {
-                let dir = engine.store.tmp_dir("script-")?;
+                let dir = self.temporary(engine, "script-")?;
                 subtree::dress(&dir, 0o755, 0, 0).context("dressing the directory")?;
                 let path = dir.join(Path::new(name).file_name().unwrap_or_default());
                 fs::write(&path, content).with_context(|| format!("writing {}", path.display()))?;
@@ -177,11 +190,11 @@ impl Mounts {
         match from {
             MountFrom::Scratch => {
                 anyhow::ensure!(source == "/", "{source:?} not found in an empty filesystem");
-                subtree::empty(&engine.store.tmp_dir("mount-")?, 0o755, 0, 0)
+                subtree::empty(&self.temporary(engine, "mount-")?, 0o755, 0, 0)
             }
             MountFrom::Context(_) => {
                 let subtree = subtree_of(engine, from, source, sources)?;
-                subtree.write(&engine.store.tmp_dir("mount-")?)
+                subtree.write(&self.temporary(engine, "mount-")?)
             }
             MountFrom::Step(index) => {
                 let stack = &sources[index];
@@ -189,11 +202,13 @@ impl Mounts {
                 let node = node
                     .with_context(|| format!("reading {source:?} of {STAGE}"))?
                     .with_context(|| format!("{source:?} not found in {STAGE}"))?;
-                let mounted = match &mut self.filesystems[index] {
+                let mounted = match self.filesystems[index].take() {
                     Some(mounted) => mounted,
-                    none => none.insert(Rootfs::mount(stack, &engine.store.tmp_dir("mount-")?)?),
+                    None => Rootfs::mount(stack, &self.temporary(engine, "mount-")?)?,
                 };
-                Ok(mounted.path().join(node.path()))
+                let path = mounted.path().join(node.path());
+                self.filesystems[index] = Some(mounted);
+                Ok(path)
             }
         }
     }
@@ -239,7 +254,7 @@ impl Mounts {
 
     /// A socket that speaks for the agent `id`.
     fn agent(&mut self, engine: &Engine, id: &str) -> anyhow::Result<PathBuf> {
-        let dir = engine.store.tmp_dir("agent-")?;
+        let dir = self.temporary(engine, "agent-")?;
         self.sockets
             .push(engine.agents.serve(id, &dir.join("agent"))?);
         Ok(dir.join("agent"))
