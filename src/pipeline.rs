@@ -293,22 +293,6 @@ fn without_effect(request: &BuildRequest, dockerfile: &Dockerfile) -> Vec<String
     let mut found: Vec<String> = flags
         .map(|ignored| format!("{}: {}", place(ignored.span), ignored.message))
         .collect();
-    let written = dockerfile.directives.syntax.as_ref();
-    let written = written.map(|syntax| (place(syntax.span), syntax.raw.as_str()));
-    let given = request.plan.build_args.get("BUILDKIT_SYNTAX");
-    let given = given.map(|syntax| ("--build-arg BUILDKIT_SYNTAX".to_owned(), syntax.as_str()));
-    for (place, syntax) in written.into_iter().chain(given) {
-        if !is_dockerfile_front_end(syntax) {
-            found.push(format!(
-                "{place}: the front end {syntax:?} is not fetched: \
-                 the Dockerfile is read as docker/dockerfile reads it"
-            ));
-        }
-    }
-    let inline_cache = request.plan.build_args.get("BUILDKIT_INLINE_CACHE");
-    if inline_cache.is_some_and(|value| dockerfile::parse_bool(value) == Some(true)) {
-        found.push("--build-arg BUILDKIT_INLINE_CACHE: no cache is exported".to_owned());
-    }
     if let plan::NoCache::Stages(names) = &request.plan.no_cache {
         let stages = || dockerfile.stages.iter().filter_map(|s| s.name.as_ref());
         let is_stage = |name: &str| stages().any(|stage| stage.raw.eq_ignore_ascii_case(name));
@@ -316,18 +300,6 @@ fn without_effect(request: &BuildRequest, dockerfile: &Dockerfile) -> Vec<String
         found.extend(unknown.map(|name| format!("--no-cache-filter: no stage is called {name:?}")));
     }
     found
-}
-
-/// Whether `# syntax=` names the front end whose language is read here, in any version.
-fn is_dockerfile_front_end(syntax: &str) -> bool {
-    Reference::parse(syntax).is_ok_and(|reference| {
-        let (repository, hub) = (reference.repository(), image::DOCKER_HUB);
-        repository.registry() == hub
-            && matches!(
-                repository.name(),
-                "docker/dockerfile" | "docker/dockerfile-upstream"
-            )
-    })
 }
 
 /// What fetches other servers' files for this build.

@@ -1,6 +1,6 @@
 //! Which stages and images the target needs. Pure: only the text and the settings.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::{ContextId, ImageId, SOURCE_DATE_EPOCH, Settings, support};
 use crate::context::named::NamedContext;
@@ -21,6 +21,8 @@ pub struct StageGraph {
     pub target: usize,
     /// Global build arguments with their values.
     pub global_args: Environment,
+    /// The named contexts that stand in for something.
+    pub contexts: BTreeSet<ContextId>,
 }
 
 /// A needed stage.
@@ -129,6 +131,7 @@ pub fn graph(
         images: Vec::new(),
         target,
         global_args: Environment::new(),
+        contexts: BTreeSet::new(),
     })
 }
 
@@ -209,6 +212,8 @@ struct Builder<'a> {
     /// Those of `args` that `ARG` declared.
     declared: Environment,
     images: Vec<ImageNeed>,
+    /// The named contexts that were found.
+    contexts: BTreeSet<ContextId>,
     problems: Vec<Problem>,
 }
 
@@ -220,6 +225,7 @@ impl<'a> Builder<'a> {
             args: platform_args(dockerfile, settings),
             declared: Environment::new(),
             images: Vec::new(),
+            contexts: BTreeSet::new(),
             problems: Vec::new(),
         };
         // The platform arguments can be given on the command line too.
@@ -278,6 +284,7 @@ impl<'a> Builder<'a> {
         }
         graph.images = std::mem::take(&mut self.images);
         graph.global_args = std::mem::take(&mut self.declared);
+        graph.contexts = std::mem::take(&mut self.contexts);
         Ok(graph)
     }
 
@@ -568,6 +575,7 @@ impl<'a> Builder<'a> {
     }
 
     fn context(&mut self, context: ContextId, span: Span, platform: &Platform) -> Base {
+        self.contexts.insert(context);
         match context.named(&self.settings.contexts) {
             None | Some((_, NamedContext::Scratch)) => Base::Scratch,
             Some((_, NamedContext::Image(reference))) => {

@@ -105,6 +105,8 @@ pub fn lower(
     }
     lowering.warnings.extend(lowering.unused_args());
     lowering.warnings.extend(lowering.special_args());
+    lowering.warnings.extend(lowering.unused_contexts());
+    lowering.warnings.extend(lowering.windows_paths());
     let state = lowering
         .states
         .remove(&graph.target)
@@ -370,6 +372,26 @@ impl<'a> Lowering<'a> {
             .collect();
         let list = unused.join(", ");
         (!unused.is_empty()).then(|| format!("build arguments that no ARG takes: {list}"))
+    }
+
+    /// Says which named contexts stand in for nothing.
+    fn unused_contexts(&self) -> Option<String> {
+        let named = self.settings.contexts.iter().enumerate();
+        let unused =
+            named.filter(|(index, _)| !self.graph.contexts.contains(&ContextId(index + 1)));
+        // One that is for another platform is not meant here.
+        let names = unused.map(|(_, (name, _))| name);
+        let names: Vec<&str> = names.filter(|name| !name.contains("::")).collect();
+        (!names.is_empty())
+            .then(|| format!("named contexts that nothing uses: {}", names.join(", ")))
+    }
+
+    /// Says that images for Windows are made by the rules of Linux.
+    fn windows_paths(&self) -> Option<String> {
+        let is_windows = |node: &StageNode| node.platform.os == "windows";
+        self.graph.stages.iter().any(is_windows).then(|| {
+            "paths of images for Windows are read as those of Linux: drive letters and backslashes are parts of names".to_owned()
+        })
     }
 
     /// Says which arguments that ask for something of the builder have no effect.

@@ -979,6 +979,30 @@ fn named_contexts_stand_in_for_stages_and_images() {
 }
 
 #[test]
+fn what_has_no_effect_is_told() {
+    let mut unused = case("FROM base AS a\nCOPY --from=used x y\nFROM base");
+    unused.settings.contexts =
+        NamedContexts::parse(["used=./a", "late=./b", "base::linux/386=./c"]).unwrap();
+    let warnings = |case: &Case| case.plan().warnings;
+    assert_eq!(
+        warnings(&unused),
+        ["named contexts that nothing uses: late, used"]
+    );
+    assert_eq!(
+        warnings(&unused.target("a")),
+        ["named contexts that nothing uses: late"]
+    );
+    let mut windows = case("FROM scratch\nCOPY a C:\\\\b");
+    windows.settings.platform = Platform::parse("windows/amd64").unwrap();
+    assert_eq!(
+        warnings(&windows),
+        [
+            "paths of images for Windows are read as those of Linux: drive letters and backslashes are parts of names"
+        ]
+    );
+}
+
+#[test]
 fn stages_of_their_own_are_not_looked_up() {
     let mut all = case("FROM base AS a\nRUN a\nFROM a AS b\nRUN b");
     let looked_up = |case: &Case| -> Vec<bool> {

@@ -84,12 +84,16 @@ pub(in super::super) fn select(
         place,
         is_dated: false,
     };
-    let mut items = Vec::new();
+    let (mut items, mut notes) = (Vec::new(), Vec::new());
     for (index, source) in definition.sources.iter().enumerate() {
         match source {
             CopySource::Path(path) => {
                 let paths = Paths::new(path, definition.parents, &excludes)?;
+                let before = items.len();
                 paths.select(&origin, definition.unpack, &mut items)?;
+                if items.len() == before {
+                    notes.push(format!("nothing matches {path:?} in {}", origin.place));
+                }
             }
             CopySource::Inline { name, content } => items.push(Item {
                 origin: origin.clone(),
@@ -106,7 +110,7 @@ pub(in super::super) fn select(
             }
         }
     }
-    let notes = notes(definition, &items);
+    notes.extend(excluded_nothing(definition, &items));
     Ok(Selection { items, notes })
 }
 
@@ -151,7 +155,7 @@ fn remote(source: Fetched, unpack: bool, excludes: &IgnoreRules) -> Result<Item,
 }
 
 /// What of `--exclude` cannot have the effect that it was written for.
-fn notes(definition: &CopyDefinition, items: &[Item]) -> Vec<String> {
+fn excluded_nothing(definition: &CopyDefinition, items: &[Item]) -> Vec<String> {
     let mut notes = Vec::new();
     for pattern in &definition.excludes {
         let bare = pattern.strip_prefix('!').unwrap_or(pattern);
