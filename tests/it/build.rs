@@ -524,10 +524,6 @@ fn compose_what_is_not_understood_stops_the_build_before_any_request() {
         &["Dockerfile:2:", "insecure"],
     );
     check(
-        "FROM busybox\n\nRUN --device=nvidia.com/gpu=all true\n",
-        &["Dockerfile:3:", "device"],
-    );
-    check(
         "FROM busybox\nCOPY --bogus=1 a b\n",
         &["Dockerfile:2:", "bogus"],
     );
