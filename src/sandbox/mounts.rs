@@ -460,14 +460,19 @@ impl Inside {
                 let error = io::Error::from(rustix::io::Errno::NOENT);
                 return Err(Failure::new("attaching it", &error));
             }
-            if is_dir || names.peek().is_some() {
-                rustix::fs::mkdirat(&parent, name, DIR_MODE).doing(doing)?;
-                // Not as the umask of whoever runs the build would have it.
-                rustix::fs::chmodat(&parent, name, DIR_MODE, AtFlags::empty()).doing(doing)?;
+            // The modes are not as the umask of whoever runs the build would have them.
+            let done = if is_dir || names.peek().is_some() {
+                rustix::fs::mkdirat(&parent, name, DIR_MODE)
+                    .and_then(|()| rustix::fs::chmodat(&parent, name, DIR_MODE, AtFlags::empty()))
             } else {
                 let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
-                let file = rustix::fs::openat(&parent, name, flags, FILE_MODE).doing(doing)?;
-                rustix::fs::fchmod(&file, FILE_MODE).doing(doing)?;
+                rustix::fs::openat(&parent, name, flags, FILE_MODE)
+                    .and_then(|file| rustix::fs::fchmod(&file, FILE_MODE))
+            };
+            match done {
+                // Another step that shares the mount was faster.
+                Err(rustix::io::Errno::EXIST) => {}
+                done => done.doing(doing)?,
             }
         }
         Ok(())
