@@ -675,7 +675,15 @@ impl<'a> Lowering<'a> {
                 .iter()
                 .filter(|m| matches!(m.kind, MountKind::Ssh { .. }));
             let sockets = sockets.count();
-            mounts.push(self.mount(current, word, from, sockets)?);
+            let mount = self.mount(current, word, from, sockets)?;
+            for option in mounts::unused_options(&word.raw, &mount.kind) {
+                let span = current.trigger_of.unwrap_or(word.span);
+                self.warn(
+                    span,
+                    &format!("--mount: a mount of this type does not use {option:?}"),
+                );
+            }
+            mounts.push(mount);
         }
         let network = match run.network.as_ref().map(|n| n.raw.as_str()) {
             Some("none") => Network::None,

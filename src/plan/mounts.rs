@@ -160,6 +160,41 @@ pub(super) fn mount(
     })
 }
 
+/// The options of a mount that its type does not use. BuildKit takes them without a word.
+pub(super) fn unused_options(raw: &str, kind: &MountKind) -> Vec<String> {
+    let used: &[&str] = match kind {
+        MountKind::Bind { .. } => &["from", "source", "src", "readonly", "ro", "readwrite", "rw"],
+        MountKind::Cache { .. } => &[
+            "from",
+            "source",
+            "src",
+            "readonly",
+            "ro",
+            "readwrite",
+            "rw",
+            "id",
+            "sharing",
+            "mode",
+            "uid",
+            "gid",
+        ],
+        MountKind::Tmpfs { .. } => &["size"],
+        MountKind::Secret { .. } => &[
+            "id", "source", "src", "env", "required", "mode", "uid", "gid",
+        ],
+        MountKind::Ssh { .. } => &["id", "required", "mode", "uid", "gid"],
+        MountKind::Script { .. } => &[],
+    };
+    let fields = parsed::comma_fields(raw).unwrap_or_default();
+    let keys = fields.iter().map(|field| {
+        let key = field.split_once('=').map_or(field.as_str(), |(key, _)| key);
+        key.to_ascii_lowercase()
+    });
+    let always = ["type", "target", "dst", "destination"];
+    keys.filter(|key| !always.contains(&key.as_str()) && !used.contains(&key.as_str()))
+        .collect()
+}
+
 /// Where a field of the flag's value stands in the file; all of the value where that
 /// cannot be said, because lines were joined or quotes removed.
 fn field_span(word: &Word, range: &std::ops::Range<usize>) -> Span {

@@ -992,6 +992,16 @@ fn what_has_no_effect_is_told() {
         warnings(&unused.target("a")),
         ["named contexts that nothing uses: late"]
     );
+    assert_eq!(
+        warnings(&case(
+            "FROM base\nRUN --mount=target=/b,id=x,RW --mount=type=tmpfs,target=/t,size=1k,id=y \
+             --mount=type=cache,target=/c,id=x,mode=0700,sharing=locked x"
+        )),
+        [
+            "Dockerfile:2:13: --mount: a mount of this type does not use \"id\"",
+            "Dockerfile:2:39: --mount: a mount of this type does not use \"id\"",
+        ]
+    );
     let mut windows = case("FROM scratch\nCOPY a C:\\\\b");
     windows.settings.platform = Platform::parse("windows/amd64").unwrap();
     assert_eq!(
