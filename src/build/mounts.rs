@@ -23,6 +23,15 @@ use crate::session::{AgentSocket, SecretBytes};
 const STAGE: &str = "the stage or image mounted";
 const CONTEXT: &str = "the build context";
 
+/// A filesystem that is mounted, or whose files are.
+#[derive(Clone)]
+pub(super) struct Source {
+    /// Its files.
+    pub(super) stack: Stack,
+    /// Its layers; absent for an empty one.
+    pub(super) chain: Option<Digest>,
+}
+
 /// What is mounted while a step runs, and what has to live as long.
 #[derive(Default)]
 pub(super) struct Mounts {
@@ -39,14 +48,14 @@ pub(super) struct Mounts {
 impl Mounts {
     /// Makes everything that `run` mounts; `sources` are the filesystems of [`Run::sources`].
     /// Blocking.
-    pub(super) fn prepare(engine: &Engine, run: &Run, sources: &[Stack]) -> anyhow::Result<Self> {
+    pub(super) fn prepare(engine: &Engine, run: &Run, sources: &[Source]) -> anyhow::Result<Self> {
         let mut mounts = Self::default();
         mounts.filesystems.resize_with(sources.len(), || None);
         // Two steps that want the same caches take them in one order, and neither waits for
         // the other.
         let mut caches: Vec<(String, &Mount)> = Vec::new();
         for mount in &run.mounts {
-            caches.extend(cache_name(mount, run, sources)?.map(|name| (name, mount)));
+            caches.extend(cache_name(mount, sources).map(|name| (name, mount)));
         }
         caches.sort_by(|(a, _), (b, _)| a.cmp(b));
         for (name, mount) in caches {
@@ -56,7 +65,7 @@ impl Mounts {
         }
         for mount in &run.mounts {
             mounts
-                .add(engine, mount, run, sources)
+                .add(engine, mount, sources)
                 .with_context(|| format!("--mount at {}", target(mount)))?;
         }
         Ok(mounts)
@@ -91,13 +100,7 @@ impl Mounts {
         }
     }
 
-    fn add(
-        &mut self,
-        engine: &Engine,
-        mount: &Mount,
-        run: &Run,
-        sources: &[Stack],
-    ) -> anyhow::Result<()> {
+    fn add(&mut self, engine: &Engine, mount: &Mount, sources: &[Source]) -> anyhow::Result<()> {
         match &mount.kind {
             MountKind::Bind {
                 from,
@@ -108,7 +111,7 @@ impl Mounts {
                 self.push(mount, MountSource::Bind(path), !read_write);
             }
             MountKind::Cache { read_only, .. } => {
-                let name = cache_name(mount, run, sources)?.unwrap_or_default();
+                let name = cache_name(mount, sources).unwrap_or_default();
                 let cache = self.caches.get(&name).context("the cache was not taken")?;
                 let source = MountSource::Bind(cache.files.clone());
                 self.push(mount, source, *read_only);
@@ -185,7 +188,7 @@ impl Mounts {
         engine: &Engine,
         from: MountFrom,
         source: &str,
-        sources: &[Stack],
+        sources: &[Source],
     ) -> anyhow::Result<PathBuf> {
         match from {
             MountFrom::Scratch => {
@@ -197,7 +200,7 @@ impl Mounts {
                 subtree.write(&self.temporary(engine, "mount-")?)
             }
             MountFrom::Step(index) => {
-                let stack = &sources[index];
+                let stack = &sources[index].stack;
                 let node = stack.lookup(Path::new(source), true);
                 let node = node
                     .with_context(|| format!("reading {source:?} of {STAGE}"))?
@@ -218,7 +221,7 @@ impl Mounts {
         engine: &Engine,
         name: String,
         mount: &Mount,
-        sources: &[Stack],
+        sources: &[Source],
     ) -> anyhow::Result<()> {
         let MountKind::Cache {
             from,
@@ -266,7 +269,7 @@ fn target(mount: &Mount) -> &str {
 }
 
 /// What names the directory of a cache mount: its ID, what it is made from, and how.
-fn cache_name(mount: &Mount, run: &Run, sources: &[Stack]) -> anyhow::Result<Option<String>> {
+fn cache_name(mount: &Mount, sources: &[Source]) -> Option<String> {
     let MountKind::Cache {
         id,
         from,
@@ -277,7 +280,7 @@ fn cache_name(mount: &Mount, run: &Run, sources: &[Stack]) -> anyhow::Result<Opt
         ..
     } = &mount.kind
     else {
-        return Ok(None);
+        return None;
     };
     let mut name = id.clone();
     if source != "/" {
@@ -289,16 +292,12 @@ fn cache_name(mount: &Mount, run: &Run, sources: &[Stack]) -> anyhow::Result<Opt
         MountFrom::Scratch => {}
         MountFrom::Context(context) => name.push_str(&format!("{DETAIL}context {}", context.0)),
         MountFrom::Step(index) => {
-            // The trees' names say what is in them.
-            debug_assert!(*index < run.sources.len());
-            let trees = sources[*index].trees().iter();
-            let names = trees.filter_map(|tree| tree.path().file_name());
-            for tree in names {
-                name.push_str(&format!("{DETAIL}on {}", tree.display()));
-            }
+            let layers = sources[*index].chain.as_ref();
+            let layers = layers.map_or("nothing", Digest::as_str);
+            name.push_str(&format!("{DETAIL}on {layers}"));
         }
     }
-    Ok(Some(name))
+    Some(name)
 }
 
 /// The files at `source` of a context or a stage.
@@ -306,16 +305,16 @@ fn subtree_of(
     engine: &Engine,
     from: MountFrom,
     source: &str,
-    sources: &[Stack],
+    sources: &[Source],
 ) -> anyhow::Result<Subtree> {
     match from {
-        MountFrom::Scratch => Subtree::find(Arc::new(Stack::default()), source, STAGE, true),
+        MountFrom::Scratch => Subtree::find(Arc::new(Stack::default()), source, STAGE),
         MountFrom::Context(context) => {
             let tree: Arc<dyn SourceTree> = Arc::new(ContextTree(engine.context(context)?));
-            Subtree::find(tree, source, CONTEXT, false)
+            Subtree::find(tree, source, CONTEXT)
         }
         MountFrom::Step(index) => {
-            Subtree::find(Arc::new(sources[index].clone()), source, STAGE, true)
+            Subtree::find(Arc::new(sources[index].stack.clone()), source, STAGE)
         }
     }
 }
@@ -335,19 +334,20 @@ fn sources_of(run: &Run) -> impl Iterator<Item = (MountFrom, &str)> {
     })
 }
 
-/// The digest of all that the mounts of a step show it. `chains` are the layers of its
-/// sources: whole filesystems are known by them, and not read. Blocking.
+/// The digest of all that the mounts of a step show it. Whole filesystems are known by their
+/// layers, and not read. Blocking.
 pub(super) fn content_digest(
     engine: &Engine,
     run: &Run,
-    sources: &[Stack],
-    chains: &[Option<Digest>],
+    sources: &[Source],
 ) -> anyhow::Result<Digest> {
     let mut hasher = Hasher::new();
     for (from, source) in sources_of(run) {
         let line = match from {
             MountFrom::Scratch => "scratch\n".to_owned(),
-            MountFrom::Step(index) if source == "/" => format!("layers {:?}\n", chains[index]),
+            MountFrom::Step(index) if source == "/" => {
+                format!("layers {:?}\n", sources[index].chain)
+            }
             _ => {
                 let subtree = subtree_of(engine, from, source, sources)?;
                 format!("files {}\n", subtree.digest()?)

@@ -9,7 +9,7 @@ use std::time::Instant;
 use anyhow::Context as _;
 use rustix::fs::Mode;
 
-use super::mounts::Mounts;
+use super::mounts::{Mounts, Source};
 use super::user::Accounts;
 use super::{Engine, StepFailed};
 use crate::confined::ConfinedDir;
@@ -26,7 +26,7 @@ pub(super) fn run(
     run: &Run,
     step: usize,
     below: &Stack,
-    sources: &[Stack],
+    sources: &[Source],
 ) -> anyhow::Result<Arc<Tree>> {
     let sandbox = engine.sandbox()?;
     let accounts = Accounts::read(below).context("reading the image's accounts")?;

@@ -301,7 +301,7 @@ async fn run_cached(
     // The epoch clamps the times in the layer.
     let what = (run, engine.platform.to_string(), engine.epoch);
     let definition = Definition::new("run", &what);
-    let mut stacks = Vec::new();
+    let mut mounted = Vec::new();
     let mut content = None;
     if !sources.is_empty() || mounts::reads_context(run) {
         let mut chains = Vec::new();
@@ -314,24 +314,22 @@ async fn run_cached(
             beginning.tell();
             return Ok((parent.with(recorded(record)), true));
         }
-        for source in sources {
-            stacks.push(
-                source
-                    .stack(engine)
-                    .await
-                    .map_err(|error| unshare(&error))?,
-            );
+        for (source, chain) in sources.iter().zip(chains) {
+            let stack = source
+                .stack(engine)
+                .await
+                .map_err(|error| unshare(&error))?;
+            mounted.push(mounts::Source { stack, chain });
         }
-        let (shared, what, read) = (Arc::clone(engine), run.clone(), stacks.clone());
-        let digest =
-            engine.blocking(move || mounts::content_digest(&shared, &what, &read, &chains));
+        let (shared, what, read) = (Arc::clone(engine), run.clone(), mounted.clone());
+        let digest = engine.blocking(move || mounts::content_digest(&shared, &what, &read));
         content = Some((layers, digest.await?));
     }
     let cached = Cached::look_up(engine, step, definition, parent, content).await?;
     beginning.tell();
     cached
         .or_make(engine, parent, || {
-            run_step(engine, number, run, parent, stacks)
+            run_step(engine, number, run, parent, mounted)
         })
         .await
 }
@@ -371,7 +369,7 @@ async fn run_step(
     number: usize,
     run: &plan::Run,
     parent: &Filesystem,
-    sources: Vec<Stack>,
+    sources: Vec<mounts::Source>,
 ) -> anyhow::Result<Layer> {
     // Before anything is pulled for it: without a sandbox it is all in vain.
     let shared = Arc::clone(engine);
@@ -488,7 +486,7 @@ async fn copy_step(
         .blocking(move || {
             let selection = copy::select(&what, tree, place, fetched)?;
             let snapshot = matches!(copy_from, CopyFrom::Context(_)).then(|| selection.snapshot());
-            let content = selection.content_digest(what.keep_owner)?;
+            let content = selection.content_digest()?;
             Ok((selection, snapshot, content))
         })
         .await?;

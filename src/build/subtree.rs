@@ -25,18 +25,11 @@ pub(super) struct Subtree {
     root: SourceNode,
     /// What is below the root, in path order; relative to it.
     entries: Vec<(PathBuf, SourceNode)>,
-    /// Whether owners are those of the source; else all belong to 0:0.
-    keep_owner: bool,
 }
 
 impl Subtree {
     /// Looks at everything below `path`, whose links are followed; `place` names the tree in errors.
-    pub(super) fn find(
-        tree: Arc<dyn SourceTree>,
-        path: &str,
-        place: &str,
-        keep_owner: bool,
-    ) -> anyhow::Result<Self> {
+    pub(super) fn find(tree: Arc<dyn SourceTree>, path: &str, place: &str) -> anyhow::Result<Self> {
         let found = tree.lookup(Path::new(path), true);
         let root = found
             .with_context(|| format!("reading {path:?} of {place}"))?
@@ -61,11 +54,10 @@ impl Subtree {
             tree,
             root,
             entries,
-            keep_owner,
         })
     }
 
-    /// The digest of names, types, modes, owners where they are kept, and contents; no times.
+    /// The digest of names, types, modes, owners, and contents; no times.
     pub(super) fn digest(&self) -> anyhow::Result<Digest> {
         let mut hasher = Hasher::new();
         let mut field = |bytes: &[u8]| {
@@ -73,9 +65,7 @@ impl Subtree {
             hasher.update(bytes);
         };
         for (path, node) in self.all() {
-            let owner = self
-                .keep_owner
-                .then_some((node.metadata.uid, node.metadata.gid));
+            let owner = (node.metadata.uid, node.metadata.gid);
             let facts = format!(
                 "{:?} {:o} {owner:?} {:?}",
                 node.file_type, node.metadata.mode, node.device
@@ -138,9 +128,6 @@ impl Subtree {
             }
         };
         let mut metadata = node.metadata.clone();
-        if !self.keep_owner {
-            (metadata.uid, metadata.gid) = (0, 0);
-        }
         if node.file_type != FileType::Symlink {
             metadata.xattrs = self.tree.xattrs(&node.path)?;
         }

@@ -413,8 +413,6 @@ pub struct CopyDefinition {
     pub unpack: bool,
     /// Whether archives from URLs are unpacked.
     pub unpack_remote: bool,
-    /// Whether owners of the source are kept: copying from a step or an image.
-    pub keep_owner: bool,
     /// `--link`: the layer does not depend on what is below it.
     pub link: bool,
     /// `--parents`: paths keep their parent directories.

@@ -222,7 +222,6 @@ fn step_line((number, step): (usize, &Step)) -> String {
             for (is_set, flag) in [
                 (what.unpack, " unpack"),
                 (what.unpack_remote, " unpack-remote"),
-                (what.keep_owner, " keep"),
                 (what.link, " link"),
                 (what.parents, " parents"),
             ] {
@@ -244,7 +243,7 @@ fn stages_that_the_target_needs_are_planned() {
         "0 1:6 [one 1/2] FROM base AS one: image 0",
         "1 on 0 2:1 [one 2/2] RUN a: run [\"/bin/sh\", \"-c\", \"a\"] in /start",
         "2 on 1 6:1 [two 2/2] RUN b: run [\"/bin/sh\", \"-c\", \"b\"] in /start",
-        "3 8:1 [stage-3 1/1] COPY --from=TWO /x /y/: copy 2 [\"/x\"] to /y/ keep",
+        "3 8:1 [stage-3 1/1] COPY --from=TWO /x /y/: copy 2 [\"/x\"] to /y/",
         "result 3",
     ]);
     for (target, result) in [("ONE", "result 1"), ("two", "result 2")] {
@@ -291,10 +290,10 @@ fn images_are_needed_once_for_each_platform() {
     case(&text).steps(&[
         "0 1:6 [a 1/1] FROM base AS a: image 0",
         "1 2:32 [b 1/1] FROM --platform=$BUILDPLATFORM docker.io/library/base:latest AS b: image 2",
-        "2 on 0 4:1 [stage-2 2/4] COPY --from=a / /a: copy 0 [\"/\"] to /a keep",
-        "3 on 2 5:1 [stage-2 3/4] COPY --from=b / /b: copy 1 [\"/\"] to /b keep",
+        "2 on 0 4:1 [stage-2 2/4] COPY --from=a / /a: copy 0 [\"/\"] to /a",
+        "3 on 2 5:1 [stage-2 3/4] COPY --from=b / /b: copy 1 [\"/\"] to /b",
         "4 6:13 FROM docker.io/library/tool:1: image 1",
-        "5 on 3 6:1 [stage-2 4/4] COPY --from=tool:1 /t /t: copy 4 [\"/t\"] to /t keep",
+        "5 on 3 6:1 [stage-2 4/4] COPY --from=tool:1 /t /t: copy 4 [\"/t\"] to /t",
         "result 5",
     ]);
 }
@@ -569,7 +568,7 @@ fn triggers_of_the_base_run_first() {
         .steps(&[
             "0 1:6 [one 1/1] FROM other AS one: image 2",
             "1 2:6 [stage-1 1/3] FROM base: image 0",
-            "2 on 1 2:6 [stage-1 2/3] COPY --from=one a b: copy 0 [\"a\"] to /start/b keep",
+            "2 on 1 2:6 [stage-1 2/3] COPY --from=one a b: copy 0 [\"a\"] to /start/b",
             "3 2:6 FROM docker.io/library/third:latest: image 1",
             "4 on 2 2:6 [stage-1 3/3] RUN --mount=from=third,target=/t x: run [\"/bin/sh\", \"-c\", \"x\"] in /start mount Some(\"/t\"): Bind { from: Step(0), source: \"/\", read_write: false } from 3",
             "result 4",

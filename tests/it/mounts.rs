@@ -391,3 +391,26 @@ fn sandbox_proxies_do_not_decide_what_is_cached_and_arguments_do() {
     std::fs::rename(context.join("f1"), context.join("f2")).expect("ours");
     with("p.test:2", "b").failure().says("Dockerfile:6");
 }
+
+#[test]
+fn sandbox_a_cache_from_a_stage_is_found_again_when_the_stage_is_cached() {
+    let (upstream, place) = (upstream!(), Place::new());
+    let dockerfile = |command: &str| {
+        format!(
+            "FROM busybox AS filled\nRUN mkdir /in && echo first > /in/f\nFROM busybox\n\
+             RUN --mount=type=cache,id=kept,from=filled,source=/in,target=/c {command}\n"
+        )
+    };
+    build(
+        &place,
+        &upstream,
+        &dockerfile("cat /c/f && echo second > /c/f"),
+        &[],
+        &[],
+    )
+    .success()
+    .says("first");
+    build(&place, &upstream, &dockerfile("cat /c/f"), &[], &[])
+        .success()
+        .says("second");
+}

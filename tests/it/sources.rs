@@ -437,3 +437,30 @@ fn compose_git_over_ssh_needs_an_agent_and_uses_it() {
     assert!(log.contains("git@code.test"), "{log}");
     assert!(log.contains("git-upload-pack"), "{log}");
 }
+
+/// A directory of this machine belongs to whoever builds; an archive says whose its files are.
+#[test]
+fn sandbox_owners_in_an_archive_reach_the_image_and_the_steps() {
+    let (upstream, place) = (upstream!(), Place::new());
+    needs!(namespaces());
+    let web = Web::start();
+    let mut archive = tar::Builder::new(Vec::new());
+    let dockerfile = "FROM busybox\nCOPY f /f\nCOPY --chown=7:8 f /g\n\
+                      RUN --mount=source=f,target=/m stat -c %u:%g /m > /seen\n";
+    for (name, text, uid) in [("Dockerfile", dockerfile, 0), ("f", "x", 1000)] {
+        let mut header = tar::Header::new_ustar();
+        header.set_size(text.len() as u64);
+        header.set_mode(0o640);
+        header.set_uid(uid);
+        header.set_gid(uid + 1);
+        archive
+            .append_data(&mut header, name, text.as_bytes())
+            .expect("memory");
+    }
+    let context = web.file("/owned.tar", &[], archive.into_inner().expect("memory"));
+    let image = place.built(&upstream, Path::new(&context), &[]);
+    let owner = |path: &str| image.entry(path).map(|entry| (entry.uid, entry.gid));
+    assert_eq!(owner("f"), Some((1000, 1001)));
+    assert_eq!(owner("g"), Some((7, 8)));
+    assert_eq!(image.text("seen"), "1000:1001\n");
+}

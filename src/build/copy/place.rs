@@ -51,14 +51,7 @@ pub(in super::super) fn place(
     let mut placing = Placing {
         additions: Additions::new(below, new_directory),
         new_directory,
-        all: Applied {
-            owner: if definition.keep_owner {
-                owner
-            } else {
-                Some(owner.unwrap_or_default())
-            },
-            mode,
-        },
+        all: Applied { owner, mode },
         epoch,
     };
     let destination = Path::new(&definition.destination);

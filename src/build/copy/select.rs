@@ -467,13 +467,12 @@ struct Level {
 
 impl Selection {
     /// The digest of everything that reaches the layer but times: names, types, modes,
-    /// owners where they are kept, link targets, which names are of one file, and contents.
-    pub(in super::super) fn content_digest(&self, keep_owner: bool) -> Result<Digest, CopyError> {
+    /// owners, link targets, which names are of one file, and contents.
+    pub(in super::super) fn content_digest(&self) -> Result<Digest, CopyError> {
         let mut hasher = Hasher::new();
         for Item { origin, kind } in &self.items {
             let mut hashing = Hashing {
                 origin,
-                keep_owner,
                 first: BTreeMap::new(),
                 hasher: &mut hasher,
             };
@@ -528,7 +527,6 @@ impl Selection {
 /// Hashes the files of one item.
 struct Hashing<'h> {
     origin: &'h Origin,
-    keep_owner: bool,
     /// The first name of each file that has several.
     first: BTreeMap<(u64, u64), PathBuf>,
     hasher: &'h mut Hasher,
@@ -538,9 +536,7 @@ impl Hashing<'_> {
     fn node(&mut self, path: &Path, node: &SourceNode) -> Result<(), CopyError> {
         let tree = &self.origin.tree;
         let read = || self.origin.read_error(&node.path);
-        let owner = self
-            .keep_owner
-            .then_some((node.metadata.uid, node.metadata.gid));
+        let owner = (node.metadata.uid, node.metadata.gid);
         let time = self.origin.is_dated.then_some(node.metadata.mtime);
         let facts = format!(
             "{:?} {:o} {owner:?} {:?} {time:?}",

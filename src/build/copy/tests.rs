@@ -76,7 +76,6 @@ fn definition(sources: &[&str], destination: &str) -> CopyDefinition {
         chmod: None,
         unpack: false,
         unpack_remote: false,
-        keep_owner: false,
         link: false,
         parents: false,
         excludes: Vec::new(),
@@ -170,7 +169,7 @@ impl Fixture {
 
     fn digest(&self, what: &CopyDefinition) -> String {
         let selection = self.select(what).unwrap();
-        let digest = selection.content_digest(what.keep_owner).unwrap();
+        let digest = selection.content_digest().unwrap();
         digest.to_string()
     }
 }
@@ -477,8 +476,6 @@ fn owners_are_kept_from_stages_only() {
         }
     };
     let mut what = definition(&["d/f"], "/w/");
-    assert_eq!(file_owner(&what, None), (0, 0));
-    what.keep_owner = true;
     assert_eq!(file_owner(&what, None), owner);
     assert_eq!(file_owner(&what, Some((5, 6))), (5, 6));
     // A link that is named is followed in the stage's own root.
@@ -1085,7 +1082,7 @@ fn digests_tell_selections_apart() {
         let nothing = Arc::new(Stack::new(Vec::new()));
         let fetched = BTreeMap::from([(0, file)]);
         let selection = select(&what, nothing, "nothing", fetched).unwrap();
-        selection.content_digest(false).unwrap()
+        selection.content_digest().unwrap()
     };
     assert_eq!(digest(Some(THEN)), digest(Some(THEN)));
     assert_ne!(digest(Some(THEN)), digest(None));
