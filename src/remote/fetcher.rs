@@ -125,13 +125,8 @@ impl Fetcher {
         let task = self.begin(&what);
         let scratch = self.store.tmp_dir("git-")?;
         let mut options = git::Options::new(self.registry.plain_client()?, &scratch);
-        let secrets = Arc::clone(&self.secrets);
         options.reach = self.registry.reach;
-        options.secrets = Some(Arc::new(move |name: &str| {
-            let found = secrets.get(name).ok().flatten()?;
-            let text = String::from_utf8(found.expose().to_vec()).ok()?;
-            Some(Secret::new(text.trim_end_matches(['\r', '\n']).to_owned()))
-        }));
+        options.secrets = Arc::clone(&self.secrets);
         let mut socket = None;
         if self.agents.contains(DEFAULT_SSH_ID) {
             let path = scratch.join("agent");

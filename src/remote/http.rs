@@ -66,7 +66,7 @@ const BAD_NAME: &str = "download";
 pub struct FetchOptions {
     /// `--checksum`: what the file must be.
     pub checksum: Option<Checksum>,
-    /// The value of `Authorization`, for the URL's own origin; see [`authorization_names`].
+    /// The value of `Authorization`, for the URL's own origin.
     pub authorization: Option<Secret>,
     /// More bytes than this are an error.
     pub limit_bytes: Option<u64>,
@@ -242,17 +242,6 @@ pub fn file_name(url: &Url) -> OsString {
         return BAD_NAME.into();
     }
     OsString::from_vec(last.to_vec())
-}
-
-/// Names of the build secrets that hold credentials for `url`: the first the whole value of
-/// `Authorization`, the second a token that `Bearer ` is put before, and which counts if both are there.
-pub fn authorization_names(url: &Url) -> [String; 2] {
-    let host = url.host_str().unwrap_or_default();
-    let host = host.trim_start_matches('[').trim_end_matches(']');
-    [
-        format!("HTTP_AUTH_HEADER_{host}"),
-        format!("HTTP_AUTH_TOKEN_{host}"),
-    ]
 }
 
 /// Fetches the file at `url` into `store`, or finds it there unchanged.

@@ -50,8 +50,8 @@ impl Secrets {
     /// port if the URL has one.
     ///
     /// The first that was given of `GIT_AUTH_HEADER.HOST`, `GIT_AUTH_TOKEN.HOST`,
-    /// `GIT_AUTH_HEADER` and `GIT_AUTH_TOKEN` (BuildKit's `source/git`). See
-    /// [`git_auth_scope`] for the URLs it may be sent to.
+    /// `GIT_AUTH_HEADER` and `GIT_AUTH_TOKEN` (BuildKit's `source/git`). Which URLs it may be
+    /// sent to, who fetches decides.
     ///
     /// # Errors
     /// As [`Secrets::get`]; [`SessionError::AuthSecret`] if it cannot be a header.
@@ -64,8 +64,8 @@ impl Secrets {
         ])
     }
 
-    /// What to send when `ADD` fetches a URL from `host`, which has no port and, if it is an
-    /// IPv6 address, no brackets.
+    /// What to send when `ADD` fetches a URL from `host`, without its port; the brackets of an IPv6
+    /// address are in no secret's name.
     ///
     /// `HTTP_AUTH_TOKEN_HOST` if it was given, else `HTTP_AUTH_HEADER_HOST` (in BuildKit's
     /// `source/http` the token is set last and so replaces the header).
@@ -73,6 +73,7 @@ impl Secrets {
     /// # Errors
     /// As [`Secrets::git_auth`].
     pub fn http_auth(&self, host: &str) -> Result<Option<Authorization>, SessionError> {
+        let host = host.trim_matches(['[', ']']);
         self.first_auth([
             (format!("HTTP_AUTH_TOKEN_{host}"), Form::BearerToken),
             (format!("HTTP_AUTH_HEADER_{host}"), Form::Header),
@@ -116,17 +117,6 @@ fn header(id: &str, secret: &[u8], form: &Form) -> Result<Zeroizing<String>, Ses
             format!("basic {}", encoded.as_str())
         }
     }))
-}
-
-/// The prefix of the URLs that may be shown what [`Secrets::git_auth`] gives for `remote`.
-///
-/// That is `remote` itself, so that a submodule elsewhere does not get it; on github.com the
-/// whole host, as GitHub's own checkout action does it.
-pub fn git_auth_scope(remote: &str) -> &str {
-    ["https://github.com/", "https://www.github.com/"]
-        .into_iter()
-        .find(|prefix| remote.starts_with(prefix))
-        .unwrap_or(remote)
 }
 
 #[cfg(test)]
@@ -187,12 +177,14 @@ mod tests {
             ("HTTP_AUTH_HEADER_h", "Basic abc"),
             ("HTTP_AUTH_TOKEN_h", "t"),
             ("HTTP_AUTH_HEADER_i", "Basic def"),
+            ("HTTP_AUTH_TOKEN_::1", "six"),
             ("GIT_AUTH_TOKEN", "no"),
         ];
         let secrets = secrets(&given);
         let get = |host| shown(secrets.http_auth(host).unwrap());
         assert_eq!(get("h"), is("HTTP_AUTH_TOKEN_h", "Bearer t"));
         assert_eq!(get("i"), is("HTTP_AUTH_HEADER_i", "Basic def"));
+        assert_eq!(get("[::1]"), is("HTTP_AUTH_TOKEN_::1", "Bearer six"));
         assert_eq!(get("j"), None);
     }
 
@@ -219,15 +211,5 @@ mod tests {
             format!("{shown:?}"),
             "Ok(Some(Authorization { secret_id: \"HTTP_AUTH_TOKEN_h\", .. }))"
         );
-    }
-
-    #[test]
-    fn scopes() {
-        let check = |remote: &str, scope: &str| assert_eq!(git_auth_scope(remote), scope);
-        check("https://github.com/a/b.git", "https://github.com/");
-        check("https://www.github.com/a/b", "https://www.github.com/");
-        check("http://github.com/a/b", "http://github.com/a/b");
-        check("https://github.com.evil/a/b", "https://github.com.evil/a/b");
-        check("https://h/a", "https://h/a");
     }
 }

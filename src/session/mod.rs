@@ -25,7 +25,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 pub use agent::AgentSocket;
-pub use auth::{Authorization, git_auth_scope};
+pub use auth::Authorization;
 pub use keys::KeyError;
 pub use secrets::{MAX_SECRET_BYTES, SecretBytes, SecretSpec, Secrets};
 pub use ssh::{DEFAULT_SSH_ID, SshAgents, SshSpec};

@@ -47,8 +47,6 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
-use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD;
 use gix_hash::ObjectId;
 use reqwest::header::HeaderValue;
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, Timespec, Timestamps};
@@ -70,7 +68,7 @@ use watch::Watch;
 
 use crate::confined::{self, ConfinedDir};
 use crate::registry::Reach;
-use crate::secret::Secret;
+use crate::session::Secrets;
 
 /// How deep submodules may contain each other.
 const MODULE_DEPTH: usize = 16;
@@ -116,9 +114,6 @@ impl Default for Limits {
     }
 }
 
-/// Looks up a secret by its name, such as `GIT_AUTH_TOKEN.github.com`.
-pub type Secrets = Arc<dyn Fn(&str) -> Option<Secret> + Send + Sync>;
-
 /// How repositories are fetched.
 #[derive(Clone)]
 pub struct Options {
@@ -127,8 +122,8 @@ pub struct Options {
     pub client: reqwest::Client,
     /// A directory for packs while they are worked on.
     pub scratch: PathBuf,
-    /// Secrets: `GIT_AUTH_HEADER` and `GIT_AUTH_TOKEN`, each also with `.HOST`.
-    pub secrets: Option<Secrets>,
+    /// What may be shown to a server: see [`Secrets::git_auth`].
+    pub secrets: Arc<Secrets>,
     /// For remotes over ssh; absent where the user gave no agent.
     pub ssh: Option<Ssh>,
     /// What is too much.
@@ -156,7 +151,7 @@ impl Options {
         Self {
             client,
             scratch: scratch.into(),
-            secrets: None,
+            secrets: Arc::default(),
             ssh: None,
             limits: Limits::default(),
             reach: Reach::default(),
@@ -923,7 +918,7 @@ fn reference_names(resolved: &Commit, reference: &GitRef, is_annotated: bool) ->
 
 /// The header that a remote is shown, from the first secret that there is.
 fn authorization(remote: &Remote, options: &Options) -> Result<Option<Authorization>, GitError> {
-    let (Location::Http(url), Some(secrets)) = (&remote.location, &options.secrets) else {
+    let Location::Http(url) = &remote.location else {
         return Ok(None);
     };
     let host = url.host_str().unwrap_or_default();
@@ -931,29 +926,19 @@ fn authorization(remote: &Remote, options: &Options) -> Result<Option<Authorizat
         Some(port) => format!("{host}:{port}"),
         None => host.to_owned(),
     };
-    let names = [
-        (format!("GIT_AUTH_HEADER.{host}"), false),
-        (format!("GIT_AUTH_TOKEN.{host}"), true),
-        ("GIT_AUTH_HEADER".to_owned(), false),
-        ("GIT_AUTH_TOKEN".to_owned(), true),
-    ];
-    let found = names
-        .into_iter()
-        .find_map(|(name, is_token)| secrets(&name).map(|secret| (name, is_token, secret)));
-    let Some((name, is_token, secret)) = found else {
+    let refused = |reason: String| GitError::Remote {
+        remote: remote.shown.clone(),
+        reason,
+    };
+    let found = options.secrets.git_auth(&host);
+    let Some(found) = found.map_err(|error| refused(error.to_string()))? else {
         return Ok(None);
     };
-    // Files end in a line end, and no header or token does.
-    let secret = secret.expose().trim_end_matches(['\r', '\n']);
-    let text = if is_token {
-        let pair = format!("x-access-token:{secret}");
-        format!("basic {}", STANDARD.encode(pair))
-    } else {
-        secret.to_owned()
-    };
-    let mut header = HeaderValue::from_str(&text).map_err(|_| GitError::Remote {
-        remote: remote.shown.clone(),
-        reason: format!("the secret {name} has characters that no HTTP header can have"),
+    let mut header = HeaderValue::from_str(found.expose()).map_err(|_| {
+        let id = found.secret_id();
+        refused(format!(
+            "the secret {id} has characters that no HTTP header can have"
+        ))
     })?;
     header.set_sensitive(true);
     // Repositories of GitHub often have submodules there that need the same token.

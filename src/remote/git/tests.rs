@@ -8,6 +8,9 @@ use std::process::{Command, Stdio};
 use std::sync::Mutex;
 use std::sync::atomic::Ordering;
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+
 use super::*;
 
 /// Ends the test where git is not installed; fails it where every test must run.
@@ -1022,6 +1025,18 @@ fn it_can_be_cancelled() {
     assert!(matches!(error, GitError::Cancelled), "{error:?}");
 }
 
+/// Secrets with these names and values.
+fn secrets(pairs: &[(&str, &str)]) -> Arc<Secrets> {
+    let specs = pairs
+        .iter()
+        .map(|(id, _)| format!("id={id},env={id}").parse().unwrap());
+    let value = |name: &str| {
+        let pair = pairs.iter().find(|(id, _)| *id == name);
+        pair.map(|(_, value)| value.into())
+    };
+    Arc::new(Secrets::new(specs, value).unwrap())
+}
+
 #[test]
 fn secrets_are_shown_to_their_repository_alone() {
     needs_git!();
@@ -1047,18 +1062,8 @@ fn secrets_are_shown_to_their_repository_alone() {
     assert!(error.contains("401"), "{error}");
     assert!(error.contains(&format!("GIT_AUTH_TOKEN.{host}")), "{error}");
     assert!(!error.contains("one was sent"), "{error}");
-    let secrets = |pairs: Vec<(String, String)>| -> Secrets {
-        Arc::new(move |name| {
-            let found = pairs.iter().find(|(known, _)| known == name);
-            found.map(|(_, value)| Secret::new(value.clone()))
-        })
-    };
     let with = |text: &str, pairs: &[(&str, &str)]| {
-        let pairs = pairs
-            .iter()
-            .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
-            .collect();
-        fetch_with(text, |options| options.secrets = Some(secrets(pairs))).1
+        fetch_with(text, |options| options.secrets = secrets(pairs)).1
     };
     let error = with(&url, &[("GIT_AUTH_TOKEN", "wrong")])
         .unwrap_err()
@@ -1069,7 +1074,8 @@ fn secrets_are_shown_to_their_repository_alone() {
         .unwrap_err()
         .to_string();
     assert!(
-        error.contains("the secret GIT_AUTH_HEADER has characters"),
+        error
+            .contains("secret \"GIT_AUTH_HEADER\" cannot authorise a request: it has a line break"),
         "{error}"
     );
     with(&url, &[("GIT_AUTH_TOKEN", "hunter2\n")]).unwrap();
@@ -1139,7 +1145,7 @@ fn redirects() {
         ))
     });
     let secrets = |options: &mut Options| {
-        options.secrets = Some(Arc::new(|_| Some(Secret::new("hunter2"))));
+        options.secrets = secrets(&[("GIT_AUTH_HEADER", "hunter2")]);
     };
     for name in ["good.git", "user.git"] {
         fetch_with(&server.url(name), secrets).1.unwrap();
