@@ -49,6 +49,18 @@ pub enum BuildEvent {
         /// Such as `[build 2/5] RUN make`.
         name: String,
     },
+    /// Whether the cache has a step, and why not; only where that was asked for. Follows
+    /// `StepStarted`.
+    StepExplained {
+        /// The step's number.
+        step: usize,
+        /// Its name.
+        name: String,
+        /// Whether the cache has it.
+        cached: bool,
+        /// By what it was found, or what differs from the nearest record; for people.
+        reasons: Vec<String>,
+    },
     /// A line or part of a line that a step printed. Not UTF-8 is replaced.
     StepOutput {
         /// The step's number.

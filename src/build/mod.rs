@@ -9,6 +9,7 @@ mod cache_mount;
 mod context_tree;
 mod copy;
 mod devices;
+mod explain;
 mod layer;
 mod mounts;
 mod push;

@@ -118,6 +118,13 @@ pub(super) struct BuildArgs {
     #[arg(long = "no-cache-filter", value_name = "STAGE,…")]
     pub no_cache_filter: Vec<String>,
 
+    /// Says for each step whether the cache has it, and if not, what differs from the nearest
+    /// record
+    #[arg(long, action = ArgAction::Set, num_args = 0..=1, require_equals = true,
+          default_value = "false", default_missing_value = "true", hide_default_value = true,
+          hide_possible_values = true, value_name = "BOOL")]
+    pub explain: bool,
+
     /// Asks the registry for the newest base images; sockless always does
     #[arg(long, action = ArgAction::Set, num_args = 0..=1, require_equals = true,
           default_value = "false", default_missing_value = "true", hide_default_value = true,

@@ -89,6 +89,15 @@ fn build_text(event: &BuildEvent) -> String {
         BuildEvent::Warning { message } => format!("warning: {message}"),
         BuildEvent::Planned { steps } => format!("{steps} steps"),
         BuildEvent::StepStarted { step, name } => format!("#{step} {name}"),
+        BuildEvent::StepExplained {
+            step,
+            cached,
+            reasons,
+            ..
+        } => {
+            let what = if *cached { "cache hit" } else { "cache miss" };
+            format!("#{step} {what}: {}", reasons.join("; "))
+        }
         BuildEvent::StepOutput { step, text, .. } => format!("#{step} | {text}"),
         BuildEvent::StepDone {
             step, cached: true, ..

@@ -125,6 +125,20 @@ impl<W: Write> State<W> {
                 );
                 self.line(&format!("#{number} {}", text::one_line(&name)));
             }
+            BuildEvent::StepExplained {
+                step,
+                cached,
+                reasons,
+                ..
+            } => {
+                let Some(step) = self.steps.get(&step) else {
+                    return;
+                };
+                let number = step.number;
+                for line in text::explanation(cached, &reasons) {
+                    self.line(&format!("#{number} {line}"));
+                }
+            }
             BuildEvent::StepOutput { step, stream, text } => {
                 let Some(step) = self.steps.get_mut(&step) else {
                     return;

@@ -153,6 +153,15 @@ pub(super) fn one_line(text: &str) -> String {
     }
 }
 
+/// What the cache has of a step, one line for each reason.
+pub(super) fn explanation(cached: bool, reasons: &[String]) -> Vec<String> {
+    let what = if cached { "cache hit" } else { "cache miss" };
+    let reasons = reasons.iter();
+    reasons
+        .map(|reason| format!("{what}: {}", one_line(reason)))
+        .collect()
+}
+
 /// The lines of `text` without control sequences; for messages.
 pub(super) fn clean_lines(text: &str) -> Vec<String> {
     let mut joiner = LineJoiner::default();

@@ -129,6 +129,19 @@ impl View {
                 self.steps.insert(step, running);
                 Vec::new()
             }
+            BuildEvent::StepExplained {
+                name,
+                cached,
+                reasons,
+                ..
+            } => {
+                let mut rows =
+                    vec![screen.row(Look::Plain, &format!(" => {}", text::one_line(&name)), "")];
+                for line in text::explanation(cached, &reasons) {
+                    rows.extend(message_rows(screen, Look::Dim, " => => ", &line));
+                }
+                rows
+            }
             BuildEvent::StepOutput { step, stream, text } => {
                 if let Some(step) = self.steps.get_mut(&step) {
                     let tail = &mut step.tail;
