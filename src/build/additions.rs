@@ -69,6 +69,13 @@ pub(super) enum Content {
         /// Opens it when its turn comes.
         open: Arc<dyn Fn() -> io::Result<File> + Send + Sync>,
     },
+    /// A regular file that is looked at while it is read.
+    Read {
+        /// The number of bytes that will be read.
+        size_bytes: u64,
+        /// Opens it when its turn comes.
+        open: Arc<dyn Fn() -> io::Result<Box<dyn io::Read + Send>> + Send + Sync>,
+    },
     /// A regular file in memory.
     Bytes(Arc<[u8]>),
     /// A directory.
@@ -86,7 +93,7 @@ pub(super) enum Content {
 impl Content {
     fn file_type(&self) -> FileType {
         match self {
-            Self::File { .. } | Self::Bytes(_) => FileType::RegularFile,
+            Self::File { .. } | Self::Read { .. } | Self::Bytes(_) => FileType::RegularFile,
             Self::Directory => FileType::Directory,
             Self::Symlink(_) => FileType::Symlink,
             Self::CharDevice(..) => FileType::CharacterDevice,
@@ -105,6 +112,10 @@ impl Content {
             Self::File { size_bytes, open } => Data::File(FileContent {
                 size_bytes,
                 source: FileSource::Open(Box::new(move || open())),
+            }),
+            Self::Read { size_bytes, open } => Data::File(FileContent {
+                size_bytes,
+                source: FileSource::Read(Box::new(move || open())),
             }),
             Self::Bytes(bytes) => Data::File(FileContent {
                 size_bytes: bytes.len() as u64,

@@ -4,17 +4,73 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs::File;
 use std::io;
+use std::os::fd::AsFd as _;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use rustix::fs::FileType;
 
+use super::Engine;
 use super::copy::{SourceNode, SourceTree};
+use super::stat_cache::{FileState, StatCache};
 use crate::context::{BuildContext, ContextError, ContextNode, NodeKind};
-use crate::rootfs::Metadata;
+use crate::image::Digest;
+use crate::plan::ContextId;
+use crate::rootfs::{Metadata, Time};
+use crate::store::Store;
 
 /// A context, read through its ignore rules.
-pub(super) struct ContextTree(pub(super) Arc<BuildContext>);
+pub(super) struct ContextTree {
+    context: Arc<BuildContext>,
+    stat_cache: Option<Arc<StatCache>>,
+}
+
+/// The stat caches of a build's contexts, each read when it is first needed.
+#[derive(Debug, Default)]
+pub(super) struct StatCaches(Mutex<BTreeMap<ContextId, Option<Arc<StatCache>>>>);
+
+impl StatCaches {
+    /// Of the context `id`. None for what was fetched or unpacked for this build alone.
+    fn of(&self, store: &Store, id: ContextId, context: &BuildContext) -> Option<Arc<StatCache>> {
+        if context.path().starts_with(store.tmp()) {
+            return None;
+        }
+        let mut caches = self.lock();
+        let cache = caches.entry(id).or_insert_with(|| {
+            StatCache::open(store, context.path(), context.as_fd()).map(Arc::new)
+        });
+        cache.clone()
+    }
+
+    /// Keeps what was learned so far for the next build. Blocking.
+    pub(super) fn save(&self, store: &Store) {
+        let caches: Vec<_> = self.lock().values().flatten().cloned().collect();
+        for cache in caches {
+            if let Err(error) = cache.save(store) {
+                let error = format!("{:#}", anyhow::Error::new(error));
+                tracing::warn!(error, "files of the context will be hashed again");
+            }
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<ContextId, Option<Arc<StatCache>>>> {
+        self.0
+            .lock()
+            .expect("nothing panics while it holds this lock")
+    }
+}
+
+impl Engine {
+    /// The files of a context. Blocking.
+    pub(super) fn context_tree(&self, id: ContextId) -> anyhow::Result<Arc<ContextTree>> {
+        let context = self.context(id)?;
+        let stat_cache = self.stat_caches.of(&self.store, id, &context);
+        Ok(Arc::new(ContextTree {
+            context,
+            stat_cache,
+        }))
+    }
+}
 
 impl From<ContextNode> for SourceNode {
     fn from(node: ContextNode) -> Self {
@@ -43,15 +99,33 @@ impl From<ContextNode> for SourceNode {
             changed: node.ctime,
             links: node.links,
             device: (rustix::fs::major(device), rustix::fs::minor(device)),
+            target: None,
             path: node.path,
         }
     }
 }
 
 impl ContextTree {
+    /// A context whose files nobody knows.
+    pub(super) fn new(context: Arc<BuildContext>) -> Self {
+        Self {
+            context,
+            stat_cache: None,
+        }
+    }
+
+    /// A context with what is known of its files.
+    #[cfg(test)]
+    pub(super) fn with_cache(context: Arc<BuildContext>, cache: Arc<StatCache>) -> Self {
+        Self {
+            context,
+            stat_cache: Some(cache),
+        }
+    }
+
     /// A node with the owner that it has in the archive that the context was.
     fn with_owner(&self, node: ContextNode) -> SourceNode {
-        let (uid, gid) = self.0.owner(&node);
+        let (uid, gid) = self.context.owner(&node);
         let mut node = SourceNode::from(node);
         (node.metadata.uid, node.metadata.gid) = (uid, gid);
         node
@@ -60,12 +134,12 @@ impl ContextTree {
 
 impl SourceTree for ContextTree {
     fn lookup(&self, path: &Path, follow_last: bool) -> io::Result<Option<SourceNode>> {
-        let node = self.0.lookup(path, follow_last).map_err(into_io)?;
+        let node = self.context.lookup(path, follow_last).map_err(into_io)?;
         Ok(node.map(|node| self.with_owner(node)))
     }
 
     fn read_dir(&self, path: &Path) -> io::Result<Vec<(OsString, SourceNode)>> {
-        let nodes = self.0.read_dir(path).map_err(into_io)?;
+        let nodes = self.context.read_dir(path).map_err(into_io)?;
         Ok(nodes
             .into_iter()
             .map(|node| {
@@ -78,16 +152,26 @@ impl SourceTree for ContextTree {
     }
 
     fn open(&self, path: &Path) -> io::Result<File> {
-        self.0.open(path).map_err(into_io)
+        self.context.open_seen(path).map_err(into_io)
     }
 
     fn read_link(&self, path: &Path) -> io::Result<OsString> {
-        self.0.read_link(path).map_err(into_io)
+        self.context.read_link(path).map_err(into_io)
     }
 
     /// Attributes of the user's files stay on the user's machine; those in an archive do not.
     fn xattrs(&self, path: &Path) -> io::Result<BTreeMap<OsString, Vec<u8>>> {
-        self.0.xattrs(path).map_err(into_io)
+        self.context.xattrs(path).map_err(into_io)
+    }
+
+    fn digest(&self, node: &SourceNode) -> Option<Digest> {
+        self.stat_cache.as_ref()?.get(&node.state())
+    }
+
+    fn learn(&self, state: &FileState, digest: &Digest, since: Time) {
+        if let Some(cache) = &self.stat_cache {
+            cache.learn(state, digest, since);
+        }
     }
 }
 
@@ -126,7 +210,7 @@ mod tests {
         let tmp = tempfile::tempdir().unwrap();
         let stdin = io::Cursor::new(archive());
         let opened = open(&SourceInput::StandardInput, None, None, stdin, tmp.path()).unwrap();
-        let tree = ContextTree(Arc::new(opened.context));
+        let tree = ContextTree::new(Arc::new(opened.context));
         let path = Path::new("Dockerfile");
         let node = tree.lookup(path, true).unwrap().unwrap();
         assert_eq!((node.metadata.uid, node.metadata.gid), (1000, 50));
@@ -137,8 +221,8 @@ mod tests {
         assert_eq!(tree.xattrs(path).unwrap(), attributes);
 
         let rules = IgnoreRules::default();
-        let directory = BuildContext::directory(tree.0.path(), rules).unwrap();
-        let directory = ContextTree(Arc::new(directory));
+        let directory = BuildContext::directory(tree.context.path(), rules).unwrap();
+        let directory = ContextTree::new(Arc::new(directory));
         let node = directory.lookup(path, true).unwrap().unwrap();
         assert_eq!((node.metadata.uid, node.metadata.gid), (0, 0));
         assert_eq!(directory.xattrs(path).unwrap(), BTreeMap::new());

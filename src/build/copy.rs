@@ -1,7 +1,8 @@
 //! COPY and ADD: files of a source → changes on top of a filesystem.
 //!
 //! In two parts, because the first alone decides the cache key: [`select()`] says which
-//! files are read, [`place()`] where they go.
+//! files are read, [`place()`] where they go. Contents are read once, on their way into the
+//! layer, unless a record might match; see [`super::listing`].
 //!
 //! Follows BuildKit's file operations where the reference is silent: links named as
 //! sources are followed, inside copied directories they stay links; an existing
@@ -22,12 +23,13 @@ use rustix::fs::FileType;
 use rustix::io::Errno;
 use thiserror::Error;
 
+use super::stat_cache::FileState;
 use super::unpack::UnpackError;
 use crate::image::Digest;
 use crate::rootfs::{Metadata, Node, Stack, Time};
 
 pub(super) use place::place;
-pub(super) use select::{Selection, Snapshot, select};
+pub(super) use select::{Selection, select};
 
 /// A filesystem that COPY reads: a build context, or the layers of a stage or an image.
 pub(super) trait SourceTree: Send + Sync {
@@ -36,16 +38,18 @@ pub(super) trait SourceTree: Send + Sync {
     fn lookup(&self, path: &Path, follow_last: bool) -> io::Result<Option<SourceNode>>;
     /// What is in the directory `path` (without links), sorted by name.
     fn read_dir(&self, path: &Path) -> io::Result<Vec<(OsString, SourceNode)>>;
-    /// Opens the regular file `path` (without links).
+    /// Opens the regular file `path` (without links), which a look-up or a listing gave.
     fn open(&self, path: &Path) -> io::Result<File>;
     /// The target of the link `path` (without links in its parents).
     fn read_link(&self, path: &Path) -> io::Result<OsString>;
     /// The extended attributes of `path` that belong in a layer.
     fn xattrs(&self, path: &Path) -> io::Result<BTreeMap<OsString, Vec<u8>>>;
-    /// The digest of the regular file `path` where it is known without reading it.
-    fn digest(&self, _path: &Path) -> Option<Digest> {
+    /// The digest of a regular file where it is known without reading it.
+    fn digest(&self, _node: &SourceNode) -> Option<Digest> {
         None
     }
+    /// Hears what the digest of the file in this state is, which was read from `since` on.
+    fn learn(&self, _state: &FileState, _digest: &Digest, _since: Time) {}
 }
 
 /// A file of a [`SourceTree`].
@@ -67,6 +71,21 @@ pub(super) struct SourceNode {
     pub(super) links: u64,
     /// Major and minor number of a device.
     pub(super) device: (u32, u32),
+    /// The target of a link, once it was read.
+    pub(super) target: Option<OsString>,
+}
+
+impl SourceNode {
+    /// What tells whether the file is still the one that it was.
+    pub(super) fn state(&self) -> FileState {
+        FileState {
+            device: self.identity.0,
+            inode: self.identity.1,
+            size_bytes: self.size_bytes,
+            mtime: self.metadata.mtime,
+            ctime: self.changed,
+        }
+    }
 }
 
 /// What is wrong with a COPY.
@@ -146,6 +165,7 @@ impl From<&Node> for SourceNode {
             changed: Time::default(),
             links: node.nlink(),
             device: (rustix::fs::major(device), rustix::fs::minor(device)),
+            target: None,
         }
     }
 }

@@ -6,16 +6,19 @@
 mod additions;
 mod cache;
 mod cache_mount;
+mod content;
 mod context_tree;
 mod copy;
 mod devices;
 mod explain;
 mod layer;
+mod listing;
 mod mounts;
 mod push;
 mod remote;
 mod run;
 mod seal;
+mod stat_cache;
 mod step;
 mod subtree;
 mod unpack;
@@ -186,6 +189,8 @@ pub(crate) struct Engine {
     push: push::Pusher,
     /// Each waits for a layer and records it in the cache.
     records: Mutex<JoinSet<()>>,
+    stat_caches: context_tree::StatCaches,
+    mounted: mounts::MountedFiles,
 }
 
 /// The summed times of kinds of work.
@@ -410,6 +415,8 @@ impl Engine {
             unpacking: Semaphore::new(PARALLEL_UNPACKS),
             timings,
             records: Mutex::default(),
+            stat_caches: context_tree::StatCaches::default(),
+            mounted: mounts::MountedFiles::default(),
         }
     }
 

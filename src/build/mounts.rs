@@ -3,19 +3,18 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use anyhow::Context as _;
 
 use super::Engine;
 use super::cache_mount::{self, CacheDirectory, DETAIL};
-use super::context_tree::ContextTree;
-use super::copy::SourceTree;
-use super::subtree::{self, Subtree};
+use super::content::{self, ContentManifest, Entry, Kind};
+use super::subtree::{self, SharedFiles, Subtree};
 use crate::confined;
-use crate::image::{Digest, Hasher};
-use crate::plan::{Mount, MountFrom, MountKind, Run};
-use crate::rootfs::{Rootfs, Stack};
+use crate::image::Digest;
+use crate::plan::{Mount, MountFrom, MountKind, Run, Security};
+use crate::rootfs::{Metadata, Rootfs, Stack};
 use crate::sandbox::{self, Content, MountSource};
 use crate::session::{AgentSocket, SecretBytes};
 
@@ -63,9 +62,10 @@ impl Mounts {
                 .take_cache(engine, name, mount, sources)
                 .with_context(|| format!("--mount of a cache at {}", target(mount)))?;
         }
+        let is_confined = run.security == Security::Sandbox;
         for mount in &run.mounts {
             mounts
-                .add(engine, mount, sources)
+                .add(engine, mount, sources, is_confined)
                 .with_context(|| format!("--mount at {}", target(mount)))?;
         }
         Ok(mounts)
@@ -100,14 +100,23 @@ impl Mounts {
         }
     }
 
-    fn add(&mut self, engine: &Engine, mount: &Mount, sources: &[Source]) -> anyhow::Result<()> {
+    /// Adds one mount; `is_confined` says that the step has no more powers than usual.
+    fn add(
+        &mut self,
+        engine: &Engine,
+        mount: &Mount,
+        sources: &[Source],
+        is_confined: bool,
+    ) -> anyhow::Result<()> {
         match &mount.kind {
             MountKind::Bind {
                 from,
                 source,
                 read_write,
             } => {
-                let path = self.files(engine, *from, source, sources)?;
+                // A step with all powers could make the mount writable.
+                let is_shared = !read_write && is_confined;
+                let path = self.files(engine, *from, source, sources, is_shared)?;
                 self.push(mount, MountSource::Bind(path), !read_write);
             }
             MountKind::Cache { read_only, .. } => {
@@ -182,13 +191,15 @@ impl Mounts {
         Ok(())
     }
 
-    /// A path of this machine with the files at `source` of `from`.
+    /// A path of this machine with the files at `source` of `from`; `is_shared` says that
+    /// other steps may have it too, because this one cannot write to it.
     fn files(
         &mut self,
         engine: &Engine,
         from: MountFrom,
         source: &str,
         sources: &[Source],
+        is_shared: bool,
     ) -> anyhow::Result<PathBuf> {
         match from {
             MountFrom::Scratch => {
@@ -196,8 +207,13 @@ impl Mounts {
                 subtree::empty(&self.temporary(engine, "mount-")?, 0o755, 0, 0)
             }
             MountFrom::Context(_) => {
-                let subtree = subtree_of(engine, from, source, sources)?;
-                subtree.write(&self.temporary(engine, "mount-")?)
+                let shared = engine.mounted.files(engine, from, source, sources)?;
+                // It lies in the store's `tmp/` until the build ends: other steps want it too.
+                let copy = shared.copy(|| Ok(engine.store.tmp_dir("context-copy-")?))?;
+                if is_shared {
+                    return Ok(copy);
+                }
+                subtree::copy_again(&copy, &self.temporary(engine, "mount-")?)
             }
             MountFrom::Step(index) => {
                 let stack = &sources[index].stack;
@@ -248,7 +264,11 @@ impl Mounts {
                 *from != MountFrom::Scratch,
                 "{source:?} not found in an empty filesystem"
             );
-            subtree_of(engine, *from, source, sources)?.write(dir)
+            engine
+                .mounted
+                .files(engine, *from, source, sources)?
+                .subtree
+                .write(dir)
         };
         let cache = cache_mount::take(&engine.store, &engine.cancel, &name, *sharing, fill)?;
         self.caches.insert(name, cache);
@@ -300,22 +320,45 @@ fn cache_name(mount: &Mount, sources: &[Source]) -> Option<String> {
     Some(name)
 }
 
-/// The files at `source` of a context or a stage.
-fn subtree_of(
-    engine: &Engine,
-    from: MountFrom,
-    source: &str,
-    sources: &[Source],
-) -> anyhow::Result<Subtree> {
-    match from {
-        MountFrom::Scratch => Subtree::find(Arc::new(Stack::default()), source, STAGE),
-        MountFrom::Context(context) => {
-            let tree: Arc<dyn SourceTree> = Arc::new(ContextTree(engine.context(context)?));
-            Subtree::find(tree, source, CONTEXT)
+/// The files that the mounts of a build show, each found once; by whose and which they are.
+#[derive(Default)]
+pub(super) struct MountedFiles(Mutex<BTreeMap<String, Arc<SharedFiles>>>);
+
+impl MountedFiles {
+    /// The files at `source` of a context or a stage. All steps see a context as the first one
+    /// found it. Blocking.
+    fn files(
+        &self,
+        engine: &Engine,
+        from: MountFrom,
+        source: &str,
+        sources: &[Source],
+    ) -> anyhow::Result<Arc<SharedFiles>> {
+        let name = match from {
+            MountFrom::Scratch => format!("nothing {source}"),
+            MountFrom::Context(context) => format!("context {} {source}", context.0),
+            MountFrom::Step(index) => format!("layers {:?} {source}", sources[index].chain),
+        };
+        let mut known = self
+            .0
+            .lock()
+            .expect("nothing panics while it holds this lock");
+        if let Some(files) = known.get(&name) {
+            return Ok(Arc::clone(files));
         }
-        MountFrom::Step(index) => {
-            Subtree::find(Arc::new(sources[index].stack.clone()), source, STAGE)
-        }
+        let subtree = match from {
+            MountFrom::Scratch => Subtree::find(Arc::new(Stack::default()), source, STAGE, false),
+            MountFrom::Context(context) => {
+                Subtree::find(engine.context_tree(context)?, source, CONTEXT, true)
+            }
+            MountFrom::Step(index) => {
+                let stack = Arc::new(sources[index].stack.clone());
+                Subtree::find(stack, source, STAGE, false)
+            }
+        };
+        let files = Arc::new(SharedFiles::new(subtree?));
+        known.insert(name, Arc::clone(&files));
+        Ok(files)
     }
 }
 
@@ -334,26 +377,53 @@ fn sources_of(run: &Run) -> impl Iterator<Item = (MountFrom, &str)> {
     })
 }
 
-/// The digest of all that the mounts of a step show it. Whole filesystems are known by their
-/// layers, and not read. Blocking.
-pub(super) fn content_digest(
-    engine: &Engine,
-    run: &Run,
-    sources: &[Source],
-) -> anyhow::Result<Digest> {
-    let mut hasher = Hasher::new();
-    for (from, source) in sources_of(run) {
-        let line = match from {
-            MountFrom::Scratch => "scratch\n".to_owned(),
-            MountFrom::Step(index) if source == "/" => {
-                format!("layers {:?}\n", sources[index].chain)
+/// All that the mounts of a step show it.
+pub(super) struct Shown(Vec<Part>);
+
+enum Part {
+    /// A whole filesystem, known by its layers and not read.
+    Layers(Option<Digest>),
+    Files(Arc<SharedFiles>),
+}
+
+/// Lists all that the mounts of a step show it, without reading contents. Blocking.
+pub(super) fn shown(engine: &Engine, run: &Run, sources: &[Source]) -> anyhow::Result<Shown> {
+    let part = |(from, source)| {
+        Ok(match from {
+            MountFrom::Scratch => Part::Layers(None),
+            MountFrom::Step(index) if source == "/" => Part::Layers(
+                sources
+                    .get(index)
+                    .and_then(|source: &Source| source.chain.clone()),
+            ),
+            _ => Part::Files(engine.mounted.files(engine, from, source, sources)?),
+        })
+    };
+    Ok(Shown(
+        sources_of(run).map(part).collect::<anyhow::Result<_>>()?,
+    ))
+}
+
+impl Shown {
+    /// What it is: of what was copied, the copies. `None` where that cannot be said, because
+    /// files changed meanwhile. Blocking.
+    pub(super) fn manifest(&self) -> anyhow::Result<Option<ContentManifest>> {
+        let mut manifest = ContentManifest::default();
+        for part in &self.0 {
+            match part {
+                Part::Layers(chain) => {
+                    let kind = Kind::Layers(chain.clone());
+                    manifest.sources.push(content::Source {
+                        name: PathBuf::new(),
+                        entries: vec![Entry::new(Path::new(""), kind, &Metadata::default())],
+                    });
+                }
+                Part::Files(files) => match files.subtree.listing().copied()? {
+                    Some(files) => manifest.sources.extend(files.sources),
+                    None => return Ok(None),
+                },
             }
-            _ => {
-                let subtree = subtree_of(engine, from, source, sources)?;
-                format!("files {}\n", subtree.digest()?)
-            }
-        };
-        hasher.update(line.as_bytes());
+        }
+        Ok(Some(manifest))
     }
-    Ok(hasher.finish())
 }

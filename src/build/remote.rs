@@ -102,6 +102,7 @@ impl FetchedFile {
             changed: Time::default(),
             links: 1,
             device: (0, 0),
+            target: None,
         })
     }
 }
@@ -131,7 +132,7 @@ impl SourceTree for FetchedFile {
         Ok(BTreeMap::new())
     }
 
-    fn digest(&self, _path: &Path) -> Option<Digest> {
+    fn digest(&self, _node: &SourceNode) -> Option<Digest> {
         Some(self.digest.clone())
     }
 }

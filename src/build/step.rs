@@ -11,12 +11,11 @@ use futures_util::future::{try_join, try_join_all};
 
 use super::additions::{Additions, NewDirectory, own_time};
 use super::cache::{self, Definition, Inputs, Record};
+use super::content::ContentManifest;
 use super::layer::{Filesystem, Layer};
 use super::remote::{self, Fetched};
 use super::user::{Accounts, Owner};
-use super::{
-    Engine, PushDenied, StepFuture, StepPlace, context_tree, copy, mounts, run, seal, unshare,
-};
+use super::{Engine, PushDenied, StepFuture, StepPlace, copy, mounts, run, seal, unshare};
 use crate::image::{Digest, ImageLayer};
 use crate::plan::{self, CopyFrom, CopySource, Operation, Step};
 use crate::progress::{BuildEvent, Progress, millis};
@@ -161,11 +160,27 @@ async fn dispatch(
 struct Cached {
     definition: Definition,
     name: String,
-    /// The layers of the filesystem that is read, and the digest of what is read of it.
-    content: Option<(Option<Digest>, Digest)>,
-    /// What `content` was made of, where it can change meanwhile.
-    snapshot: Option<copy::Snapshot>,
+    reads: Option<Reads>,
     record: Option<Record>,
+}
+
+/// What a step reads beside the layers below it.
+struct Reads {
+    /// The layers of the filesystem that is read, where they say all.
+    layers: Option<Digest>,
+    /// What is read of it, as far as it was found out before. Absent where no record can
+    /// match: then nothing is read ahead.
+    ahead: Option<ContentManifest>,
+    /// What was read of it in the end; `None` where it changed so that nobody can say.
+    /// Blocking.
+    #[allow(clippy::type_complexity, reason = "it is called in one place")]
+    finally: Box<dyn FnOnce() -> anyhow::Result<Option<ContentManifest>> + Send>,
+}
+
+/// Whether any record could be the one of a step with this definition, so that it pays to
+/// find out what the step reads before it is done.
+fn may_be_recorded(engine: &Engine, step: &Step, definition: &Definition) -> bool {
+    step.use_cache && cache::has_definition(&engine.store, definition)
 }
 
 impl Cached {
@@ -178,17 +193,24 @@ impl Cached {
         step: &Step,
         definition: Definition,
         parent: &Filesystem,
-        content: Option<(Option<Digest>, Digest)>,
+        reads: Option<Reads>,
     ) -> anyhow::Result<Self> {
         let mut cached = Self {
             definition,
             name: step.name.clone(),
-            content,
-            snapshot: None,
+            reads,
             record: None,
         };
-        if step.use_cache && cache::has_definition(&engine.store, &cached.definition) {
-            let inputs = cached.inputs(parent).await?;
+        let is_known = cached
+            .reads
+            .as_ref()
+            .is_none_or(|reads| reads.ahead.is_some());
+        if is_known && may_be_recorded(engine, step, &cached.definition) {
+            let reads = cached.reads.as_ref();
+            let content = reads.and_then(|reads| reads.ahead.as_ref());
+            let content = content.map(ContentManifest::digest);
+            let layers = reads.and_then(|reads| reads.layers.clone());
+            let inputs = inputs(parent, layers, content).await?;
             cached.record = inputs
                 .iter()
                 .find_map(|inputs| cache::look_up(&engine.store, &cached.definition, inputs));
@@ -207,6 +229,12 @@ impl Cached {
         F: Future<Output = anyhow::Result<Layer>>,
     {
         if let Some(record) = self.record {
+            // Files that were touched and are the same need not be read again.
+            let saving = Arc::clone(engine);
+            let save = move || saving.stat_caches.save(&saving.store);
+            let records = engine.records.lock();
+            let mut records = records.expect("nothing panics while it holds this lock");
+            records.spawn_blocking(save);
             return Ok((parent.with(recorded(record)), true));
         }
         engine.push.check(engine).await?;
@@ -215,46 +243,42 @@ impl Cached {
         Ok((parent.with(layer), false))
     }
 
-    /// What the step is applied to, in the ways in which it may be found again.
-    async fn inputs(&self, parent: &Filesystem) -> anyhow::Result<Vec<Inputs>> {
-        let parent = parent.chain().await.map_err(|error| unshare(&error))?;
-        let Some((source, content)) = &self.content else {
-            return Ok(vec![Inputs {
-                parent,
-                source: None,
-                content: None,
-            }]);
-        };
-        let by_content = Inputs {
-            parent: parent.clone(),
-            source: None,
-            content: Some(content.clone()),
-        };
-        let by_source = source.clone().map(|source| Inputs {
-            parent,
-            source: Some(source),
-            content: None,
-        });
-        Ok(by_source.into_iter().chain([by_content]).collect())
-    }
-
     /// Records the layer when it is sealed.
     fn record_later(self, engine: &Arc<Engine>, parent: &Filesystem, layer: &Arc<Layer>) {
         let (shared, parent, layer) = (Arc::clone(engine), parent.clone(), Arc::clone(layer));
         let recording = async move {
             let engine = shared;
             // A failure to seal is the build's error; it needs no record.
-            let (Ok(names), Ok(inputs)) = (layer.names().await, self.inputs(&parent).await) else {
+            let Ok(names) = layer.names().await else {
                 return;
             };
-            // The bytes in the layer are not those of the digest that it would be found by.
-            if let Some(path) = self.snapshot.as_ref().and_then(copy::Snapshot::changed) {
-                engine.warn(format!(
-                    "{path:?} changed while it was copied; the step {:?} is not cached",
-                    self.name
-                ));
-                return;
+            let (mut layers, mut content) = (None, None);
+            if let Some(reads) = self.reads {
+                let saving = Arc::clone(&engine);
+                let manifest = engine.blocking(move || {
+                    let manifest = (reads.finally)();
+                    saving.stat_caches.save(&saving.store);
+                    manifest
+                });
+                match manifest.await {
+                    Ok(Some(manifest)) => content = Some(manifest.digest()),
+                    Ok(None) => {
+                        engine.warn(format!(
+                            "files changed while they were read; the step {:?} is not cached",
+                            self.name
+                        ));
+                        return;
+                    }
+                    Err(error) => {
+                        engine.warn(format!("the step {:?} is not cached: {error:#}", self.name));
+                        return;
+                    }
+                }
+                layers = reads.layers;
             }
+            let Ok(inputs) = inputs(&parent, layers, content).await else {
+                return;
+            };
             for inputs in inputs {
                 let record = Record::new(
                     &self.definition,
@@ -281,6 +305,28 @@ impl Cached {
     }
 }
 
+/// What a step is applied to, in the ways in which it may be found again: by the layers of
+/// what it reads, and by the content.
+async fn inputs(
+    parent: &Filesystem,
+    layers: Option<Digest>,
+    content: Option<Digest>,
+) -> anyhow::Result<Vec<Inputs>> {
+    let parent = parent.chain().await.map_err(|error| unshare(&error))?;
+    let by_layers = layers.is_some().then(|| Inputs {
+        parent: parent.clone(),
+        source: layers.clone(),
+        content: None,
+    });
+    // What reads nothing is known by what is below it alone.
+    let by_content = (content.is_some() || layers.is_none()).then(|| Inputs {
+        parent: parent.clone(),
+        source: None,
+        content: content.clone(),
+    });
+    Ok(by_layers.into_iter().chain(by_content).collect())
+}
+
 /// The layer that a record is of.
 fn recorded(record: Record) -> Arc<Layer> {
     let names = ImageLayer {
@@ -302,7 +348,7 @@ async fn run_cached(
     let what = (run, engine.platform.to_string(), engine.epoch);
     let definition = Definition::new("run", &what);
     let mut mounted = Vec::new();
-    let mut content = None;
+    let mut reads = None;
     if !sources.is_empty() || mounts::reads_context(run) {
         let mut chains = Vec::new();
         for source in sources {
@@ -322,10 +368,20 @@ async fn run_cached(
             mounted.push(mounts::Source { stack, chain });
         }
         let (shared, what, read) = (Arc::clone(engine), run.clone(), mounted.clone());
-        let digest = engine.blocking(move || mounts::content_digest(&shared, &what, &read));
-        content = Some((layers, digest.await?));
+        let shown = engine.blocking(move || mounts::shown(&shared, &what, &read));
+        let shown = Arc::new(shown.await?);
+        let mut ahead = None;
+        if may_be_recorded(engine, step, &definition) {
+            let shown = Arc::clone(&shown);
+            ahead = engine.blocking(move || shown.manifest()).await?;
+        }
+        reads = Some(Reads {
+            layers,
+            ahead,
+            finally: Box::new(move || shown.manifest()),
+        });
     }
-    let cached = Cached::look_up(engine, step, definition, parent, content).await?;
+    let cached = Cached::look_up(engine, step, definition, parent, reads).await?;
     beginning.tell();
     cached
         .or_make(engine, parent, || {
@@ -352,8 +408,7 @@ async fn look_up_layers(
     parent: &Filesystem,
     layers: &Option<Digest>,
 ) -> anyhow::Result<Option<Record>> {
-    let is_known = step.use_cache && cache::has_definition(&engine.store, definition);
-    let (Some(layers), true) = (layers, is_known) else {
+    let (Some(layers), true) = (layers, may_be_recorded(engine, step, definition)) else {
         return Ok(None);
     };
     let inputs = Inputs {
@@ -446,8 +501,7 @@ async fn copy_step(
     };
     // Where the source's layers are those of last time, nothing needs to be read.
     if let Some(source_chain) = &source_chain
-        && step.use_cache
-        && cache::has_definition(&engine.store, &definition)
+        && may_be_recorded(engine, step, &definition)
     {
         let parent_chain = parent.chain().await.map_err(|error| unshare(&error))?;
         let inputs = Inputs {
@@ -469,10 +523,11 @@ async fn copy_step(
     let (tree, place): (Arc<dyn copy::SourceTree>, _) = match copy.from {
         // Without a path, a context may not even be there.
         _ if !has_paths(&copy.definition.sources) => (Arc::new(Stack::new(Vec::new())), "nothing"),
-        CopyFrom::Context(context) => (
-            Arc::new(context_tree::ContextTree(engine.context(context)?)),
-            "the build context",
-        ),
+        CopyFrom::Context(context) => {
+            let shared = Arc::clone(engine);
+            let tree = engine.blocking(move || shared.context_tree(context));
+            (tree.await?, "the build context")
+        }
         CopyFrom::Step => {
             let stack = source
                 .stack(engine)
@@ -481,21 +536,27 @@ async fn copy_step(
             (Arc::new(stack), "the stage or image copied from")
         }
     };
-    let (what, copy_from) = (copy.definition.clone(), copy.from);
-    let (selection, snapshot, content) = engine
+    let what = copy.definition.clone();
+    let reads_ahead = may_be_recorded(engine, step, &definition);
+    let (selection, ahead) = engine
         .blocking(move || {
             let selection = copy::select(&what, tree, place, fetched)?;
-            let snapshot = matches!(copy_from, CopyFrom::Context(_)).then(|| selection.snapshot());
-            let content = selection.content_digest()?;
-            Ok((selection, snapshot, content))
+            // Where no record can match, contents are read once, on their way into the layer.
+            let listing = reads_ahead.then_some(&selection.listing);
+            let ahead = listing.map(|listing| listing.manifest()).transpose()?;
+            Ok((selection, ahead))
         })
         .await?;
     for note in &selection.notes {
         engine.warn(format!("{}: {note}", step.place));
     }
-    let content = Some((source_chain, content));
-    let mut cached = Cached::look_up(engine, step, definition, parent, content).await?;
-    cached.snapshot = snapshot;
+    let listing = Arc::clone(&selection.listing);
+    let reads = Reads {
+        layers: source_chain,
+        ahead,
+        finally: Box::new(move || Ok(listing.copied()?)),
+    };
+    let cached = Cached::look_up(engine, step, definition, parent, Some(reads)).await?;
     cached
         .or_make(engine, parent, || {
             place_copy(engine, step, copy, selection, parent)

@@ -2,40 +2,54 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use anyhow::Context as _;
 use rustix::fs::{FileType, Gid, Mode, Uid};
 
 use super::copy::{SourceNode, SourceTree};
-use crate::image::{Digest, Hasher};
-use crate::io::HashingReader;
+use super::listing::{Listing, Origin, Role, read_ahead};
 use crate::rootfs::{
-    Change, ChangeKind, Data, Entry, FileContent, FileSource, Metadata, materialize,
+    Change, ChangeKind, Data, Entry, FileContent, FileSource, Metadata, Stack, Tree, materialize,
 };
 
 /// The name of the subtree's root while it is written.
 const ROOT: &str = "files";
 
-/// A path of a [`SourceTree`] and everything below it.
+/// Larger files are copied by the kernel, which may share their blocks, and hashed then;
+/// others are hashed on the way.
+const HASHED_ON_THE_WAY_BYTES: u64 = 1 << 20;
+
+/// A path of a [`SourceTree`] and everything below it, with the contents as they were copied.
 pub(super) struct Subtree {
     tree: Arc<dyn SourceTree>,
-    root: SourceNode,
-    /// What is below the root, in path order; relative to it.
-    entries: Vec<(PathBuf, SourceNode)>,
+    /// The root with the path [`ROOT`] and what is below it, in path order; and which file of
+    /// the listing it is.
+    entries: Vec<(PathBuf, SourceNode, Option<usize>)>,
+    /// All of it as one source.
+    listing: Arc<Listing>,
+    /// Whether the files may change while they are read.
+    is_live: bool,
 }
 
 impl Subtree {
-    /// Looks at everything below `path`, whose links are followed; `place` names the tree in errors.
-    pub(super) fn find(tree: Arc<dyn SourceTree>, path: &str, place: &str) -> anyhow::Result<Self> {
+    /// Lists everything at and below `path`, whose links are followed; `place` names the tree
+    /// in errors. `is_live` says that its files may change.
+    pub(super) fn find(
+        tree: Arc<dyn SourceTree>,
+        path: &str,
+        place: &'static str,
+        is_live: bool,
+    ) -> anyhow::Result<Self> {
         let found = tree.lookup(Path::new(path), true);
         let root = found
             .with_context(|| format!("reading {path:?} of {place}"))?
             .with_context(|| format!("{path:?} not found in {place}"))?;
-        let mut entries = Vec::new();
-        let mut pending = vec![(PathBuf::new(), root.clone())];
+        let mut listing = Listing::default();
+        listing.source(&root.path);
+        let mut nodes = vec![(PathBuf::new(), root.clone())];
+        let mut pending = vec![(PathBuf::new(), root)];
         while let Some((relative, node)) = pending.pop() {
             if node.file_type != FileType::Directory {
                 continue;
@@ -45,78 +59,75 @@ impl Subtree {
                 children.with_context(|| format!("reading {:?} of {place}", node.path))?;
             for (name, child) in children {
                 let relative = relative.join(name);
-                entries.push((relative.clone(), child.clone()));
-                pending.push((relative, child));
+                if child.file_type == FileType::Directory {
+                    pending.push((relative.clone(), child.clone()));
+                }
+                nodes.push((relative, child));
             }
         }
-        entries.sort_by(|(a, _), (b, _)| crate::rootfs::order(a, b));
+        nodes.sort_by(|(a, _), (b, _)| crate::rootfs::order(a, b));
+        let origin = Origin {
+            tree: Arc::clone(&tree),
+            place,
+            is_dated: false,
+        };
+        let mut entries = Vec::with_capacity(nodes.len());
+        for (path, mut node) in nodes {
+            origin.complete(&mut node)?;
+            let number = listing.node(&origin, &path, &node, Role::Content)?;
+            let path = match path.as_os_str().is_empty() {
+                true => PathBuf::from(ROOT),
+                false => Path::new(ROOT).join(path),
+            };
+            entries.push((path, node, number));
+        }
         Ok(Self {
             tree,
-            root,
             entries,
+            listing: Arc::new(listing),
+            is_live,
         })
     }
 
-    /// The digest of names, types, modes, owners, and contents; no times.
-    pub(super) fn digest(&self) -> anyhow::Result<Digest> {
-        let mut hasher = Hasher::new();
-        let mut field = |bytes: &[u8]| {
-            hasher.update(&(bytes.len() as u64).to_le_bytes());
-            hasher.update(bytes);
-        };
-        for (path, node) in self.all() {
-            let owner = (node.metadata.uid, node.metadata.gid);
-            let facts = format!(
-                "{:?} {:o} {owner:?} {:?}",
-                node.file_type, node.metadata.mode, node.device
-            );
-            field(path.as_os_str().as_bytes());
-            field(facts.as_bytes());
-            if node.file_type != FileType::Symlink {
-                for (name, value) in self.tree.xattrs(&node.path)? {
-                    field(name.as_bytes());
-                    field(&value);
-                }
-            }
-            match node.file_type {
-                FileType::Symlink => field(self.tree.read_link(&node.path)?.as_bytes()),
-                FileType::RegularFile => {
-                    let mut reader = HashingReader::new(self.tree.open(&node.path)?);
-                    io::copy(&mut reader, &mut io::sink())?;
-                    field(reader.finish().1.as_str().as_bytes());
-                }
-                _ => {}
-            }
-        }
-        Ok(hasher.finish())
+    /// What is in it: names, types, modes, owners, and contents; no times.
+    pub(super) fn listing(&self) -> &Arc<Listing> {
+        &self.listing
     }
 
-    /// Writes it into the empty directory `dir` and returns the path of its root.
+    /// Writes it into the empty directory `dir` and returns the path of its root. The listing
+    /// has the digests of what was written.
     pub(super) fn write(&self, dir: &Path) -> anyhow::Result<PathBuf> {
-        let changes = self
-            .all()
-            .filter(|(_, node)| node.file_type != FileType::Socket)
-            .map(|(path, node)| self.change(&path, node))
-            .collect::<io::Result<Vec<_>>>()?;
+        let wanted = self.entries.iter();
+        let wanted = wanted.filter(|(_, node, _)| node.file_type != FileType::Socket);
+        let mut changes: Vec<Change> = wanted.map(|entry| self.change(entry)).collect();
+        read_ahead(&mut changes);
         materialize(changes, dir)?;
+        if self.is_live {
+            let copied_by_kernel = self.entries.iter().filter_map(|(path, node, number)| {
+                let number = (*number)?;
+                (node.size_bytes > HASHED_ON_THE_WAY_BYTES).then(|| (number, dir.join(path)))
+            });
+            self.listing.hash_copies(copied_by_kernel.collect())?;
+        }
         Ok(dir.join(ROOT))
     }
 
-    /// Root and entries with the paths that they are written to.
-    fn all(&self) -> impl Iterator<Item = (PathBuf, &SourceNode)> {
-        let entries = self.entries.iter();
-        let entries = entries.map(|(path, node)| (Path::new(ROOT).join(path), node));
-        std::iter::once((PathBuf::from(ROOT), &self.root)).chain(entries)
-    }
-
-    fn change(&self, path: &Path, node: &SourceNode) -> io::Result<Change> {
+    fn change(&self, entry: &(PathBuf, SourceNode, Option<usize>)) -> Change {
+        let (path, node, number) = entry;
         let (major, minor) = node.device;
-        let data = match node.file_type {
-            FileType::Directory => Data::Directory { opaque: false },
-            FileType::Symlink => Data::Symlink(self.tree.read_link(&node.path)?),
-            FileType::Fifo => Data::Fifo,
-            FileType::CharacterDevice => Data::CharDevice { major, minor },
-            FileType::BlockDevice => Data::BlockDevice { major, minor },
+        let data = match (node.file_type, *number) {
+            (FileType::Directory, _) => Data::Directory { opaque: false },
+            (FileType::Symlink, _) => Data::Symlink(node.target.clone().unwrap_or_default()),
+            (FileType::Fifo, _) => Data::Fifo,
+            (FileType::CharacterDevice, _) => Data::CharDevice { major, minor },
+            (FileType::BlockDevice, _) => Data::BlockDevice { major, minor },
+            (_, Some(number)) if self.is_live && node.size_bytes <= HASHED_ON_THE_WAY_BYTES => {
+                let listing = Arc::clone(&self.listing);
+                Data::File(FileContent {
+                    size_bytes: node.size_bytes,
+                    source: FileSource::Read(Box::new(move || Ok(Box::new(listing.open(number)?)))),
+                })
+            }
             _ => {
                 let (tree, source) = (Arc::clone(&self.tree), node.path.clone());
                 Data::File(FileContent {
@@ -127,15 +138,58 @@ impl Subtree {
                 })
             }
         };
-        let mut metadata = node.metadata.clone();
-        if node.file_type != FileType::Symlink {
-            metadata.xattrs = self.tree.xattrs(&node.path)?;
+        Change {
+            path: path.clone(),
+            kind: ChangeKind::Entry(Entry {
+                metadata: node.metadata.clone(),
+                data,
+            }),
         }
-        Ok(Change {
-            path: path.to_owned(),
-            kind: ChangeKind::Entry(Entry { metadata, data }),
-        })
     }
+}
+
+/// Files that mounts show: found once for all steps of a build, and copied once for all
+/// those that only read them.
+pub(super) struct SharedFiles {
+    pub(super) subtree: Subtree,
+    /// The root of the copy, once there is one.
+    copy: Mutex<Option<PathBuf>>,
+}
+
+impl SharedFiles {
+    pub(super) fn new(subtree: Subtree) -> Self {
+        Self {
+            subtree,
+            copy: Mutex::new(None),
+        }
+    }
+
+    /// The path of a copy that nobody may write to; `dir` makes an empty directory that stays
+    /// as long as the build. Blocking.
+    pub(super) fn copy(
+        &self,
+        dir: impl FnOnce() -> anyhow::Result<PathBuf>,
+    ) -> anyhow::Result<PathBuf> {
+        // Who comes second waits for it.
+        let mut copy = self
+            .copy
+            .lock()
+            .expect("nothing panics while it holds this lock");
+        if let Some(path) = &*copy {
+            return Ok(path.clone());
+        }
+        let path = self.subtree.write(&dir()?)?;
+        Ok(copy.insert(path).clone())
+    }
+}
+
+/// Copies what [`SharedFiles::copy`] gave into the empty directory `dir`, for somebody who may
+/// write to it, and returns the path of its root.
+pub(super) fn copy_again(copy: &Path, dir: &Path) -> anyhow::Result<PathBuf> {
+    let above = copy.parent().context("a copy is in a directory")?;
+    let tree = Tree::open(above).with_context(|| format!("opening {}", above.display()))?;
+    let stack = Arc::new(Stack::new(vec![tree]));
+    Subtree::find(stack, ROOT, "the copy", false)?.write(dir)
 }
 
 /// Makes an empty directory with this owner and mode at `dir`, which is there and empty.

@@ -11,6 +11,7 @@
 //!
 //! <https://docs.docker.com/build/concepts/context/#dockerignore-files>
 
+use std::cell::OnceCell;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path};
 
@@ -198,15 +199,21 @@ impl IgnoreRules {
     /// directory. `above` is what this returned for the directory that `path` is in; `None`
     /// in the root.
     pub fn step(&self, path: &Path, above: Option<&DirectoryMatch>) -> (bool, DirectoryMatch) {
+        if self.rules.is_empty() {
+            return (false, DirectoryMatch(Vec::new()));
+        }
         self.step_bytes(&joined(path), above)
     }
 
     fn step_bytes(&self, path: &[u8], above: Option<&DirectoryMatch>) -> (bool, DirectoryMatch) {
         let mut ignored = false;
+        // The same for all rules, and made only if one of them needs it.
+        let symbols = OnceCell::new();
         let matches = self.rules.iter().enumerate().map(|(index, rule)| {
             let inherited = above.is_some_and(|above| above.0.get(index) == Some(&true));
             // A rule that cannot change anything is not tried, and then is not inherited.
-            let matched = inherited || (rule.exception == ignored && rule.matcher.matches(path));
+            let matched =
+                inherited || (rule.exception == ignored && rule.matcher.matches(path, &symbols));
             if matched {
                 ignored = !rule.exception;
             }
@@ -239,14 +246,18 @@ impl IgnoreRules {
 }
 
 impl Matcher {
-    fn matches(&self, path: &[u8]) -> bool {
+    /// Whether all of `path` matches, whose symbols are kept for the next one who asks.
+    fn matches(&self, path: &[u8], symbols: &OnceCell<Vec<glob::Symbol>>) -> bool {
         match self {
             Self::Exact(exact) => exact == path,
             Self::Prefix(prefix) => path.starts_with(prefix),
             Self::Suffix(suffix) => {
                 path.ends_with(suffix) || suffix.strip_prefix(b"/") == Some(path)
             }
-            Self::Tokens(tokens) => States::new(tokens).advance(&glob::symbols(path)).accepted(),
+            Self::Tokens(tokens) => {
+                let symbols = symbols.get_or_init(|| glob::symbols(path));
+                States::new(tokens).advance(symbols).accepted()
+            }
         }
     }
 

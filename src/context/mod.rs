@@ -20,7 +20,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Component, Path, PathBuf};
 
@@ -48,6 +48,9 @@ const LINK_LIMIT: usize = 255;
 
 /// The longest name of a file, in bytes, on every file system of Linux.
 const NAME_MAX: usize = 255;
+
+/// How much of a directory is listed at once.
+const LISTING_BYTES: usize = 32 << 10;
 
 /// A directory whose files steps may read.
 #[derive(Debug)]
@@ -350,10 +353,14 @@ impl BuildContext {
     /// [`ContextError::Io`].
     pub fn read_dir(&self, path: &Path) -> Result<Vec<ContextNode>, ContextError> {
         let above = self.matched(path);
-        let mut nodes = Vec::new();
-        for name in self.names(path)? {
+        let dir = self.directory_at(path).map_err(self.io("listing", path))?;
+        let names = list(&dir).map_err(self.io("listing", path))?;
+        let mut nodes = Vec::with_capacity(names.len());
+        for name in names {
+            let path = path.join(&name);
+            let stat = || self.found(&path, stat_in(&dir, &name));
             // What vanished since it was listed is as if it had gone before.
-            nodes.extend(self.visible_in(&path.join(name), above.as_ref())?);
+            nodes.extend(self.visible_in(&path, above.as_ref(), stat)?);
         }
         Ok(nodes)
     }
@@ -369,7 +376,25 @@ impl BuildContext {
     /// # Errors
     /// [`ContextError::Io`]; ignored or absent is `NotFound`, another type `InvalidInput`.
     pub fn open(&self, path: &Path) -> Result<File, ContextError> {
-        self.open_visible(path).map_err(self.io("opening", path))
+        if self.rules.is_ignored(path) {
+            let absent = io::ErrorKind::NotFound.into();
+            return Err(self.io("opening", path)(absent));
+        }
+        self.open_seen(path)
+    }
+
+    /// The same for the path of a node that [`BuildContext::lookup`] or
+    /// [`BuildContext::read_dir`] gave, about which the ignore rules need not be asked again.
+    ///
+    /// # Errors
+    /// As for [`BuildContext::open`].
+    pub fn open_seen(&self, path: &Path) -> Result<File, ContextError> {
+        // One call to the kernel for the whole path: there may be very many files. What is
+        // no file must not block, nor act.
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY;
+        let file = self.resolved(path, flags).map(File::from);
+        file.and_then(only_regular)
+            .map_err(self.io("opening", path))
     }
 
     /// The target of the link at `path`, a resolved path, verbatim.
@@ -388,14 +413,6 @@ impl BuildContext {
         read().map_err(self.io("reading the link", path))
     }
 
-    fn open_visible(&self, path: &Path) -> io::Result<File> {
-        if self.rules.is_ignored(path) {
-            return Err(io::ErrorKind::NotFound.into());
-        }
-        let (parent, name) = self.parent(path)?;
-        open_regular(parent, name, OFlags::NOFOLLOW)
-    }
-
     fn root(&self) -> Result<ContextNode, ContextError> {
         let path = Path::new("");
         let stat =
@@ -409,20 +426,22 @@ impl BuildContext {
             return self.root().map(Some);
         }
         let above = path.parent().and_then(|parent| self.matched(parent));
-        self.visible_in(path, above.as_ref())
+        self.visible_in(path, above.as_ref(), || self.stat(path))
     }
 
-    /// The same, where `above` is what the rules say about the directory that it is in.
+    /// The same, where `above` is what the rules say about the directory that it is in, and
+    /// `stat` finds its metadata.
     fn visible_in(
         &self,
         path: &Path,
         above: Option<&DirectoryMatch>,
+        stat: impl FnOnce() -> Result<Option<Stat>, ContextError>,
     ) -> Result<Option<ContextNode>, ContextError> {
         let (hidden, matched) = self.rules.step(path, above);
         if hidden && !self.rules.may_reinclude_below(path) {
             return Ok(None);
         }
-        let Some(stat) = self.stat(path)? else {
+        let Some(stat) = stat()? else {
             return Ok(None);
         };
         let node = ContextNode::new(path.to_owned(), &stat);
@@ -435,9 +454,12 @@ impl BuildContext {
 
     /// The metadata of the resolved path `path`; `None` where nothing is.
     fn stat(&self, path: &Path) -> Result<Option<Stat>, ContextError> {
-        let stat = self.parent(path).and_then(|(parent, name)| {
-            Ok(rustix::fs::statat(parent, name, AtFlags::SYMLINK_NOFOLLOW)?)
-        });
+        let parent = self.parent(path);
+        self.found(path, parent.and_then(|(dir, name)| stat_in(dir, name)))
+    }
+
+    /// What was found at `path`, which may be nothing.
+    fn found(&self, path: &Path, stat: io::Result<Stat>) -> Result<Option<Stat>, ContextError> {
         stat.map(Some)
             .or_else(|error| match Errno::from_io_error(&error) {
                 Some(Errno::NOENT | Errno::NOTDIR) => Ok(None),
@@ -485,20 +507,13 @@ impl BuildContext {
 
     /// All names in the directory `path`, sorted by bytes.
     fn names(&self, path: &Path) -> Result<Vec<OsString>, ContextError> {
-        let read = || {
-            let flags = OFlags::RDONLY | OFlags::DIRECTORY;
-            let dir = rustix::fs::Dir::new(self.resolved(path, flags)?)?;
-            let mut names = Vec::new();
-            for entry in dir {
-                let name = entry?.file_name().to_bytes().to_vec();
-                if name != b"." && name != b".." {
-                    names.push(OsString::from_vec(name));
-                }
-            }
-            names.sort_unstable_by(|a, b| a.as_bytes().cmp(b.as_bytes()));
-            Ok(names)
-        };
-        read().map_err(self.io("listing", path))
+        let names = self.directory_at(path).and_then(list);
+        names.map_err(self.io("listing", path))
+    }
+
+    /// Opens the directory at the resolved path `path` to list it.
+    fn directory_at(&self, path: &Path) -> io::Result<OwnedFd> {
+        self.resolved(path, OFlags::RDONLY | OFlags::DIRECTORY)
     }
 
     /// Opens the directory above `path`.
@@ -539,6 +554,12 @@ impl BuildContext {
             context: self.path().to_owned(),
             source,
         }
+    }
+}
+
+impl AsFd for BuildContext {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.dir.as_fd()
     }
 }
 
@@ -583,13 +604,27 @@ impl ContextNode {
     }
 }
 
-/// Opens a regular file and nothing that would block or act, such as a pipe or a device.
-fn open_regular(dir: impl AsFd, name: &OsStr, flags: OFlags) -> io::Result<File> {
-    let flags = flags | OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
-    let file = File::from(rustix::fs::openat(dir, name, flags, Mode::empty())?);
-    only_regular(file)
+/// The metadata of `name` in `dir`; links are not followed.
+fn stat_in(dir: impl AsFd, name: &OsStr) -> io::Result<Stat> {
+    Ok(rustix::fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW)?)
 }
 
+/// All names in a directory, sorted by bytes.
+fn list(dir: impl AsFd) -> io::Result<Vec<OsString>> {
+    let mut names = Vec::new();
+    let mut buffer = Vec::with_capacity(LISTING_BYTES);
+    let mut entries = rustix::fs::RawDir::new(dir, buffer.spare_capacity_mut());
+    while let Some(entry) = entries.next() {
+        let name = entry?.file_name().to_bytes().to_vec();
+        if name != b"." && name != b".." {
+            names.push(OsString::from_vec(name));
+        }
+    }
+    names.sort_unstable_by(|a, b| a.as_bytes().cmp(b.as_bytes()));
+    Ok(names)
+}
+
+/// Refuses what is no regular file, such as a pipe or a device.
 fn only_regular(file: File) -> io::Result<File> {
     if file.metadata()?.is_file() {
         Ok(file)

@@ -295,6 +295,10 @@ fn write_content(target: &File, content: FileContent) -> io::Result<()> {
             bytes.len() as u64
         }
         FileSource::Open(open) => copy_content(&open()?, target, want)?,
+        FileSource::Read(open) => {
+            let mut source = io::Read::take(open()?, want.saturating_add(1));
+            io::copy(&mut source, &mut &*target)?
+        }
     };
     if got == want {
         Ok(())

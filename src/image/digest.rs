@@ -50,6 +50,32 @@ impl Digest {
             .ok_or_else(|| DigestError::Malformed(text.to_owned()))
     }
 
+    /// The digest whose 32 bytes these are.
+    pub fn from_bytes(bytes: &[u8; 32]) -> Self {
+        const DIGITS: &[u8; 16] = b"0123456789abcdef";
+        let mut text = String::with_capacity(71);
+        text.push_str("sha256:");
+        for byte in bytes {
+            text.push(char::from(DIGITS[usize::from(byte >> 4)]));
+            text.push(char::from(DIGITS[usize::from(byte & 15)]));
+        }
+        Self(text)
+    }
+
+    /// The 32 bytes.
+    pub fn to_bytes(&self) -> [u8; 32] {
+        let mut bytes = [0; 32];
+        let (digits, _) = self.hex().as_bytes().as_chunks::<2>();
+        let value = |digit: u8| match digit {
+            b'0'..=b'9' => digit - b'0',
+            _ => digit - b'a' + 10,
+        };
+        for (byte, [high, low]) in bytes.iter_mut().zip(digits) {
+            *byte = value(*high) << 4 | value(*low);
+        }
+        bytes
+    }
+
     /// The whole text, `sha256:…`.
     pub fn as_str(&self) -> &str {
         &self.0
@@ -145,13 +171,7 @@ impl Hasher {
 
     /// The digest of all bytes added.
     pub fn finish(self) -> Digest {
-        use fmt::Write;
-        let mut text = String::with_capacity(71);
-        text.push_str("sha256:");
-        for byte in self.0.finalize() {
-            write!(text, "{byte:02x}").expect("writing to a String cannot fail");
-        }
-        Digest(text)
+        Digest::from_bytes(&self.0.finalize().into())
     }
 }
 
@@ -164,6 +184,9 @@ mod tests {
     #[test]
     fn digests_are_validated() {
         assert_eq!(Digest::of(b"").as_str(), EMPTY);
+        assert_eq!(Digest::of(b"").to_bytes()[..3], [0xe3, 0xb0, 0xc4]);
+        let digest = Digest::of(b"a");
+        assert_eq!(Digest::from_bytes(&digest.to_bytes()), digest);
         assert_eq!(Digest::parse(EMPTY).unwrap().short(), "e3b0c44298fc");
         for bad in [
             "",

@@ -276,14 +276,8 @@ pub(super) fn describe(changes: Vec<Change>) -> Vec<String> {
         };
         let data = match data {
             Data::File(content) => {
-                let bytes = match content.source {
-                    FileSource::Bytes(bytes) => bytes.to_vec(),
-                    FileSource::Open(open) => {
-                        let mut bytes = Vec::new();
-                        std::io::Read::read_to_end(&mut open().unwrap(), &mut bytes).unwrap();
-                        bytes
-                    }
-                };
+                let (mut bytes, mut reader) = (Vec::new(), content.source.reader().unwrap());
+                std::io::Read::read_to_end(&mut reader, &mut bytes).unwrap();
                 assert_eq!(bytes.len() as u64, content.size_bytes);
                 format!("file {} {}", bytes.len(), Digest::of(&bytes).short())
             }

@@ -6,7 +6,6 @@
 //! whiteouts have mode, owner and time 0, as since containerd 2.0. Owners have no names.
 
 use std::ffi::OsStr;
-use std::fs::File;
 use std::io::{self, Read, Write};
 use std::ops::Range;
 use std::os::unix::ffi::OsStrExt;
@@ -294,8 +293,8 @@ impl<W: Write> Writer<W> {
                 }
                 self.bytes(&bytes)
             }
-            FileSource::Open(open) => {
-                let mut file = open().map_err(read_error)?;
+            source @ (FileSource::Open(_) | FileSource::Read(_)) => {
+                let mut file = source.reader().map_err(read_error)?;
                 let mut got = 0;
                 loop {
                     let read = read_some(&mut file, &mut self.buffer).map_err(read_error)?;
@@ -321,7 +320,7 @@ impl<W: Write> Writer<W> {
     }
 }
 
-fn read_some(file: &mut File, buffer: &mut [u8]) -> io::Result<usize> {
+fn read_some(file: &mut impl Read, buffer: &mut [u8]) -> io::Result<usize> {
     loop {
         match file.read(buffer) {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}

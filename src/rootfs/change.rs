@@ -121,12 +121,31 @@ pub struct FileContent {
 /// Opens the content of a file, once, when its turn comes.
 pub type OpenFile = Box<dyn FnOnce() -> io::Result<File> + Send>;
 
+/// Opens the content of a file that is looked at while it is read, once, when its turn comes.
+pub type OpenReader = Box<dyn FnOnce() -> io::Result<Box<dyn io::Read + Send>> + Send>;
+
 /// Where bytes come from.
 pub enum FileSource {
     /// From memory.
     Bytes(Arc<[u8]>),
     /// From a file that is opened when its turn comes.
     Open(OpenFile),
+    /// From a reader that is made when its turn comes.
+    Read(OpenReader),
+}
+
+impl FileSource {
+    /// Opens it to be read from its beginning.
+    ///
+    /// # Errors
+    /// Those of opening the file.
+    pub fn reader(self) -> io::Result<Box<dyn io::Read + Send>> {
+        Ok(match self {
+            Self::Bytes(bytes) => Box::new(io::Cursor::new(bytes)),
+            Self::Open(open) => Box::new(open()?),
+            Self::Read(open) => open()?,
+        })
+    }
 }
 
 impl fmt::Debug for Data {
@@ -148,6 +167,7 @@ impl fmt::Debug for FileSource {
         match self {
             Self::Bytes(bytes) => write!(f, "Bytes({})", bytes.len()),
             Self::Open(_) => f.write_str("Open"),
+            Self::Read(_) => f.write_str("Read"),
         }
     }
 }

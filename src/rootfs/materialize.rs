@@ -261,6 +261,11 @@ fn write_file(
             let source = open().map_err(RootfsError::io("opening", path))?;
             copy(&source, &file, want).map_err(RootfsError::io("copying", path))?
         }
+        FileSource::Read(open) => {
+            let source = open().map_err(RootfsError::io("opening", path))?;
+            let mut source = source.take(want.saturating_add(1));
+            io::copy(&mut source, &mut file).map_err(RootfsError::io("copying", path))?
+        }
     };
     if got == want {
         Ok(())

@@ -36,7 +36,8 @@ use std::path::{Path, PathBuf};
 use thiserror::Error;
 
 pub use change::{
-    Change, ChangeKind, Data, Entry, FileContent, FileSource, Metadata, OpenFile, Time, order,
+    Change, ChangeKind, Data, Entry, FileContent, FileSource, Metadata, OpenFile, OpenReader, Time,
+    order,
 };
 pub use diff::{Changes, changes};
 pub use inherit::inherit_metadata;

@@ -311,13 +311,8 @@ pub(crate) fn line(change: Change) -> String {
     };
     let what = match data {
         Data::File(FileContent { size_bytes, source }) => {
-            let mut bytes = Vec::new();
-            match source {
-                FileSource::Bytes(all) => bytes.extend_from_slice(&all),
-                FileSource::Open(open) => {
-                    open().unwrap().read_to_end(&mut bytes).unwrap();
-                }
-            }
+            let (mut bytes, mut reader) = (Vec::new(), source.reader().unwrap());
+            reader.read_to_end(&mut bytes).unwrap();
             assert_eq!(bytes.len() as u64, size_bytes, "{path}");
             format!("{path} = {}", String::from_utf8(bytes).unwrap())
         }

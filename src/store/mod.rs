@@ -8,6 +8,7 @@
 //! ├── trees/<hex>.chain/  those that depend on the layers below, named by chain ID
 //! ├── cache/steps/<definition>/<inputs>.json
 //! ├── cache/http/<url>.json  what servers said about files that are blobs now
+//! ├── cache/stat/<context>   digests of the files of contexts, as long as they stay as they are
 //! ├── jobs/               the service's database
 //! └── tmp/<random>/       everything unfinished, one locked directory per process
 //! ```
@@ -231,6 +232,11 @@ impl Store {
     /// Where is remembered what came from URLs.
     pub fn http_path(&self) -> PathBuf {
         self.root.join("cache/http")
+    }
+
+    /// Where digests of the files of contexts live.
+    pub fn stat_cache_path(&self) -> PathBuf {
+        self.root.join("cache/stat")
     }
 
     /// Where the service keeps its database.

@@ -29,6 +29,8 @@ mod check;
 mod compose;
 /// What BuildKit makes of the cases of `fixtures/conformance`.
 mod conformance;
+/// What steps read of a context: every change is seen, and nothing of it can be changed.
+mod content;
 /// Dockerfiles in, typed instructions or exact messages out: `fixtures/dockerfiles`.
 mod dockerfile;
 /// How much memory a build takes.

@@ -9,8 +9,9 @@ use rustix::fs::FileType;
 use rustix::io::Errno;
 
 use super::super::additions::{Addition, Additions, Content, NewDirectory, inline, own_time};
+use super::super::listing::{CopiedFile, Listing, read_ahead};
 use super::super::unpack;
-use super::select::{Item, ItemKind, Origin, Selected, Selection};
+use super::select::{Item, ItemKind, Selected, Selection};
 use super::{CopyError, SourceNode};
 use crate::plan::mode::SymbolicMode;
 use crate::plan::{Chmod, CopyDefinition};
@@ -53,34 +54,35 @@ pub(in super::super) fn place(
         new_directory,
         all: Applied { owner, mode },
         epoch,
+        listing: Arc::clone(&selection.listing),
     };
     let destination = Path::new(&definition.destination);
     let is_directory = definition.destination.ends_with('/');
     for (index, item) in selection.items.into_iter().enumerate() {
         // What came before may have changed where links lead.
         let to = placing.resolve(destination)?;
-        let Item { origin, kind } = item;
+        let Item { kind, .. } = item;
         match kind {
-            ItemKind::Directory { root, entries } => {
+            ItemKind::Directory { root, entries, .. } => {
                 match root {
-                    Some(root) if !is_directory => placing.root(&to, &root, &origin)?,
+                    Some(root) if !is_directory => placing.root(&to, &root)?,
                     _ => placing.make_directory(&to)?,
                 }
                 for entry in entries {
-                    placing.entry(&to, index, entry, &origin)?;
+                    placing.entry(&to, index, entry)?;
                 }
             }
-            ItemKind::File { name, node } => {
+            ItemKind::File { name, node, number } => {
                 let path = placing.target(&to, is_directory, &name)?;
-                placing.file(&path, index, &node, &origin)?;
+                placing.file(&path, index, &node, number)?;
             }
-            ItemKind::Archive { node } => {
+            ItemKind::Archive { node, number } => {
                 let unpacked = Unpacked {
                     owner,
                     index,
                     spool,
                 };
-                placing.archive(&to, &node, &origin, &unpacked)?;
+                placing.archive(&to, &node, number, &unpacked)?;
             }
             ItemKind::Inline { name, content } => {
                 let path = placing.target(&to, is_directory, OsStr::new(&name))?;
@@ -88,7 +90,9 @@ pub(in super::super) fn place(
             }
         }
     }
-    Ok(placing.additions.into_changes())
+    let mut changes = placing.additions.into_changes();
+    read_ahead(&mut changes);
+    Ok(changes)
 }
 
 struct Placing<'s> {
@@ -97,6 +101,8 @@ struct Placing<'s> {
     new_directory: NewDirectory,
     all: Applied,
     epoch: Option<i64>,
+    /// What is read.
+    listing: Arc<Listing>,
 }
 
 /// What is made of the metadata of everything that is copied.
@@ -125,18 +131,16 @@ struct Unpacked<'p> {
 
 impl Applied {
     /// The metadata that `node` has as a copy.
-    fn metadata(&self, node: &SourceNode, origin: &Origin) -> Result<Metadata, CopyError> {
+    fn metadata(&self, node: &SourceNode) -> Metadata {
         let mut metadata = node.metadata.clone();
         if node.file_type != FileType::Symlink {
-            let xattrs = origin.tree.xattrs(&node.path);
-            metadata.xattrs = xattrs.map_err(origin.read_error(&node.path))?;
             let is_directory = node.file_type == FileType::Directory;
             metadata.mode = self.mode.of(metadata.mode, is_directory);
         }
         if let Some((uid, gid)) = self.owner {
             (metadata.uid, metadata.gid) = (uid, gid);
         }
-        Ok(metadata)
+        metadata
     }
 }
 
@@ -217,31 +221,25 @@ impl Placing<'_> {
     }
 
     /// A directory that becomes the destination itself, unless one is there.
-    fn root(&mut self, path: &Path, node: &SourceNode, origin: &Origin) -> Result<(), CopyError> {
+    fn root(&mut self, path: &Path, node: &SourceNode) -> Result<(), CopyError> {
         if self.found(path)?.is_some() {
             return self.make_directory(path);
         }
-        self.directory(path, node, origin)
+        self.directory(path, node)
     }
 
     /// A file in a copied directory.
-    fn entry(
-        &mut self,
-        destination: &Path,
-        item: usize,
-        entry: Selected,
-        origin: &Origin,
-    ) -> Result<(), CopyError> {
+    fn entry(&mut self, destination: &Path, item: usize, entry: Selected) -> Result<(), CopyError> {
         let path = destination.join(&entry.path);
         if entry.node.file_type != FileType::Directory {
-            return self.file(&path, item, &entry.node, origin);
+            return self.file(&path, item, &entry.node, entry.number);
         }
         if !entry.is_parent {
-            return self.directory(&path, &entry.node, origin);
+            return self.directory(&path, &entry.node);
         }
         // One that is there takes the mode of the source's and keeps the rest.
         match self.existing(&path)? {
-            None => self.directory(&path, &entry.node, origin),
+            None => self.directory(&path, &entry.node),
             Some(existing) => {
                 let metadata = Metadata {
                     mode: entry.node.metadata.mode,
@@ -254,13 +252,8 @@ impl Placing<'_> {
 
     /// A directory with the metadata of the source's; attributes are added to those of one
     /// that is there.
-    fn directory(
-        &mut self,
-        path: &Path,
-        node: &SourceNode,
-        origin: &Origin,
-    ) -> Result<(), CopyError> {
-        let mut metadata = self.all.metadata(node, origin)?;
+    fn directory(&mut self, path: &Path, node: &SourceNode) -> Result<(), CopyError> {
+        let mut metadata = self.all.metadata(node);
         if let Some(existing) = self.existing(path)? {
             let added = std::mem::replace(&mut metadata.xattrs, existing.xattrs);
             metadata.xattrs.extend(added);
@@ -275,29 +268,37 @@ impl Placing<'_> {
             .map_err(|error| place_error("a directory", path, &error))
     }
 
-    /// Anything that is no directory.
+    /// Opens a regular file to be copied.
+    fn opener(
+        &self,
+        number: Option<usize>,
+    ) -> impl Fn() -> io::Result<CopiedFile> + Send + Sync + use<> {
+        let listing = Arc::clone(&self.listing);
+        move || listing.open(number.ok_or(io::ErrorKind::NotFound)?)
+    }
+
+    /// Anything that is no directory; `number` says which file of the listing it is.
     fn file(
         &mut self,
         path: &Path,
         item: usize,
         node: &SourceNode,
-        origin: &Origin,
+        number: Option<usize>,
     ) -> Result<(), CopyError> {
         let (major, minor) = node.device;
         let (content, what) = match node.file_type {
             FileType::RegularFile => {
-                let (tree, source) = (Arc::clone(&origin.tree), node.path.clone());
-                let content = Content::File {
+                let open = self.opener(number);
+                let content = Content::Read {
                     size_bytes: node.size_bytes,
-                    open: Arc::new(move || tree.open(&source)),
+                    open: Arc::new(move || Ok(Box::new(open()?))),
                 };
                 (content, "a file")
             }
             // A socket is of no use to anybody but the process that made it; its name stays.
             FileType::Socket => (inline(""), "a file"),
             FileType::Symlink => {
-                let target = origin.tree.read_link(&node.path);
-                let target = target.map_err(origin.read_error(&node.path))?;
+                let target = node.target.clone().unwrap_or_default();
                 (Content::Symlink(target), "a link")
             }
             FileType::Fifo => (Content::Fifo, "a pipe"),
@@ -309,7 +310,7 @@ impl Placing<'_> {
         };
         let is_linked = node.file_type == FileType::RegularFile && node.links > 1;
         let addition = Addition {
-            metadata: self.all.metadata(node, origin)?,
+            metadata: self.all.metadata(node),
             content,
             identity: is_linked.then_some((item, node.identity.0, node.identity.1)),
         };
@@ -322,7 +323,7 @@ impl Placing<'_> {
         &mut self,
         path: &Path,
         node: &SourceNode,
-        origin: &Origin,
+        number: Option<usize>,
         unpacked: &Unpacked<'_>,
     ) -> Result<(), CopyError> {
         self.additions.set_new_directory(NewDirectory {
@@ -336,8 +337,7 @@ impl Placing<'_> {
             owner: (0, 0),
             ..self.new_directory
         });
-        let archive = origin.tree.open(&node.path);
-        let archive = archive.map_err(origin.read_error(&node.path))?;
+        let archive = self.listing.open_whole(number, node)?;
         let Unpacked {
             owner,
             index,

@@ -1,6 +1,6 @@
-//! Which files a COPY reads, and the digest of what of them reaches the layer.
+//! Which files a COPY reads, and what of them reaches the layer.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::ffi::OsString;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
@@ -9,20 +9,24 @@ use std::sync::Arc;
 
 use rustix::fs::FileType;
 
+use super::super::content::{Entry, Kind, source_of_file};
 use super::super::context_tree::ContextTree;
+use super::super::listing::{Listing, Origin, Role};
 use super::super::remote::Fetched;
 use super::{CopyError, SourceNode, SourceTree};
 use crate::context::glob::Pattern;
 use crate::context::ignore::DirectoryMatch;
 use crate::context::{BuildContext, IgnoreRules};
-use crate::image::{Digest, Hasher};
-use crate::io::HashingReader;
+use crate::image::Digest;
 use crate::layer::archive::is_archive;
 use crate::plan::{CopyDefinition, CopySource};
+use crate::rootfs::Metadata;
 
 /// The files that a COPY reads, in the order in which it names them.
 pub(in super::super) struct Selection {
     pub(super) items: Vec<Item>,
+    /// What is read of them.
+    pub(in super::super) listing: Arc<Listing>,
     /// What is surely not meant.
     pub(in super::super) notes: Vec<String>,
 }
@@ -33,23 +37,24 @@ pub(super) struct Item {
     pub(super) kind: ItemKind,
 }
 
-/// Where files are read.
-#[derive(Clone)]
-pub(super) struct Origin {
-    pub(super) tree: Arc<dyn SourceTree>,
-    /// What that is in errors, such as `the build context`.
-    pub(super) place: &'static str,
-    /// Whether times are part of what was fetched, and not only of where it lay.
-    is_dated: bool,
-}
-
 pub(super) enum ItemKind {
     /// One file, under the name that the Dockerfile has for it.
-    File { name: OsString, node: SourceNode },
+    File {
+        name: OsString,
+        node: SourceNode,
+        /// Which file of the listing it is.
+        number: Option<usize>,
+    },
     /// An archive whose entries are added.
-    Archive { node: SourceNode },
+    Archive {
+        node: SourceNode,
+        /// Which file of the listing it is.
+        number: Option<usize>,
+    },
     /// What is in a directory, in path order.
     Directory {
+        /// Where it is.
+        at: PathBuf,
         /// The directory itself, where it becomes the destination; absent: only its content
         /// is copied.
         root: Option<SourceNode>,
@@ -66,6 +71,8 @@ pub(super) struct Selected {
     pub(super) node: SourceNode,
     /// A directory that is not selected itself, but something in it.
     pub(super) is_parent: bool,
+    /// Which file of the listing it is, for the first name of a regular file.
+    pub(super) number: Option<usize>,
 }
 
 /// Finds the files that `definition` names.
@@ -111,7 +118,78 @@ pub(in super::super) fn select(
         }
     }
     notes.extend(excluded_nothing(definition, &items));
-    Ok(Selection { items, notes })
+    let listing = Arc::new(list(&mut items)?);
+    Ok(Selection {
+        items,
+        listing,
+        notes,
+    })
+}
+
+/// Lists everything that reaches the layer but times: names, types, modes, owners, link
+/// targets, which names are of one file, and files, whose contents are not read yet.
+fn list(items: &mut [Item]) -> Result<Listing, CopyError> {
+    let mut listing = Listing::default();
+    for Item { origin, kind } in items {
+        match kind {
+            ItemKind::File { name, node, number } => {
+                origin.complete(node)?;
+                listing.source(&source_of_file(&node.path, name));
+                *number = listing.node(origin, Path::new(name), node, Role::Content)?;
+            }
+            ItemKind::Archive { node, number } => {
+                origin.complete(node)?;
+                listing.source(&node.path);
+                *number = listing.node(origin, Path::new(""), node, Role::Archive)?;
+            }
+            ItemKind::Directory { at, root, entries } => {
+                listing.source(at);
+                if let Some(root) = root {
+                    origin.complete(root)?;
+                    listing.node(origin, Path::new(""), root, Role::Content)?;
+                }
+                list_entries(&mut listing, origin, entries)?;
+            }
+            ItemKind::Inline { name, content } => {
+                listing.source(Path::new(""));
+                let digest = Digest::of(content.as_bytes());
+                let metadata = Metadata::default();
+                listing.entry(Entry::new(Path::new(name), Kind::Text(digest), &metadata));
+            }
+        }
+    }
+    Ok(listing)
+}
+
+/// Lists what is in a directory.
+fn list_entries(
+    listing: &mut Listing,
+    origin: &Origin,
+    entries: &mut [Selected],
+) -> Result<(), CopyError> {
+    // The first name of each file that has several, and which file of the listing it is.
+    let mut first: HashMap<(u64, u64), (PathBuf, Option<usize>)> = HashMap::new();
+    for entry in entries {
+        let Selected { path, node, .. } = entry;
+        origin.complete(node)?;
+        let has_names = node.file_type == FileType::RegularFile && node.links > 1;
+        if has_names && let Some((first, number)) = first.get(&node.identity) {
+            listing.hard_link(origin, path, node, first);
+            // Only the first name in the layer is read, and that may be another one.
+            entry.number = *number;
+            continue;
+        }
+        let role = if entry.is_parent {
+            Role::Parent
+        } else {
+            Role::Content
+        };
+        entry.number = listing.node(origin, path, node, role)?;
+        if has_names {
+            first.insert(node.identity, (path.clone(), entry.number));
+        }
+    }
+    Ok(())
 }
 
 /// What was fetched, as something to place.
@@ -141,14 +219,18 @@ fn remote(source: Fetched, unpack: bool, excludes: &IgnoreRules) -> Result<Item,
             };
             let context = context.map_err(|error| read_error(io::Error::other(error)))?;
             let origin = Origin {
-                tree: Arc::new(ContextTree(Arc::new(context))),
+                tree: Arc::new(ContextTree::new(Arc::new(context))),
                 place,
                 is_dated: false,
             };
             let root = origin.tree.lookup(Path::new(""), false);
             let root = root.map_err(read_error)?;
             let entries = origin.walk(Path::new(""), None, excludes)?;
-            let kind = ItemKind::Directory { root, entries };
+            let kind = ItemKind::Directory {
+                at: PathBuf::new(),
+                root,
+                entries,
+            };
             Ok(Item { origin, kind })
         }
     }
@@ -253,6 +335,7 @@ impl<'d> Paths<'d> {
                 let entries = origin.walk(&node.path, self.include.as_ref(), self.exclude)?;
                 is_there |= !entries.is_empty();
                 ItemKind::Directory {
+                    at: node.path,
                     root: None,
                     entries,
                 }
@@ -300,15 +383,6 @@ fn has_wildcards(path: &str) -> bool {
 }
 
 impl Origin {
-    pub(super) fn read_error(&self, path: &Path) -> impl FnOnce(io::Error) -> CopyError + use<> {
-        let (path, place) = (path.to_owned(), self.place);
-        move |source| CopyError::Read {
-            path,
-            place,
-            source,
-        }
-    }
-
     /// One file that is no directory.
     fn file(&self, name: OsString, node: SourceNode, unpack: bool) -> Result<ItemKind, CopyError> {
         let is_archive = unpack && node.file_type == FileType::RegularFile && {
@@ -317,9 +391,13 @@ impl Origin {
             is_archive.map_err(self.read_error(&node.path))?
         };
         Ok(if is_archive {
-            ItemKind::Archive { node }
+            ItemKind::Archive { node, number: None }
         } else {
-            ItemKind::File { name, node }
+            ItemKind::File {
+                name,
+                node,
+                number: None,
+            }
         })
     }
 
@@ -425,11 +503,13 @@ impl Origin {
                     path,
                     node,
                     is_parent: true,
+                    number: None,
                 }));
                 selected.push(Selected {
                     path: path.clone(),
                     node,
                     is_parent: false,
+                    number: None,
                 });
             } else if is_waiting {
                 waiting.push((path.clone(), node));
@@ -463,154 +543,4 @@ struct Level {
     excluded: Option<DirectoryMatch>,
     /// Whether it waits for something that is selected in it.
     is_waiting: bool,
-}
-
-impl Selection {
-    /// The digest of everything that reaches the layer but times: names, types, modes,
-    /// owners, link targets, which names are of one file, and contents.
-    pub(in super::super) fn content_digest(&self) -> Result<Digest, CopyError> {
-        let mut hasher = Hasher::new();
-        for Item { origin, kind } in &self.items {
-            let mut hashing = Hashing {
-                origin,
-                first: BTreeMap::new(),
-                hasher: &mut hasher,
-            };
-            match kind {
-                ItemKind::File { name, node } => hashing.node(Path::new(name), node)?,
-                ItemKind::Archive { node } => {
-                    hash_fields(hashing.hasher, &[b"archive"]);
-                    hashing.node(Path::new(""), node)?;
-                }
-                ItemKind::Directory { root, entries } => {
-                    hash_fields(hashing.hasher, &[b"directory"]);
-                    if let Some(root) = root {
-                        hashing.node(Path::new(""), root)?;
-                    }
-                    for entry in entries {
-                        if entry.is_parent {
-                            hash_fields(hashing.hasher, &[b"parent"]);
-                        }
-                        hashing.node(&entry.path, &entry.node)?;
-                    }
-                }
-                ItemKind::Inline { name, content } => {
-                    let fields = [b"inline".as_slice(), name.as_bytes(), content.as_bytes()];
-                    hash_fields(&mut hasher, &fields);
-                }
-            }
-        }
-        Ok(hasher.finish())
-    }
-
-    /// The regular files as they were selected, to be compared when they have been read again.
-    pub(in super::super) fn snapshot(&self) -> Snapshot {
-        let mut files = Vec::new();
-        for Item { origin, kind } in &self.items {
-            let mut add = |node: &SourceNode| {
-                if node.file_type == FileType::RegularFile {
-                    files.push((Arc::clone(&origin.tree), node.clone()));
-                }
-            };
-            match kind {
-                ItemKind::File { node, .. } | ItemKind::Archive { node } => add(node),
-                ItemKind::Directory { entries, .. } => {
-                    entries.iter().for_each(|entry| add(&entry.node));
-                }
-                ItemKind::Inline { .. } => {}
-            }
-        }
-        Snapshot(files)
-    }
-}
-
-/// Hashes the files of one item.
-struct Hashing<'h> {
-    origin: &'h Origin,
-    /// The first name of each file that has several.
-    first: BTreeMap<(u64, u64), PathBuf>,
-    hasher: &'h mut Hasher,
-}
-
-impl Hashing<'_> {
-    fn node(&mut self, path: &Path, node: &SourceNode) -> Result<(), CopyError> {
-        let tree = &self.origin.tree;
-        let read = || self.origin.read_error(&node.path);
-        let owner = (node.metadata.uid, node.metadata.gid);
-        let time = self.origin.is_dated.then_some(node.metadata.mtime);
-        let facts = format!(
-            "{:?} {:o} {owner:?} {:?} {time:?}",
-            node.file_type, node.metadata.mode, node.device
-        );
-        hash_fields(
-            self.hasher,
-            &[path.as_os_str().as_bytes(), facts.as_bytes()],
-        );
-        if node.file_type != FileType::Symlink {
-            for (name, value) in tree.xattrs(&node.path).map_err(read())? {
-                hash_fields(self.hasher, &[name.as_bytes(), &value]);
-            }
-        }
-        match node.file_type {
-            FileType::Symlink => {
-                let target = tree.read_link(&node.path).map_err(read())?;
-                hash_fields(self.hasher, &[target.as_bytes()]);
-            }
-            FileType::RegularFile => {
-                if node.links > 1 {
-                    if let Some(first) = self.first.get(&node.identity) {
-                        let first = first.as_os_str().as_bytes();
-                        hash_fields(self.hasher, &[b"name of", first]);
-                        return Ok(());
-                    }
-                    self.first.insert(node.identity, path.to_owned());
-                }
-                let digest = match tree.digest(&node.path) {
-                    Some(digest) => digest,
-                    None => {
-                        let file = tree.open(&node.path).map_err(read())?;
-                        let mut reader = HashingReader::new(file);
-                        io::copy(&mut reader, &mut io::sink()).map_err(read())?;
-                        reader.finish().1
-                    }
-                };
-                hash_fields(self.hasher, &[digest.as_str().as_bytes()]);
-            }
-            _ => {}
-        }
-        Ok(())
-    }
-}
-
-/// Hashes fields so that no two lists of fields give the same bytes.
-fn hash_fields(hasher: &mut Hasher, fields: &[&[u8]]) {
-    hasher.update(&(fields.len() as u64).to_le_bytes());
-    for field in fields {
-        hasher.update(&(field.len() as u64).to_le_bytes());
-        hasher.update(field);
-    }
-}
-
-/// The files of a selection as they were when their digest was made.
-pub(in super::super) struct Snapshot(Vec<(Arc<dyn SourceTree>, SourceNode)>);
-
-impl Snapshot {
-    /// A file that is not what it was, if there is one.
-    pub(in super::super) fn changed(&self) -> Option<&Path> {
-        let facts = |node: &SourceNode| {
-            let SourceNode {
-                size_bytes,
-                identity,
-                changed,
-                ..
-            } = *node;
-            (size_bytes, identity, changed, node.metadata.mtime)
-        };
-        let is_same = |(tree, node): &&(Arc<dyn SourceTree>, SourceNode)| {
-            let now = tree.lookup(&node.path, false);
-            now.is_ok_and(|now| now.is_some_and(|now| facts(&now) == facts(node)))
-        };
-        let changed = self.0.iter().find(|file| !is_same(file));
-        changed.map(|(_, node)| node.path.as_path())
-    }
 }
