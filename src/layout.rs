@@ -6,8 +6,8 @@
 //! build tools make layouts of links; what they lead to is checked in the same way.
 //!
 //! [`Layout::resolve`] gives what [`registry::Client::resolve`](crate::registry::Client::resolve)
-//! gives for an image of a registry; [`Layout::import`] brings its blobs into the store,
-//! where whoever unpacks and pushes layers looks first.
+//! gives for an image of a registry. Its blobs stay where they are until somebody reads them;
+//! [`Layout::import`] brings one into the store.
 //!
 //! Not here: writing ([`export`](crate::export)), and layouts in archives. Everything blocks.
 //!
@@ -270,6 +270,15 @@ impl Layout {
             descriptor: descriptor.clone(),
             read: 0,
         })
+    }
+
+    /// The file of a blob, which has the right size and is not verified otherwise: for
+    /// whoever sends it to where its digest is checked.
+    ///
+    /// # Errors
+    /// As [`Layout::open_blob`].
+    pub fn blob_file(&self, descriptor: &Descriptor) -> Result<PathBuf, LayoutError> {
+        Ok(self.open_blob(descriptor)?.path)
     }
 
     /// Copies a blob into `store`, unless it is there. It gets its name there when it is verified.

@@ -14,7 +14,7 @@ use anyhow::Context as _;
 
 use images::Images;
 
-use crate::build::{self, BaseImage, Built, Timings};
+use crate::build::{self, BaseImage, Built, Origin, Timings};
 use crate::context::{ContextSource, DockerfileLocation};
 use crate::dockerfile;
 use crate::dockerfile::Dockerfile;
@@ -210,7 +210,7 @@ async fn run(
         Ok(client.clone())
     })
     .await?;
-    let images = base_images(request, &graph, &images, &store).await?;
+    let images = base_images(request, &graph, &images).await?;
     timings.add("resolve", resolving.elapsed());
 
     let configs: Vec<_> = images
@@ -235,7 +235,8 @@ async fn run(
         Vec::new()
     };
     let settings = build::Settings {
-        keep_blobs: writes_image(request) || needs_base_blobs(&push, &images),
+        keep_blobs: writes_image(request),
+        reads_files: writes_files(request),
         store: Arc::clone(&store),
         client: client.clone(),
         progress: Arc::clone(progress),
@@ -342,12 +343,11 @@ async fn resolved_graph(
     }
 }
 
-/// The images of `graph` with where their layers are; those of layouts are in the store then.
+/// The images of `graph` with where their layers are.
 async fn base_images(
     request: &BuildRequest,
     graph: &StageGraph,
     images: &Images,
-    store: &Arc<Store>,
 ) -> anyhow::Result<Vec<BaseImage>> {
     let mut bases = Vec::new();
     for need in &graph.images {
@@ -356,18 +356,11 @@ async fn base_images(
             .context("an image was not resolved")?
             .clone();
         let origin = match &need.source {
-            ImageSource::Registry(_) => Some(resolved.reference.repository().clone()),
+            ImageSource::Registry(_) => Origin::Registry(resolved.reference.repository().clone()),
             ImageSource::Layout(context) => {
                 let (_, layout) = images::layout(request, *context)?;
-                let (layers, store) = (resolved.manifest.layers.clone(), Arc::clone(store));
-                let importing = tokio::task::spawn_blocking(move || {
-                    let layout = Layout::open(&layout.path)?;
-                    layers
-                        .iter()
-                        .try_for_each(|layer| layout.import(layer, &store))
-                });
-                importing.await.context("a task ended abnormally")??;
-                None
+                let opening = tokio::task::spawn_blocking(move || Layout::open(&layout.path));
+                Origin::Layout(opening.await.context("a task ended abnormally")??)
             }
         };
         bases.push(BaseImage { resolved, origin });
@@ -381,14 +374,10 @@ fn writes_image(request: &BuildRequest) -> bool {
     outputs.any(|output| matches!(output, Output::Image(_)))
 }
 
-/// Whether a base image lies at another registry than where the image goes: then its
-/// blobs are sent, and downloading them for a step should keep them.
-fn needs_base_blobs(push: &[Reference], images: &[BaseImage]) -> bool {
-    let mut origins = images.iter().filter_map(|image| image.origin.as_ref());
-    origins.any(|origin| {
-        push.iter()
-            .any(|tag| origin.registry() != tag.repository().registry())
-    })
+/// Whether an output has the image's files.
+fn writes_files(request: &BuildRequest) -> bool {
+    let mut outputs = request.outputs.iter();
+    outputs.any(|output| matches!(output, Output::Tar { .. } | Output::Local { .. }))
 }
 
 /// Joins layers, config and history.
@@ -439,7 +428,7 @@ async fn fetch_missing(
     client: &Client,
     store: &Arc<Store>,
     image: &Image,
-    origins: &[Option<image::Repository>],
+    origins: &[Option<Origin>],
 ) -> anyhow::Result<()> {
     for (layer, origin) in image.layers.iter().zip(origins) {
         let digest = &layer.descriptor.digest;
@@ -449,9 +438,19 @@ async fn fetch_missing(
         let origin = origin
             .as_ref()
             .with_context(|| format!("the blob {digest} is no longer in the store"))?;
+        let (store, digest) = (Arc::clone(store), digest.clone());
+        let origin = match origin {
+            Origin::Registry(repository) => repository,
+            Origin::Layout(layout) => {
+                let (layout, descriptor) = (layout.clone(), layer.descriptor.clone());
+                let import =
+                    tokio::task::spawn_blocking(move || layout.import(&descriptor, &store));
+                import.await.context("a task ended abnormally")??;
+                continue;
+            }
+        };
         let stream = client.open_blob(origin, &layer.descriptor).await?;
         let mut reader = tokio_util::io::SyncIoBridge::new(stream);
-        let (store, digest) = (Arc::clone(store), digest.clone());
         let fetch = tokio::task::spawn_blocking(move || -> anyhow::Result<()> {
             let mut blob = store.write_blob()?;
             std::io::copy(&mut reader, &mut blob)?;

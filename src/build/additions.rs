@@ -15,8 +15,9 @@ use std::sync::Arc;
 use rustix::fs::FileType;
 use rustix::io::Errno;
 
+use super::below::Below;
 use crate::rootfs::{
-    Change, ChangeKind, Data, Entry, FileContent, FileSource, Metadata, Node, Stack, Time, order,
+    Change, ChangeKind, Data, Entry, FileContent, FileSource, Metadata, Node, Time, order,
 };
 
 /// How many links a path may lead through: the kernel's number.
@@ -38,7 +39,7 @@ pub(super) struct NewDirectory {
 
 /// Files that are added on top of a stack of layers.
 pub(super) struct Additions<'s> {
-    below: &'s Stack,
+    below: &'s Below,
     new_directory: NewDirectory,
     entries: BTreeMap<Key, Addition>,
     /// Where something that was no directory came in the place of one: what the layers have
@@ -148,7 +149,7 @@ impl PartialOrd for Key {
 
 impl<'s> Additions<'s> {
     /// Nothing yet, on top of `below`.
-    pub(super) fn new(below: &'s Stack, new_directory: NewDirectory) -> Self {
+    pub(super) fn new(below: &'s Below, new_directory: NewDirectory) -> Self {
         Self {
             below,
             new_directory,

@@ -4,6 +4,7 @@
 //! `Filesystem`: a list of layers that may still be remote, or still being sealed.
 
 mod additions;
+mod below;
 mod cache;
 mod cache_mount;
 mod content;
@@ -50,6 +51,7 @@ use devices::Devices;
 use layer::{Filesystem, SharedError};
 
 pub use devices::{DeviceError, DeviceSettings};
+pub use layer::Origin;
 
 /// How many layers are fetched and unpacked at once. Unpacking is bound by CPU and disk;
 /// more would only take memory.
@@ -105,9 +107,11 @@ pub struct Settings {
     pub platform: Platform,
     /// Clamps times; seconds since 1970 UTC.
     pub epoch: Option<i64>,
-    /// Whether the blobs of base images are kept when they are unpacked, because an
-    /// output needs the bytes.
+    /// Whether the blobs of base images are kept when they are read, because an output
+    /// has them.
     pub keep_blobs: bool,
+    /// Whether [`Files::stack`] will be asked for.
+    pub reads_files: bool,
     /// Secrets that steps may have.
     pub secrets: Arc<Secrets>,
     /// SSH agents that steps may use.
@@ -123,8 +127,8 @@ pub struct Settings {
 pub struct BaseImage {
     /// Its manifest and config.
     pub resolved: Resolved,
-    /// Where its layers can be fetched; absent where they are in the store.
-    pub origin: Option<Repository>,
+    /// Where its layers are.
+    pub origin: Origin,
 }
 
 /// What a build made.
@@ -135,7 +139,7 @@ pub struct Built {
     /// For each layer above the base's, in order, when it was made; RFC 3339.
     pub created: Vec<String>,
     /// For each layer, where its blob can be fetched, if the store may not have it.
-    pub origins: Vec<Option<Repository>>,
+    pub origins: Vec<Option<Origin>>,
     /// Bytes of layers that were sent, by where to.
     pub uploaded_bytes: BTreeMap<Repository, u64>,
     /// The files that the layers are together.
@@ -185,6 +189,7 @@ pub(crate) struct Engine {
     agents: Arc<SshAgents>,
     devices: Devices,
     unpacking: Semaphore,
+    layers: layer::Shared,
     timings: Arc<Timings>,
     push: push::Pusher,
     /// Each waits for a layer and records it in the cache.
@@ -233,7 +238,14 @@ pub async fn build(
 ) -> anyhow::Result<Built> {
     let devices = Devices::new(settings.devices.clone(), plan);
     check_devices(plan, &devices)?;
-    let engine = Arc::new(Engine::new(settings, timings, wanted(plan), devices));
+    let layers = layer::Shared::new(plan, &settings);
+    let engine = Arc::new(Engine::new(
+        settings,
+        timings,
+        wanted(plan),
+        devices,
+        layers,
+    ));
     let (shared, forgotten) = (Arc::clone(&engine), forgotten_caches(plan));
     engine
         .blocking(move || {
@@ -311,7 +323,7 @@ pub async fn build(
         origins: filesystem
             .layers
             .iter()
-            .map(|l| l.origin().cloned())
+            .map(|l| l.found_at().cloned())
             .collect(),
         layers,
         uploaded_bytes,
@@ -393,9 +405,11 @@ impl Engine {
         timings: Arc<Timings>,
         wanted: BTreeSet<usize>,
         devices: Devices,
+        layers: layer::Shared,
     ) -> Self {
         Self {
             devices,
+            layers,
             push: push::Pusher::new(&settings.push, wanted),
             store: settings.store,
             client: settings.client,

@@ -41,6 +41,12 @@ impl Pusher {
         }
     }
 
+    /// Whether blobs of `origin` are sent, because the image goes to another registry.
+    pub(super) fn sends_from(&self, origin: &Repository) -> bool {
+        let mut registries = self.repositories.iter().map(Repository::registry);
+        registries.any(|registry| registry != origin.registry())
+    }
+
     /// Asks, once, whether pushing will be allowed. Called before the first step that is
     /// not cached, so that minutes of work are not lost to a wrong password, and not
     /// called where nothing will be pushed.
@@ -148,6 +154,10 @@ async fn push(engine: &Arc<Engine>, layer: &Layer, repository: &Repository) -> a
         BlobContent::File(engine.store.blob_path(&descriptor.digest))
     } else if let Some(origin) = layer.origin() {
         BlobContent::Remote(origin.clone())
+    } else if let Some(layout) = layer.layout() {
+        let (layout, descriptor) = (layout.clone(), descriptor.clone());
+        let file = engine.blocking(move || Ok(layout.blob_file(&descriptor)?));
+        BlobContent::File(file.await?)
     } else {
         anyhow::bail!("the blob {} is no longer in the store", descriptor.digest);
     };

@@ -22,7 +22,7 @@ use crate::rootfs::{Metadata, Time};
 const FILE_MODE: u32 = 0o600;
 
 /// A source that has been fetched. It stays where it is until the layer is sealed.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) enum Fetched {
     /// A file, for [`CopySource::Url`].
     File(FetchedFile),

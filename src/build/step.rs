@@ -10,6 +10,7 @@ use anyhow::Context as _;
 use futures_util::future::{try_join, try_join_all};
 
 use super::additions::{Additions, NewDirectory, own_time};
+use super::below::Below;
 use super::cache::{self, Definition, Inputs, Record};
 use super::content::ContentManifest;
 use super::layer::{Filesystem, Layer};
@@ -19,7 +20,7 @@ use super::{Engine, PushDenied, StepFuture, StepPlace, copy, mounts, run, seal, 
 use crate::image::{Digest, ImageLayer};
 use crate::plan::{self, CopyFrom, CopySource, Operation, Step};
 use crate::progress::{BuildEvent, Progress, millis};
-use crate::rootfs::Stack;
+use crate::rootfs::{Change, Listing, Stack};
 
 /// Performs one step once the steps that it needs have ended.
 pub(super) async fn perform(
@@ -125,10 +126,7 @@ async fn dispatch(
                     diff_id: diff_id.clone(),
                     descriptor: descriptor.clone(),
                 };
-                Arc::new(match origin {
-                    Some(origin) => Layer::remote(names, origin.clone()),
-                    None => Layer::sealed(names, None),
-                })
+                Arc::new(Layer::remote(names, origin.clone()))
             });
             Ok((
                 Filesystem {
@@ -144,7 +142,7 @@ async fn dispatch(
             beginning.tell();
             cached
                 .or_make(engine, parent, || {
-                    make_directory(engine, step, directory, parent)
+                    make_directory(engine, beginning, directory, parent)
                 })
                 .await
         }
@@ -446,15 +444,13 @@ async fn run_step(
 
 async fn make_directory(
     engine: &Arc<Engine>,
-    step: &Step,
+    beginning: &Beginning<'_>,
     directory: &plan::MakeDirectory,
     parent: &Filesystem,
 ) -> anyhow::Result<Layer> {
-    let below = parent
-        .stack(engine)
-        .await
-        .map_err(|error| unshare(&error))?;
-    let (directory, place, shared) = (directory.clone(), step.place.clone(), Arc::clone(engine));
+    let below = parent.below(engine, beginning.number).await?;
+    let place = beginning.step.place.clone();
+    let (directory, shared) = (directory.clone(), Arc::clone(engine));
     let changes = engine.blocking(move || {
         // BuildKit reads USER as it reads --chown here: a number without a group is both.
         let owner = owner(&shared, &below, ("USER ", &directory.user), &place)?;
@@ -475,8 +471,7 @@ async fn make_directory(
         }
         Ok(additions.into_changes())
     });
-    let sealing = seal::seal_changes(engine, changes.await?);
-    Ok(Layer::sealing(sealing, None, engine.now()))
+    Ok(seal_listed(engine, changes.await?))
 }
 
 async fn copy_step(
@@ -559,7 +554,7 @@ async fn copy_step(
     let cached = Cached::look_up(engine, step, definition, parent, Some(reads)).await?;
     cached
         .or_make(engine, parent, || {
-            place_copy(engine, step, copy, selection, parent)
+            place_copy(engine, beginning, copy, selection, parent)
         })
         .await
 }
@@ -579,20 +574,24 @@ async fn fetch_sources(
     Ok(try_join_all(fetching).await?.into_iter().collect())
 }
 
+/// Starts sealing `changes`, and knows what the layer has before it is sealed.
+fn seal_listed(engine: &Arc<Engine>, changes: Vec<Change>) -> Layer {
+    let listing = Listing::of_changes(&changes, engine.epoch);
+    let sealing = seal::seal_changes(engine, changes);
+    Layer::sealing(sealing, None, engine.now()).listed(listing)
+}
+
 async fn place_copy(
     engine: &Arc<Engine>,
-    step: &Step,
+    beginning: &Beginning<'_>,
     copy: &plan::Copy,
     selection: copy::Selection,
     parent: &Filesystem,
 ) -> anyhow::Result<Layer> {
-    let below = parent
-        .stack(engine)
-        .await
-        .map_err(|error| unshare(&error))?;
+    let below = parent.below(engine, beginning.number).await?;
     let (what, place, shared) = (
         copy.definition.clone(),
-        step.place.clone(),
+        beginning.step.place.clone(),
         Arc::clone(engine),
     );
     let changes = engine.blocking(move || {
@@ -610,8 +609,7 @@ async fn place_copy(
             &spool,
         )?)
     });
-    let sealing = seal::seal_changes(engine, changes.await?);
-    Ok(Layer::sealing(sealing, None, engine.now()))
+    Ok(seal_listed(engine, changes.await?))
 }
 
 /// `--chown` in numbers.
@@ -622,7 +620,7 @@ async fn place_copy(
 /// `option` is what gives the owner, as messages have it, and its value.
 fn owner(
     engine: &Engine,
-    below: &Stack,
+    below: &Below,
     option: (&str, &str),
     place: &str,
 ) -> anyhow::Result<(u32, u32)> {
@@ -632,7 +630,7 @@ fn owner(
         return Ok(ids);
     }
     anyhow::ensure!(
-        !below.trees().is_empty(),
+        !below.is_empty(),
         "{option}{value}: there is no /etc/passwd or /etc/group to look names up in, as the layer is made on top of nothing (FROM scratch, or --link): use numbers"
     );
     let accounts = Accounts::read(below).context("reading the image's accounts")?;

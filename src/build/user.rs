@@ -3,8 +3,8 @@
 use std::io::Read;
 use std::path::Path;
 
+use super::below::Below;
 use crate::io::LimitedReader;
-use crate::rootfs::Stack;
 use crate::sandbox::User;
 
 /// The largest `/etc/passwd` or `/etc/group` that is read, in bytes. The files come from
@@ -43,13 +43,14 @@ struct Group {
 }
 
 impl Accounts {
-    /// Reads `/etc/passwd` and `/etc/group` of `stack`; absent files are empty.
+    /// Reads `/etc/passwd` and `/etc/group` of `below`; absent files are empty. Blocking.
     ///
     /// # Errors
     /// Those of reading; a file over the limit.
-    pub(super) fn read(stack: &Stack) -> std::io::Result<Self> {
-        let passwd = read_file(stack, "etc/passwd")?;
-        let group = read_file(stack, "etc/group")?;
+    pub(super) fn read(below: impl Into<Below>) -> std::io::Result<Self> {
+        let below = below.into();
+        let passwd = read_file(&below, "etc/passwd")?;
+        let group = read_file(&below, "etc/group")?;
         Ok(Self::parse(&passwd, &group))
     }
 
@@ -227,8 +228,8 @@ fn parse_id(text: &str) -> Option<u32> {
     if is_number { text.parse().ok() } else { None }
 }
 
-fn read_file(stack: &Stack, path: &str) -> std::io::Result<String> {
-    let Some(node) = stack.lookup(Path::new(path), true)? else {
+fn read_file(below: &Below, path: &str) -> std::io::Result<String> {
+    let Some(node) = below.lookup(Path::new(path), true)? else {
         return Ok(String::new());
     };
     if !node.file_type().is_file() {
@@ -236,7 +237,7 @@ fn read_file(stack: &Stack, path: &str) -> std::io::Result<String> {
     }
     let mut bytes = Vec::new();
     LimitedReader::new(
-        stack.open(&node)?,
+        below.content(&node)?,
         FILE_LIMIT_BYTES,
         "the image's account file",
     )

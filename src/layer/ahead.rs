@@ -1,54 +1,93 @@
-//! [`ReadAhead`]: decompresses and hashes on one thread while another one makes files.
+//! [`ReadAhead`]: decompresses on one thread and hashes on another, while a third one makes
+//! files or a listing.
 //!
-//! Either takes about as long as the other, one in the processor, one in the kernel.
+//! Each takes about as long as the others, two in the processor, one in the kernel.
 
 use std::io::{self, BufRead, Read};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
-use std::thread::{Scope, ScopedJoinHandle};
+use std::thread::{Builder, Scope, ScopedJoinHandle};
+
+use crate::image::{Digest, Hasher};
 
 /// Size of a buffer; most files are written with one call.
 const BUFFER_BYTES: usize = 256 << 10;
 
-/// Full buffers that wait. With the two in use this bounds the memory to 1.5 MiB.
-const BUFFERS_AHEAD: usize = 4;
+/// Full buffers that wait before each thread. With those in use this bounds the memory to 2 MiB.
+const BUFFERS_AHEAD: usize = 2;
 
-/// Reads what the other thread has read. Dropped, it ends that thread.
+/// What goes from one thread to the next.
+type Full = io::Result<Vec<u8>>;
+
+/// Reads what the other threads have read and hashed. Dropped, it ends them.
 #[derive(Debug)]
 pub(super) struct ReadAhead {
-    full: Receiver<io::Result<Vec<u8>>>,
+    full: Receiver<Full>,
     empty: Sender<Vec<u8>>,
     current: Vec<u8>,
     at: usize,
 }
 
-/// Starts a thread that reads `source` to its end; it returns the source.
+/// The threads behind a [`ReadAhead`].
+#[derive(Debug)]
+pub(super) struct Threads<'scope, R> {
+    reading: ScopedJoinHandle<'scope, R>,
+    hashing: ScopedJoinHandle<'scope, (Digest, u64)>,
+}
+
+impl<R> Threads<'_, R> {
+    /// Waits for both, which end with the source or with the [`ReadAhead`]. Returns the source,
+    /// the digest of all bytes that came, and their number.
+    pub(super) fn join(self) -> io::Result<(R, Digest, u64)> {
+        let died = |_| io::Error::other("a thread that reads the layer has died");
+        let source = self.reading.join().map_err(died)?;
+        let (digest, bytes) = self.hashing.join().map_err(died)?;
+        Ok((source, digest, bytes))
+    }
+}
+
+/// Starts threads that read `source` to its end and hash it.
 pub(super) fn read_ahead<'scope, R: Read + Send + 'scope>(
     scope: &'scope Scope<'scope, '_>,
     mut source: R,
-) -> io::Result<(ReadAhead, ScopedJoinHandle<'scope, R>)> {
-    let (full_sender, full) = sync_channel(BUFFERS_AHEAD);
-    let (empty, empty_receiver) = channel();
-    let thread = std::thread::Builder::new()
+) -> io::Result<(ReadAhead, Threads<'scope, R>)> {
+    let (read, to_hash) = sync_channel(BUFFERS_AHEAD);
+    let (hashed, full) = sync_channel(BUFFERS_AHEAD);
+    let (empty, to_fill) = channel();
+    let reading = Builder::new()
         .name("layer".to_owned())
         .spawn_scoped(scope, move || {
-            produce(&mut source, &full_sender, &empty_receiver);
+            produce(&mut source, &read, &to_fill);
             source
         })?;
+    let hashing = Builder::new()
+        .name("layer digest".to_owned())
+        .spawn_scoped(scope, move || hash(&to_hash, &hashed))?;
     let ahead = ReadAhead {
         full,
         empty,
         current: Vec::new(),
         at: 0,
     };
-    Ok((ahead, thread))
+    Ok((ahead, Threads { reading, hashing }))
+}
+
+/// Hands on what comes, until nothing does, or nobody wants more.
+fn hash(from: &Receiver<Full>, to: &SyncSender<Full>) -> (Digest, u64) {
+    let (mut hasher, mut bytes) = (Hasher::new(), 0);
+    for next in from {
+        if let Ok(buffer) = &next {
+            hasher.update(buffer);
+            bytes += buffer.len() as u64;
+        }
+        if to.send(next).is_err() {
+            break;
+        }
+    }
+    (hasher.finish(), bytes)
 }
 
 /// Sends full buffers until the source ends or fails, or nobody reads any more.
-fn produce(
-    source: &mut impl Read,
-    full: &SyncSender<io::Result<Vec<u8>>>,
-    empty: &Receiver<Vec<u8>>,
-) {
+fn produce(source: &mut impl Read, full: &SyncSender<Full>, empty: &Receiver<Vec<u8>>) {
     loop {
         let mut buffer = empty
             .try_recv()
@@ -126,10 +165,13 @@ mod tests {
         let sample: Vec<u8> = (0..3_000_000_u32).map(|n| (n % 251) as u8).collect();
         for length in [0, 1, BUFFER_BYTES, 3_000_000] {
             let got = std::thread::scope(|scope| {
-                let (mut ahead, thread) = read_ahead(scope, &sample[..length]).unwrap();
+                let (mut ahead, threads) = read_ahead(scope, &sample[..length]).unwrap();
                 let mut got = Vec::new();
                 ahead.read_to_end(&mut got).unwrap();
-                assert_eq!(thread.join().unwrap(), b"", "the source is read to its end");
+                let (rest, digest, bytes) = threads.join().unwrap();
+                assert_eq!(rest, b"", "the source is read to its end");
+                assert_eq!(digest, Digest::of(&sample[..length]));
+                assert_eq!(bytes, length as u64);
                 got
             });
             assert!(got == sample[..length], "{length}");
@@ -149,12 +191,12 @@ mod tests {
     }
 
     #[test]
-    fn who_stops_reading_ends_the_thread() {
+    fn who_stops_reading_ends_the_threads() {
         std::thread::scope(|scope| {
-            let (mut ahead, thread) = read_ahead(scope, io::repeat(1)).unwrap();
+            let (mut ahead, threads) = read_ahead(scope, io::repeat(1)).unwrap();
             assert_eq!(ahead.fill_buf().unwrap()[0], 1);
             drop(ahead);
-            thread.join().unwrap();
+            threads.join().unwrap();
         });
     }
 }

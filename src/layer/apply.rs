@@ -11,14 +11,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use rustix::fs::{AtFlags, FileType, Mode, OFlags};
 use rustix::io::Errno;
 
-use super::ahead::read_ahead;
+use super::ahead::{ReadAhead, read_ahead};
+use super::list::Lister;
 pub use super::metadata::SkippedXattr;
 use super::metadata::{check_xattrs, set_by_name, set_on_fd, set_on_link};
 use super::tree::{Place, Tree, normalise};
 use super::whiteout::{self, Meaning};
 use super::{EntryKind, LayerError, Limits, Segment, TarEntry, TarReader, decompress};
 use crate::image::{DiffId, MediaType};
-use crate::io::HashingReader;
+use crate::rootfs::Listing;
 
 /// What came of applying a layer, beside the tree.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -59,7 +60,7 @@ pub struct SkippedDevice {
 ///
 /// `want` is verified over all uncompressed bytes, also those after the archive's end; the
 /// stream is read to its end, so that a reader that verifies a digest there does. It is
-/// read on a thread of its own, which ends before this returns.
+/// read and hashed on threads of their own, which end before this returns.
 ///
 /// On an error the tree is incomplete and the caller removes it. Blocking.
 ///
@@ -78,39 +79,59 @@ pub fn apply(
     tree: &Path,
     limits: &Limits,
 ) -> Result<AppliedLayer, LayerError> {
-    let compressed_bytes = Arc::new(AtomicU64::new(0));
-    let counted = CountingReader {
-        inner: compressed,
-        count: Arc::clone(&compressed_bytes),
-    };
-    let guard = Guard {
-        inner: HashingReader::new(decompress(media_type, counted)?),
-        compressed_bytes,
-        uncompressed_bytes: 0,
-        limits: limits.clone(),
-    };
+    apply_and(compressed, media_type, want, tree, limits, None)
+}
+
+/// [`apply`], and the layer's listing from the same bytes; absent where it would be too long.
+///
+/// # Errors
+/// As [`apply`].
+pub fn apply_and_list(
+    compressed: impl Read + Send,
+    media_type: &MediaType,
+    want: &DiffId,
+    tree: &Path,
+    limits: &Limits,
+) -> Result<(AppliedLayer, Option<Listing>), LayerError> {
+    let mut lister = Some(Lister::new(limits.clone()));
+    let applied = apply_and(
+        compressed,
+        media_type,
+        want,
+        tree,
+        limits,
+        Some(&mut lister),
+    )?;
+    Ok((applied, lister.map(Lister::finish)))
+}
+
+fn apply_and(
+    compressed: impl Read + Send,
+    media_type: &MediaType,
+    want: &DiffId,
+    tree: &Path,
+    limits: &Limits,
+    mut lister: Option<&mut Option<Lister>>,
+) -> Result<AppliedLayer, LayerError> {
     let mut applier = Applier {
         tree: Tree::open(tree, limits.clone())?,
         applied: AppliedLayer::default(),
     };
-    let guard = std::thread::scope(|scope| {
-        let (input, thread) = read_ahead(scope, guard).map_err(LayerError::Read)?;
-        let mut tar = TarReader::new(input, limits.clone());
+    let uncompressed_bytes = read_verified(compressed, media_type, want, limits, |tar| {
         while let Some(entry) = tar.next()? {
-            applier.entry(&entry, &mut tar)?;
+            applier.entry(&entry, tar)?;
+            let Some(slot) = lister.as_deref_mut() else {
+                continue;
+            };
+            let content = || applier.tree.content(&entry.name);
+            let listed = slot.as_mut().map(|lister| lister.entry(&entry, content));
+            if let Some(Err(error)) = listed {
+                tracing::debug!(%error, "the layer is unpacked and not listed");
+                *slot = None;
+            }
         }
-        tar.finish()?;
-        let died = |_| LayerError::Read(io::Error::other("the decompression thread has died"));
-        thread.join().map_err(died)
+        Ok(())
     })?;
-    let (_, digest, uncompressed_bytes) = guard.inner.finish();
-    let got = DiffId::from_uncompressed(digest);
-    if got != *want {
-        return Err(LayerError::DiffId {
-            got,
-            want: want.clone(),
-        });
-    }
     let Applier { tree, applied } = applier;
     let (implied_directories, skipped_xattrs) = tree.finish()?;
     Ok(AppliedLayer {
@@ -118,6 +139,87 @@ pub fn apply(
         implied_directories,
         skipped_xattrs,
         ..applied
+    })
+}
+
+/// Hands the archive in `compressed` to `read`, reads the rest, and verifies all. Returns the
+/// number of uncompressed bytes.
+///
+/// # Errors
+/// That of `read`; those of [`apply`] that are not about a tree.
+pub(super) fn read_verified(
+    compressed: impl Read + Send,
+    media_type: &MediaType,
+    want: &DiffId,
+    limits: &Limits,
+    read: impl FnOnce(&mut TarReader<ReadAhead>) -> Result<(), LayerError>,
+) -> Result<u64, LayerError> {
+    let compressed_bytes = Arc::new(AtomicU64::new(0));
+    let counted = CountingReader {
+        inner: compressed,
+        count: Arc::clone(&compressed_bytes),
+    };
+    let guard = Guard {
+        inner: decompress(media_type, counted)?,
+        compressed_bytes,
+        uncompressed_bytes: 0,
+        limits: limits.clone(),
+    };
+    let (digest, uncompressed_bytes) = std::thread::scope(|scope| {
+        let (input, threads) = read_ahead(scope, guard).map_err(LayerError::Read)?;
+        let mut tar = TarReader::new(input, limits.clone());
+        read(&mut tar)?;
+        tar.finish()?;
+        let (_, digest, bytes) = threads.join().map_err(LayerError::Read)?;
+        Ok::<_, LayerError>((digest, bytes))
+    })?;
+    let got = DiffId::from_uncompressed(digest);
+    if got != *want {
+        return Err(LayerError::DiffId {
+            got,
+            want: want.clone(),
+        });
+    }
+    Ok(uncompressed_bytes)
+}
+
+/// What an entry asks for. Paths are normalised and relative to the root.
+pub(super) enum Action {
+    /// Nothing: it is about the root itself, or AUFS's bookkeeping.
+    Nothing,
+    /// This directory hides what lower layers have in it.
+    Opaque(PathBuf),
+    /// What lower layers have at this path is gone.
+    Whiteout(PathBuf),
+    /// A file is made at this path, which is not that of the root.
+    File(PathBuf),
+}
+
+/// Says what `entry` asks for, going by its name.
+pub(super) fn action(entry: &TarEntry) -> Result<Action, LayerError> {
+    let path = normalise(&entry.name)?;
+    let Some(name) = path.file_name() else {
+        return Ok(Action::Nothing);
+    };
+    let parent = path.parent().unwrap_or(Path::new(""));
+    for component in parent.iter() {
+        match whiteout::meaning(component) {
+            Meaning::File => {}
+            Meaning::Aufs => return Ok(Action::Nothing),
+            _ => {
+                return Err(refused(
+                    entry,
+                    "a directory cannot have the name of a whiteout",
+                ));
+            }
+        }
+    }
+    Ok(match whiteout::meaning(name) {
+        Meaning::File => Action::File(path),
+        Meaning::Aufs => Action::Nothing,
+        Meaning::Invalid => return Err(refused(entry, "it is a whiteout of nothing")),
+        Meaning::Opaque => Action::Opaque(parent.to_owned()),
+        Meaning::Whiteout(name) => Action::Whiteout(parent.join(name)),
     })
 }
 
@@ -132,34 +234,15 @@ impl Applier {
         entry: &TarEntry,
         tar: &mut TarReader<R>,
     ) -> Result<(), LayerError> {
-        let path = normalise(&entry.name)?;
-        let Some(name) = path.file_name() else {
-            // The root itself.
-            return Ok(());
-        };
-        let parent = path.parent().unwrap_or(Path::new(""));
-        for component in parent.iter() {
-            match whiteout::meaning(component) {
-                Meaning::File => {}
-                Meaning::Aufs => return Ok(()),
-                _ => {
-                    return Err(refused(
-                        entry,
-                        "a directory cannot have the name of a whiteout",
-                    ));
-                }
-            }
-        }
-        match whiteout::meaning(name) {
-            Meaning::File => {}
-            Meaning::Aufs => return Ok(()),
-            Meaning::Invalid => return Err(refused(entry, "it is a whiteout of nothing")),
-            Meaning::Opaque => return self.tree.make_opaque(parent),
-            Meaning::Whiteout(name) => {
-                let place = self.tree.place(&parent.join(name))?;
+        let path = match action(entry)? {
+            Action::Nothing => return Ok(()),
+            Action::Opaque(path) => return self.tree.make_opaque(&path),
+            Action::Whiteout(path) => {
+                let place = self.tree.place(&path)?;
                 return self.tree.whiteout(&place);
             }
-        }
+            Action::File(path) => path,
+        };
         check_xattrs(&path, &entry.metadata)?;
         let place = self.tree.place(&path)?;
         match &entry.kind {
@@ -307,7 +390,7 @@ impl Applier {
     }
 }
 
-fn refused(entry: &TarEntry, reason: &'static str) -> LayerError {
+pub(super) fn refused(entry: &TarEntry, reason: &'static str) -> LayerError {
     LayerError::Refused {
         path: entry.name.clone(),
         reason,
@@ -388,7 +471,7 @@ impl<R: Read> Read for CountingReader<R> {
 
 /// Ends a layer that grows too large while it is decompressed.
 struct Guard<R> {
-    inner: HashingReader<R>,
+    inner: R,
     compressed_bytes: Arc<AtomicU64>,
     uncompressed_bytes: u64,
     limits: Limits,

@@ -2,7 +2,8 @@
 //!
 //! [`seal`] turns a list of changes into a blob in the store, in one pass over every
 //! byte. [`apply()`] turns the compressed stream of *one* layer into a tree in overlay
-//! form; lower layers are not looked at. Rules common to both directions:
+//! form; lower layers are not looked at. [`list()`] says what that tree would have, without
+//! writing one. Rules common to both directions:
 //!
 //! - Entries are in path order, a directory before what is in it, and no path twice.
 //! - A removed path `a/b` is the empty file `a/.wh.b`; a directory that hides what lower
@@ -24,6 +25,7 @@ mod compress;
 mod decompress;
 mod error;
 mod header;
+mod list;
 mod metadata;
 mod pax;
 mod read;
@@ -42,10 +44,11 @@ mod testing;
 use std::io;
 use std::num::NonZeroUsize;
 
-pub use apply::{AppliedLayer, SkippedDevice, SkippedXattr, apply};
+pub use apply::{AppliedLayer, SkippedDevice, SkippedXattr, apply, apply_and_list};
 pub use compress::{Compression, Compressor};
 pub use decompress::{Decompressed, decompress};
 pub use error::LayerError;
+pub use list::{is_too_long, list};
 pub use read::{EntryKind, TarEntry, TarReader};
 pub use sparse::Segment;
 pub use write::write;

@@ -11,6 +11,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::{OsStr, OsString};
+use std::io::Read as _;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Component, Path, PathBuf};
@@ -27,10 +28,10 @@ use crate::rootfs::Metadata;
 const PARENTS_MAX: usize = 64;
 
 /// Links that may be followed for one path, as in the kernel.
-const LINKS_MAX: usize = 40;
+pub(super) const LINKS_MAX: usize = 40;
 
 /// What remembering a path costs beside its bytes, about.
-const REMEMBERED_OVERHEAD_BYTES: u64 = 200;
+pub(super) const REMEMBERED_OVERHEAD_BYTES: u64 = 200;
 
 const BENEATH: ResolveFlags = ResolveFlags::BENEATH
     .union(ResolveFlags::NO_SYMLINKS)
@@ -272,6 +273,19 @@ impl Tree {
                 reason: "it would hide all layers below this one, which is not supported",
             }),
         }
+    }
+
+    /// The content of the regular file that was made last under this name of an archive.
+    pub(super) fn content(&mut self, name: &Path) -> Result<Vec<u8>, LayerError> {
+        let path = normalise(name)?;
+        let fail = |error: Errno| LayerError::tree("reading", &path)(error);
+        let place = self.find(&path)?.ok_or_else(|| fail(Errno::NOENT))?;
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let fd = open_beneath(place.parent(), place.name(), flags).map_err(fail)?;
+        let mut content = Vec::new();
+        let read = std::fs::File::from(fd).read_to_end(&mut content);
+        read.map_err(LayerError::tree("reading", &path))?;
+        Ok(content)
     }
 
     /// Accounts for `bytes` and a path that are kept until the end.
@@ -527,7 +541,7 @@ enum Step {
 }
 
 /// Puts the components of `path` on a stack, the first on top.
-fn push_components(todo: &mut Vec<OsString>, path: &Path) {
+pub(super) fn push_components(todo: &mut Vec<OsString>, path: &Path) {
     todo.extend(
         path.components()
             .rev()

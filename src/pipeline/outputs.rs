@@ -6,9 +6,9 @@ use std::sync::Arc;
 use anyhow::Context as _;
 
 use super::{BuildRequest, ImageFormat, ImageOutput, Output, fetch_missing};
-use crate::build::Files;
+use crate::build::{Files, Origin};
 use crate::export::{self, ArchiveKind, LocalReport};
-use crate::image::{self, Annotations, Image, Reference, Repository};
+use crate::image::{self, Annotations, Image, Reference};
 use crate::progress::{BuildEvent, Progress};
 use crate::registry::Client;
 use crate::sandbox::Cancel;
@@ -20,7 +20,7 @@ pub(super) struct Exporter<'b> {
     pub(super) client: &'b Client,
     pub(super) store: &'b Arc<Store>,
     pub(super) image: &'b Image,
-    pub(super) origins: &'b [Option<Repository>],
+    pub(super) origins: &'b [Option<Origin>],
     pub(super) files: &'b Files,
     pub(super) epoch: Option<i64>,
     pub(super) progress: &'b dyn Progress,

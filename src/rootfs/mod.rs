@@ -2,7 +2,8 @@
 //!
 //! A [`Tree`] is one unpacked layer in overlay form: whiteouts are character
 //! devices 0/0, opaque directories carry `user.overlay.opaque=y`. A [`Stack`] is a
-//! list of trees looked at as one filesystem, without mounting anything. A
+//! list of trees looked at as one filesystem, without mounting anything; a [`LayerView`]
+//! is the same where only a [`Listing`] of a layer may be there. A
 //! [`Rootfs`] is a mounted, writable one; what was changed in it is a new tree, and
 //! [`changes`] says what that tree does to the stack below it. [`materialize()`] is the
 //! way back, from a list of changes to a tree.
@@ -21,6 +22,7 @@
 mod change;
 mod diff;
 mod inherit;
+pub(crate) mod listing;
 mod materialize;
 mod overlay;
 mod stack;
@@ -41,10 +43,11 @@ pub use change::{
 };
 pub use diff::{Changes, changes};
 pub use inherit::inherit_metadata;
+pub use listing::Listing;
 pub(crate) use materialize::copy as copy_content;
 pub use materialize::materialize;
 pub use overlay::{Changed, Rootfs};
-pub use stack::{Node, Stack};
+pub use stack::{LayerForm, LayerView, Node, Stack};
 pub use stubs::MountPoint;
 #[cfg(test)]
 pub(crate) use testing::{has_many_ids, in_worlds, line, tree_of};

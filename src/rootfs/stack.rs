@@ -1,10 +1,11 @@
-//! [`Stack`]: several trees as one read-only filesystem, without mounting anything.
+//! [`Stack`]: several trees as one read-only filesystem, without mounting anything; and
+//! [`LayerView`]: the same of layers that need not be unpacked.
 //!
 //! The rules are those of the kernel's overlay: of several entries with one name the
 //! topmost counts; directories merge down to the first that is opaque or hidden by
 //! something else. Links are resolved across trees, with the stack as root.
 
-use std::collections::{BTreeMap, btree_map};
+use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io;
@@ -17,6 +18,7 @@ use rustix::fs::FileType;
 use rustix::io::Errno;
 
 use super::change::{Metadata, Time};
+use super::listing::{ListedKind, Listing};
 use super::tree::{self, Attributes, Tree};
 use super::xattr;
 
@@ -30,32 +32,209 @@ pub(super) const ROOT_MODE: u32 = 0o755;
 #[derive(Clone, Debug, Default)]
 pub struct Stack {
     trees: Vec<Arc<Tree>>,
+    view: LayerView,
 }
 
-/// One file of a [`Stack`], of any type. It means nothing to another stack.
+/// Several layers looked at as one read-only filesystem, each in the form in which it is there.
+///
+/// All look-ups give the same whatever the forms are. Only what is in files, [`LayerForm::Listing`]
+/// does not know.
+#[derive(Clone, Debug, Default)]
+pub struct LayerView {
+    layers: Vec<LayerForm>,
+}
+
+/// One layer.
+#[derive(Clone, Debug)]
+pub enum LayerForm {
+    /// Unpacked.
+    Tree(Arc<Tree>),
+    /// Without contents.
+    Listing(Arc<Listing>),
+}
+
+/// One file of a [`Stack`] or [`LayerView`], of any type. It means nothing to another one.
 #[derive(Clone, Debug)]
 pub struct Node {
     path: PathBuf,
     attributes: Attributes,
-    /// Indices of the trees that have it, the one that counts first. More than one
+    /// Indices of the layers that have it, the one that counts first. More than one
     /// only for directories; none only for the root of an empty stack.
     trees: Vec<usize>,
+    /// The layer whose word on owner, mode, time and attributes counts: the first, unless
+    /// that has the directory and says nothing of it.
+    described_by: usize,
+}
+
+/// What a layer has at a path.
+struct Found {
+    attributes: Attributes,
+    /// Whether it is a directory that hides what lower layers have in it.
+    opaque: bool,
+    /// Whether it is a directory of which only lower layers can say what it is like.
+    implied: bool,
 }
 
 impl Stack {
     /// Puts `trees` on top of each other, the base first.
     pub fn new(trees: Vec<Arc<Tree>>) -> Self {
-        Self { trees }
+        let layers = trees.iter().cloned().map(LayerForm::Tree).collect();
+        let view = LayerView { layers };
+        Self { trees, view }
     }
 
     /// Puts `tree` on top.
     pub fn push(&mut self, tree: Arc<Tree>) {
+        self.view.layers.push(LayerForm::Tree(Arc::clone(&tree)));
         self.trees.push(tree);
     }
 
     /// The trees, the base first.
     pub fn trees(&self) -> &[Arc<Tree>] {
         &self.trees
+    }
+
+    /// See [`LayerView::lookup`].
+    ///
+    /// # Errors
+    /// See there.
+    pub fn lookup(&self, path: &Path, follow_last: bool) -> io::Result<Option<Node>> {
+        self.view.lookup(path, follow_last)
+    }
+
+    /// See [`LayerView::read_dir`].
+    ///
+    /// # Errors
+    /// See there.
+    pub fn read_dir(&self, dir: &Node) -> io::Result<Vec<(OsString, Node)>> {
+        self.view.read_dir(dir)
+    }
+
+    /// Opens the regular file `node` for reading.
+    ///
+    /// # Errors
+    /// `EINVAL` where it is no regular file; those of `openat2(2)`.
+    pub fn open(&self, node: &Node) -> io::Result<File> {
+        let index = node.trees.first().ok_or(Errno::INVAL)?;
+        tree::open_file(self.trees[*index].root(), &node.path, &node.attributes)
+    }
+
+    /// See [`LayerView::read_link`].
+    ///
+    /// # Errors
+    /// See there.
+    pub fn read_link(&self, node: &Node) -> io::Result<OsString> {
+        self.view.read_link(node)
+    }
+
+    /// See [`LayerView::xattrs`].
+    ///
+    /// # Errors
+    /// See there.
+    pub fn xattrs(&self, node: &Node) -> io::Result<BTreeMap<OsString, Vec<u8>>> {
+        self.view.xattrs(node)
+    }
+
+    /// The root directory.
+    pub(super) fn root(&self) -> io::Result<Node> {
+        self.view.root()
+    }
+
+    /// The entry `name` of the directory `dir`.
+    pub(super) fn child(&self, dir: &Node, name: &OsStr) -> io::Result<Option<Node>> {
+        self.view.child(dir, name)
+    }
+}
+
+impl From<&Stack> for LayerView {
+    fn from(stack: &Stack) -> Self {
+        stack.view.clone()
+    }
+}
+
+impl LayerForm {
+    /// What the layer has at `path`, exactly that: no links.
+    fn look_at(&self, path: &Path) -> io::Result<Option<Found>> {
+        match self {
+            Self::Tree(tree) => {
+                let Some((fd, attributes)) = tree::look_at(tree.root(), path)? else {
+                    return Ok(None);
+                };
+                Ok(Some(Found {
+                    attributes,
+                    opaque: attributes.is_dir() && xattr::is_opaque(fd.as_fd())?,
+                    implied: false,
+                }))
+            }
+            Self::Listing(listing) => Ok(listing.find(path).map(|number| {
+                let file = listing.file(number);
+                let directory = file.directory();
+                Found {
+                    attributes: file.attributes(number),
+                    opaque: directory.is_some_and(|directory| directory.opaque),
+                    implied: directory.is_some_and(|directory| directory.implied),
+                }
+            })),
+        }
+    }
+
+    /// The names in the directory `path`, in no order.
+    fn names(&self, path: &Path) -> io::Result<Vec<OsString>> {
+        match self {
+            Self::Tree(tree) => {
+                let entries = tree::list(tree.root(), path)?;
+                Ok(entries.into_iter().map(|(name, _)| name).collect())
+            }
+            Self::Listing(listing) => {
+                let number = listing.find(path).ok_or(Errno::NOENT)?;
+                let directory = listing.file(number).directory().ok_or(Errno::NOTDIR)?;
+                Ok(directory.entries.keys().cloned().collect())
+            }
+        }
+    }
+
+    fn read_link(&self, path: &Path) -> io::Result<OsString> {
+        match self {
+            Self::Tree(tree) => {
+                let (parent, name) = tree.root().open_exact_parent(path)?;
+                let target = rustix::fs::readlinkat(parent, name, Vec::new())?;
+                Ok(OsString::from_vec(target.into_bytes()))
+            }
+            Self::Listing(listing) => {
+                let number = listing.find(path).ok_or(Errno::NOENT)?;
+                match &listing.file(number).kind {
+                    ListedKind::Symlink(target) => Ok(target.clone()),
+                    _ => Err(Errno::INVAL.into()),
+                }
+            }
+        }
+    }
+
+    fn xattrs(&self, path: &Path) -> io::Result<BTreeMap<OsString, Vec<u8>>> {
+        match self {
+            Self::Tree(tree) => {
+                let (fd, _) = tree::look_at(tree.root(), path)?.ok_or(Errno::STALE)?;
+                xattr::of_layer(fd.as_fd())
+            }
+            Self::Listing(listing) => {
+                let number = listing.find(path).ok_or(Errno::STALE)?;
+                let mut xattrs = listing.file(number).metadata.xattrs.clone();
+                xattrs.retain(|name, _| xattr::belongs_in_layer(name));
+                Ok(xattrs)
+            }
+        }
+    }
+}
+
+impl LayerView {
+    /// Puts `layers` on top of each other, the base first.
+    pub fn new(layers: Vec<LayerForm>) -> Self {
+        Self { layers }
+    }
+
+    /// Whether there is no layer at all.
+    pub fn is_empty(&self) -> bool {
+        self.layers.is_empty()
     }
 
     /// Finds `path`, whether or not it has a leading slash. Links in all parents are
@@ -109,59 +288,19 @@ impl Stack {
         if !dir.attributes.is_dir() {
             return Err(Errno::NOTDIR.into());
         }
-        // The node, unless a whiteout hides it; and whether lower trees still matter.
-        let mut entries: BTreeMap<OsString, (Option<Node>, bool)> = BTreeMap::new();
+        let mut having: BTreeMap<OsString, Vec<usize>> = BTreeMap::new();
         for &index in &dir.trees {
-            let root = self.trees[index].root();
-            for (name, file_type) in tree::list(root, &dir.path)? {
-                let mut entry = match entries.entry(name) {
-                    btree_map::Entry::Vacant(entry) => {
-                        let path = dir.path.join(entry.key());
-                        let Some((fd, attributes)) = tree::look_at(root, &path)? else {
-                            continue;
-                        };
-                        if attributes.is_whiteout() {
-                            entry.insert((None, false));
-                            continue;
-                        }
-                        let open = attributes.is_dir() && !xattr::is_opaque(fd.as_fd())?;
-                        let node = Node {
-                            path,
-                            attributes,
-                            trees: vec![index],
-                        };
-                        entry.insert((Some(node), open));
-                        continue;
-                    }
-                    btree_map::Entry::Occupied(entry) => entry,
-                };
-                let (Some(node), open @ true) = entry.get_mut() else {
-                    continue;
-                };
-                if file_type == FileType::Directory {
-                    *open = match tree::look_at(root, &node.path)? {
-                        Some((fd, _)) => !xattr::is_opaque(fd.as_fd())?,
-                        None => continue,
-                    };
-                    node.trees.push(index);
-                } else {
-                    *open = false;
-                }
+            for name in self.layers[index].names(&dir.path)? {
+                having.entry(name).or_default().push(index);
             }
         }
-        let visible = entries
-            .into_iter()
-            .filter_map(|(name, (node, _))| Some((name, node?)));
-        Ok(visible.collect())
-    }
-
-    /// Opens the regular file `node` for reading.
-    ///
-    /// # Errors
-    /// `EINVAL` where it is no regular file; those of `openat2(2)`.
-    pub fn open(&self, node: &Node) -> io::Result<File> {
-        let tree = self.tree_of(node)?;
-        tree::open_file(tree.root(), &node.path, &node.attributes)
+        let mut entries = Vec::with_capacity(having.len());
+        for (name, layers) in having {
+            if let Some(node) = self.node(dir.path.join(&name), &layers)? {
+                entries.push((name, node));
+            }
+        }
+        Ok(entries)
     }
 
     /// The target of the symbolic link `node`, verbatim.
@@ -169,9 +308,8 @@ impl Stack {
     /// # Errors
     /// `EINVAL` where it is none; those of `readlinkat(2)`.
     pub fn read_link(&self, node: &Node) -> io::Result<OsString> {
-        let (parent, name) = self.tree_of(node)?.root().open_exact_parent(&node.path)?;
-        let target = rustix::fs::readlinkat(parent, name, Vec::new())?;
-        Ok(OsString::from_vec(target.into_bytes()))
+        let index = node.trees.first().ok_or(Errno::INVAL)?;
+        self.layers[*index].read_link(&node.path)
     }
 
     /// The extended attributes of `node` that belong into layers: see [`super::belongs_in_layer`].
@@ -179,15 +317,53 @@ impl Stack {
     /// # Errors
     /// Those of `listxattr(2)` and `getxattr(2)`.
     pub fn xattrs(&self, node: &Node) -> io::Result<BTreeMap<OsString, Vec<u8>>> {
-        let Some(&index) = node.trees.first() else {
+        if node.trees.is_empty() {
             return Ok(BTreeMap::new());
-        };
-        let (fd, _) = tree::look_at(self.trees[index].root(), &node.path)?.ok_or(Errno::STALE)?;
-        xattr::of_layer(fd.as_fd())
+        }
+        self.layers[node.described_by].xattrs(&node.path)
+    }
+
+    /// The content of the regular file `node`, as far as it is at hand: from the tree, or one
+    /// of the few that listings keep. `None` where it has to be read in the tree.
+    ///
+    /// # Errors
+    /// `EINVAL` where it is no regular file; those of `openat2(2)`.
+    pub fn content(&self, node: &Node) -> io::Result<Option<Box<dyn io::Read>>> {
+        let index = node.trees.first().ok_or(Errno::INVAL)?;
+        match &self.layers[*index] {
+            LayerForm::Tree(_) => {
+                let file = self.open(node)?;
+                Ok(file.map(|file| Box::new(file) as Box<dyn io::Read>))
+            }
+            LayerForm::Listing(listing) => {
+                let number = listing.find(&node.path).ok_or(Errno::NOENT)?;
+                match &listing.file(number).kind {
+                    ListedKind::File { content, .. } => Ok(content.clone().map(|bytes| {
+                        let reader: Box<dyn io::Read> = Box::new(io::Cursor::new(bytes));
+                        reader
+                    })),
+                    _ => Err(Errno::INVAL.into()),
+                }
+            }
+        }
+    }
+
+    /// Opens the regular file `node` for reading; `None` where it is in no tree.
+    ///
+    /// # Errors
+    /// `EINVAL` where it is no regular file; those of `openat2(2)`.
+    pub fn open(&self, node: &Node) -> io::Result<Option<File>> {
+        let index = node.trees.first().ok_or(Errno::INVAL)?;
+        match &self.layers[*index] {
+            LayerForm::Tree(tree) => {
+                tree::open_file(tree.root(), &node.path, &node.attributes).map(Some)
+            }
+            LayerForm::Listing(_) => Ok(None),
+        }
     }
 
     /// The root directory.
-    pub(super) fn root(&self) -> io::Result<Node> {
+    fn root(&self) -> io::Result<Node> {
         let mut root = Node {
             path: PathBuf::new(),
             attributes: Attributes {
@@ -202,24 +378,29 @@ impl Stack {
                 id: (0, 0),
             },
             trees: Vec::new(),
+            described_by: 0,
         };
-        for (index, tree) in self.trees.iter().enumerate().rev() {
-            let Some((fd, found)) = tree::look_at(tree.root(), Path::new(""))? else {
+        for (index, layer) in self.layers.iter().enumerate().rev() {
+            let Some(found) = layer.look_at(Path::new(""))? else {
                 return Err(Errno::NOENT.into());
             };
+            let Found {
+                attributes, opaque, ..
+            } = found;
             if root.trees.is_empty() {
-                root.attributes.mtime = found.mtime;
-                root.attributes.id = found.id;
-                root.attributes.nlink = found.nlink;
-                root.attributes.size = found.size;
+                root.described_by = index;
+                root.attributes.mtime = attributes.mtime;
+                root.attributes.id = attributes.id;
+                root.attributes.nlink = attributes.nlink;
+                root.attributes.size = attributes.size;
             }
             // Most trees were made without a word about the root, so they have its default owner.
             if (root.attributes.uid, root.attributes.gid) == (0, 0) {
-                root.attributes.uid = found.uid;
-                root.attributes.gid = found.gid;
+                root.attributes.uid = attributes.uid;
+                root.attributes.gid = attributes.gid;
             }
             root.trees.push(index);
-            if xattr::is_opaque(fd.as_fd())? {
+            if opaque {
                 break;
             }
         }
@@ -227,35 +408,63 @@ impl Stack {
     }
 
     /// The entry `name` of the directory `dir`.
-    pub(super) fn child(&self, dir: &Node, name: &OsStr) -> io::Result<Option<Node>> {
-        let path = dir.path.join(name);
+    fn child(&self, dir: &Node, name: &OsStr) -> io::Result<Option<Node>> {
+        self.node(dir.path.join(name), &dir.trees)
+    }
+
+    /// The file at `path`, where the directory that it is in is made of `layers`, or those of
+    /// them that have the file.
+    fn node(&self, path: PathBuf, layers: &[usize]) -> io::Result<Option<Node>> {
         let mut node: Option<Node> = None;
-        for &index in &dir.trees {
-            let Some((fd, attributes)) = tree::look_at(self.trees[index].root(), &path)? else {
+        // Whether lower layers still add to it, and say what it is like.
+        let (mut open, mut implied) = (true, false);
+        for &index in layers {
+            let Some(found) = self.layers[index].look_at(&path)? else {
                 continue;
             };
+            let attributes = found.attributes;
             match &mut node {
                 _ if attributes.is_whiteout() => break,
                 Some(_) if !attributes.is_dir() => break,
-                Some(node) => node.trees.push(index),
+                Some(node) => {
+                    if open {
+                        node.trees.push(index);
+                    }
+                    if implied {
+                        let Attributes {
+                            mode,
+                            uid,
+                            gid,
+                            mtime,
+                            ..
+                        } = attributes;
+                        node.described_by = index;
+                        node.attributes = Attributes {
+                            mode,
+                            uid,
+                            gid,
+                            mtime,
+                            ..node.attributes
+                        };
+                    }
+                }
                 None => {
                     node = Some(Node {
                         path: path.clone(),
                         attributes,
                         trees: vec![index],
+                        described_by: index,
                     });
+                    implied = true;
                 }
             }
-            if !attributes.is_dir() || xattr::is_opaque(fd.as_fd())? {
+            open &= !found.opaque;
+            implied &= found.implied;
+            if !attributes.is_dir() || !(open || implied) {
                 break;
             }
         }
         Ok(node)
-    }
-
-    fn tree_of(&self, node: &Node) -> io::Result<&Tree> {
-        let index = node.trees.first().ok_or(Errno::INVAL)?;
-        Ok(&self.trees[*index])
     }
 }
 

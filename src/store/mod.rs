@@ -7,6 +7,7 @@
 //! ├── trees/<hex>/        unpacked layers, named by diff ID
 //! ├── trees/<hex>.chain/  those that depend on the layers below, named by chain ID
 //! ├── cache/steps/<definition>/<inputs>.json
+//! ├── cache/listings/<hex>  what a layer has without its contents, named by diff ID
 //! ├── cache/http/<url>.json  what servers said about files that are blobs now
 //! ├── cache/stat/<context>   digests of the files of contexts, as long as they stay as they are
 //! ├── jobs/               the service's database
@@ -217,6 +218,12 @@ impl Store {
             }
             Err(error) => Err(StoreError::io("naming the tree", &to)(error)),
         }
+    }
+
+    /// Where the listing of the layer `diff_id` is, or would be.
+    pub fn listing_path(&self, diff_id: &DiffId) -> PathBuf {
+        let listings = self.root.join("cache/listings");
+        listings.join(diff_id.digest().hex())
     }
 
     /// Where step records live.

@@ -33,6 +33,8 @@ mod conformance;
 mod content;
 /// Dockerfiles in, typed instructions or exact messages out: `fixtures/dockerfiles`.
 mod dockerfile;
+/// What of a base image is fetched and made, and how often.
+mod lazy;
 /// How much memory a build takes.
 mod memory;
 /// Which module may use which.

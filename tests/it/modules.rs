@@ -61,6 +61,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "rootfs",
             "sandbox",
             "layer",
+            "layout",
             "registry",
             "remote",
             "session",

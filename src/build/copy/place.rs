@@ -10,12 +10,13 @@ use rustix::io::Errno;
 
 use super::super::additions::{Addition, Additions, Content, NewDirectory, inline, own_time};
 use super::super::listing::{CopiedFile, Listing, read_ahead};
+use super::super::below::Below;
 use super::super::unpack;
 use super::select::{Item, ItemKind, Selected, Selection};
 use super::{CopyError, SourceNode};
 use crate::plan::mode::SymbolicMode;
 use crate::plan::{Chmod, CopyDefinition};
-use crate::rootfs::{Change, Metadata, Stack};
+use crate::rootfs::{Change, Metadata};
 
 /// The mode of directories that are made on the way.
 const DIRECTORY_MODE: u32 = 0o755;
@@ -27,7 +28,7 @@ const DIRECTORY_MODE: u32 = 0o755;
 pub(in super::super) fn place(
     selection: Selection,
     definition: &CopyDefinition,
-    below: &Stack,
+    below: impl Into<Below>,
     owner: Option<(u32, u32)>,
     epoch: Option<i64>,
     spool: &Path,
@@ -49,8 +50,9 @@ pub(in super::super) fn place(
         mode: directory_mode,
         mtime: own_time(epoch),
     };
+    let below = below.into();
     let mut placing = Placing {
-        additions: Additions::new(below, new_directory),
+        additions: Additions::new(&below, new_directory),
         new_directory,
         all: Applied { owner, mode },
         epoch,

@@ -11,12 +11,16 @@ use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
 
 use super::*;
+use crate::build::below::Below;
 use crate::build::context_tree::ContextTree;
 use crate::build::remote::{Fetched, FetchedFile};
 use crate::context::{BuildContext, IgnoreRules};
 use crate::plan::{Chmod, CopyDefinition, CopySource};
 use crate::rootfs::testing::{THEN, change, line, tree_of};
-use crate::rootfs::{Change, ChangeKind, Data, Entry, FileContent, FileSource, Tree, materialize};
+use crate::rootfs::{
+    Change, ChangeKind, Data, Entry, FileContent, FileSource, LayerForm, LayerView, Listing, Tree,
+    changes, materialize,
+};
 
 mod archives;
 mod reading;
@@ -123,16 +127,44 @@ impl Fixture {
     ) -> Result<Vec<String>, CopyError> {
         let below = Stack::new(vec![Arc::clone(&self.base.1)]);
         let spool = tempfile::tempdir().unwrap();
-        let selection = self.select_with(what, fetched)?;
-        let changes = place(
+        let selection = self.select_with(what, fetched.clone())?;
+        let placed = place(
             selection,
             what,
             &below,
             self.owner,
             self.epoch,
             spool.path(),
-        )?;
-        Ok(changes.into_iter().map(&mut show).collect())
+        );
+        let unpacked = placed.map(|changes| changes.into_iter().map(&mut show).collect::<Vec<_>>());
+        // On a base that is only listed it is all the same.
+        let spool = tempfile::tempdir().unwrap();
+        let placed = place(
+            self.select_with(what, fetched)?,
+            what,
+            &self.listed(),
+            self.owner,
+            self.epoch,
+            spool.path(),
+        );
+        let listed = placed.map(|changes| changes.into_iter().map(&mut show).collect::<Vec<_>>());
+        match (&unpacked, &listed) {
+            (Ok(unpacked), Ok(listed)) => assert_eq!(listed, unpacked),
+            (Err(unpacked), Err(listed)) => assert_eq!(listed.to_string(), unpacked.to_string()),
+            _ => panic!("unpacked {unpacked:?}, listed {listed:?}"),
+        }
+        unpacked
+    }
+
+    /// The base by its listing, unpacked when a content is asked for.
+    fn listed(&self) -> Below {
+        let tree = Arc::clone(&self.base.1);
+        let files: Vec<Change> = changes(&tree, &Stack::default())
+            .map(Result::unwrap)
+            .collect();
+        let listing = Listing::of_changes(&files, None).unwrap();
+        let view = LayerView::new(vec![LayerForm::Listing(Arc::new(listing))]);
+        Below::new(view, move || Ok(Stack::new(vec![Arc::clone(&tree)])))
     }
 
     fn lines(&self, what: &CopyDefinition) -> Result<Vec<String>, String> {

@@ -1,0 +1,406 @@
+//! [`Layer`]: one layer in the forms in which it exists, each made only when needed.
+//!
+//! ```text
+//! remote   a descriptor at a registry or in a layout that has it
+//! blob     compressed bytes in the store, named by digest
+//! listing  what is in it, without the contents; in the store, named by diff ID
+//! tree     unpacked directory in the store, ready to be an overlay lower directory
+//! ```
+//!
+//! A step that mounts a filesystem, or reads files of it, needs trees. One that only adds to
+//! it asks what is there, for which listings do: they are made while the bytes of a layer
+//! pass, without writing any of them, and are there for all later builds. Where a plan has
+//! a step that will need the trees anyway, they are used for both.
+
+mod read;
+
+use std::collections::{BTreeSet, HashMap};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+
+use anyhow::Context as _;
+use futures_util::FutureExt as _;
+use futures_util::future::{BoxFuture, Shared as SharedFuture, try_join_all};
+use tokio::sync::{OnceCell, OwnedMutexGuard};
+
+use super::below::Below;
+use super::{BaseImage, Engine, Settings};
+use crate::image::{DiffId, Digest, ImageLayer, Repository, chain_id};
+use crate::layer::{LayerError, SealedLayer, is_too_long};
+use crate::layout::Layout;
+use crate::plan::{Operation, Plan};
+use crate::rootfs::{self, LayerForm, LayerView, Listing, Stack, Tree};
+
+use read::{LIST, UNPACK, Unpacked};
+
+/// An error that several waiting steps see.
+pub(super) type SharedError = Arc<anyhow::Error>;
+
+/// The names of a layer, known once it is sealed.
+type Sealing = SharedFuture<BoxFuture<'static, Result<ImageLayer, SharedError>>>;
+
+/// Where the layers of a base image are.
+#[derive(Clone, Debug)]
+pub enum Origin {
+    /// At a registry.
+    Registry(Repository),
+    /// In a directory of this machine.
+    Layout(Layout),
+}
+
+/// One layer of a filesystem.
+pub(super) struct Layer {
+    sealing: Sealing,
+    tree: OnceCell<Arc<Tree>>,
+    listing: OnceCell<Arc<Listing>>,
+    /// Where the blob can be fetched.
+    origin: Option<Origin>,
+    /// Whether the bytes have been read, and are in the store where they are needed again.
+    was_read: AtomicBool,
+    push_started: AtomicBool,
+    /// When the step that made it ran; RFC 3339. Absent for layers of a base image.
+    pub(super) created: Option<String>,
+}
+
+/// The layers of a filesystem, base first.
+#[derive(Clone, Default)]
+pub(super) struct Filesystem {
+    pub(super) layers: Vec<Arc<Layer>>,
+}
+
+/// What is known of the layers of a build together.
+#[derive(Debug)]
+pub(super) struct Shared {
+    /// Indices of the steps whose filesystems are mounted or read from.
+    read: BTreeSet<usize>,
+    /// Layers of base images that may be unpacked for such a step.
+    may_be_unpacked: BTreeSet<DiffId>,
+    /// What is being made: two references may share a layer, and it is fetched once.
+    flights: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
+}
+
+impl Shared {
+    /// Looks through what `plan` will do.
+    pub(super) fn new(plan: &Plan, settings: &Settings) -> Self {
+        let read = read_steps(plan, settings.reads_files);
+        let images = read.iter().filter_map(|index| {
+            let Operation::Image(image) = &plan.steps.get(*index)?.operation else {
+                return None;
+            };
+            settings.images.get(image.0)
+        });
+        let diff_ids = |image: &BaseImage| image.resolved.config.rootfs.diff_ids.clone();
+        Self {
+            may_be_unpacked: images.flat_map(diff_ids).collect(),
+            read,
+            flights: Mutex::default(),
+        }
+    }
+
+    /// Waits until nobody else makes `what`, and keeps others from it.
+    async fn flight(&self, what: String) -> OwnedMutexGuard<()> {
+        let flight = {
+            let mut flights = self
+                .flights
+                .lock()
+                .expect("nothing panics while it holds this lock");
+            Arc::clone(flights.entry(what).or_default())
+        };
+        flight.lock_owned().await
+    }
+}
+
+/// The indices of the steps whose filesystem some step mounts or copies from, perhaps with
+/// more layers on top; `reads_result`: the result's too.
+fn read_steps(plan: &Plan, reads_result: bool) -> BTreeSet<usize> {
+    let mut read = BTreeSet::new();
+    if reads_result {
+        read.extend(plan.result.map(|id| id.0));
+    }
+    // Each step comes after those that it needs.
+    for (index, step) in plan.steps.iter().enumerate().rev() {
+        read.extend(step.sources().iter().map(|id| id.0));
+        if matches!(step.operation, Operation::Run(_)) || read.contains(&index) {
+            read.extend(step.parent.map(|id| id.0));
+        }
+    }
+    read
+}
+
+impl Layer {
+    /// A layer of a base image.
+    pub(super) fn remote(names: ImageLayer, origin: Origin) -> Self {
+        Self {
+            origin: Some(origin),
+            ..Self::sealed(names, None)
+        }
+    }
+
+    /// A layer whose blob is in the store.
+    pub(super) fn sealed(names: ImageLayer, created: Option<String>) -> Self {
+        let sealing = futures_util::future::ready(Ok(names)).boxed().shared();
+        Self {
+            sealing,
+            tree: OnceCell::new(),
+            listing: OnceCell::new(),
+            origin: None,
+            was_read: AtomicBool::new(false),
+            push_started: AtomicBool::new(false),
+            created,
+        }
+    }
+
+    /// A layer that is just being sealed; `tree` where it is unpacked already.
+    pub(super) fn sealing(
+        task: tokio::task::JoinHandle<anyhow::Result<SealedLayer>>,
+        tree: Option<Arc<Tree>>,
+        created: String,
+    ) -> Self {
+        let sealing = async move {
+            let sealed = task
+                .await
+                .context("sealing a layer")
+                .and_then(|result| result);
+            let sealed = sealed.map_err(Arc::new)?;
+            Ok(ImageLayer {
+                diff_id: sealed.diff_id,
+                descriptor: sealed.descriptor,
+            })
+        };
+        Self {
+            sealing: sealing.boxed().shared(),
+            tree: OnceCell::new_with(tree),
+            listing: OnceCell::new(),
+            origin: None,
+            was_read: AtomicBool::new(false),
+            push_started: AtomicBool::new(false),
+            created: Some(created),
+        }
+    }
+
+    /// The same, of which it is known already what it has.
+    pub(super) fn listed(self, listing: Option<Listing>) -> Self {
+        Self {
+            listing: OnceCell::new_with(listing.map(Arc::new)),
+            ..self
+        }
+    }
+
+    /// The layer's names; waits until it is sealed.
+    pub(super) async fn names(&self) -> Result<ImageLayer, SharedError> {
+        self.sealing.clone().await
+    }
+
+    /// Where the blob can be fetched, for layers of base images.
+    pub(super) fn found_at(&self) -> Option<&Origin> {
+        self.origin.as_ref()
+    }
+
+    /// The registry that has the blob, for layers of base images.
+    pub(super) fn origin(&self) -> Option<&Repository> {
+        match &self.origin {
+            Some(Origin::Registry(repository)) => Some(repository),
+            _ => None,
+        }
+    }
+
+    /// The layout that has the blob, for layers of base images.
+    pub(super) fn layout(&self) -> Option<&Layout> {
+        match &self.origin {
+            Some(Origin::Layout(layout)) => Some(layout),
+            _ => None,
+        }
+    }
+
+    /// Whether it has been read, so that pushing need not wait for somebody who downloads it.
+    pub(super) fn is_unpacked(&self) -> bool {
+        self.tree.initialized() || self.was_read.load(Ordering::Relaxed)
+    }
+
+    /// Says that pushing begins; false where it had begun before.
+    pub(super) fn start_push(&self) -> bool {
+        !self.push_started.swap(true, Ordering::Relaxed)
+    }
+
+    /// The layer as a tree, unpacked now if it is not yet. It lies on top of `below`, always
+    /// of the same layers.
+    pub(super) fn tree<'a>(
+        &'a self,
+        engine: &'a Arc<Engine>,
+        below: &'a [Arc<Layer>],
+    ) -> BoxFuture<'a, Result<Arc<Tree>, SharedError>> {
+        let tree = self.tree.get_or_try_init(|| self.unpack(engine, below));
+        tree.map(|tree| tree.cloned().map_err(Arc::new)).boxed()
+    }
+
+    async fn unpack(
+        &self,
+        engine: &Arc<Engine>,
+        below: &[Arc<Layer>],
+    ) -> anyhow::Result<Arc<Tree>> {
+        let names = self.names().await.map_err(|error| super::unshare(&error))?;
+        let chain = chain_of(below, &names.diff_id).await?;
+        let layers = &engine.layers;
+        // The layers below have other chains, so nobody waits for each other.
+        let _chain = layers.flight(format!("chain {chain}")).await;
+        if let Some(path) = known_tree(engine, &names, &chain) {
+            return open_tree(&path);
+        }
+        let store = Arc::clone(&engine.store);
+        let unpacked = {
+            let _layer = layers.flight(format!("layer {}", names.diff_id)).await;
+            let path = store.tree_path(&names.diff_id);
+            if path.is_dir() {
+                return open_tree(&path);
+            }
+            let unpacked = self.read(engine, &names, UNPACK).await?;
+            if unpacked.implied.is_empty() {
+                return open_tree(&store.adopt_tree(&unpacked.tree, &names.diff_id)?);
+            }
+            unpacked
+        };
+        let stack = stack(engine, below)
+            .await
+            .map_err(|error| super::unshare(&error))?;
+        let finish = move || {
+            let Unpacked { tree, implied } = unpacked;
+            rootfs::inherit_metadata(&tree, &implied, &stack)?;
+            open_tree(&store.adopt_chained_tree(&tree, &chain)?)
+        };
+        let finished = engine.blocking(finish).await;
+        finished.with_context(|| format!("unpacking layer {}", names.descriptor.digest))
+    }
+
+    /// The layer in a form that says what is in it: a tree where there is one, else a listing.
+    async fn form(
+        &self,
+        engine: &Arc<Engine>,
+        below: &[Arc<Layer>],
+    ) -> Result<LayerForm, SharedError> {
+        if let Some(tree) = self.tree.get() {
+            return Ok(LayerForm::Tree(Arc::clone(tree)));
+        }
+        if let Some(listing) = self.listing.get() {
+            return Ok(LayerForm::Listing(Arc::clone(listing)));
+        }
+        let names = self.names().await?;
+        // Trees of somebody who has these owners.
+        if engine.check_world().is_ok() {
+            let chain = chain_of(below, &names.diff_id).await.map_err(Arc::new)?;
+            if known_tree(engine, &names, &chain).is_some() {
+                return Ok(LayerForm::Tree(self.tree(engine, below).await?));
+            }
+        }
+        let listing = self.listing.get_or_try_init(|| self.list(engine, &names));
+        match listing.await {
+            Ok(listing) => Ok(LayerForm::Listing(Arc::clone(listing))),
+            Err(error) if error.chain().any(is_too_long_error) => {
+                Ok(LayerForm::Tree(self.tree(engine, below).await?))
+            }
+            Err(error) => Err(Arc::new(error)),
+        }
+    }
+
+    async fn list(&self, engine: &Arc<Engine>, names: &ImageLayer) -> anyhow::Result<Arc<Listing>> {
+        let layers = &engine.layers;
+        let _layer = layers.flight(format!("layer {}", names.diff_id)).await;
+        let (shared, diff_id) = (Arc::clone(engine), names.diff_id.clone());
+        let stored = engine.blocking(move || Ok(shared.stored_listing(&diff_id)));
+        if let Some(listing) = stored.await? {
+            return Ok(Arc::new(listing));
+        }
+        let listing = self.read(engine, names, LIST).await?;
+        Ok(Arc::new(listing))
+    }
+}
+
+fn is_too_long_error(error: &(dyn std::error::Error + 'static)) -> bool {
+    error.downcast_ref::<LayerError>().is_some_and(is_too_long)
+}
+
+/// The layer's tree, where the store has it: on its own, or on the layers that it lies on.
+fn known_tree(engine: &Engine, names: &ImageLayer, chain: &Digest) -> Option<PathBuf> {
+    let known = [
+        engine.store.tree_path(&names.diff_id),
+        engine.store.chained_tree_path(chain),
+    ];
+    known.into_iter().find(|path| path.is_dir())
+}
+
+fn open_tree(path: &Path) -> anyhow::Result<Arc<Tree>> {
+    Tree::open(path).with_context(|| format!("opening {}", path.display()))
+}
+
+/// What `below` and one more layer are together.
+pub(super) async fn chain_of(below: &[Arc<Layer>], top: &DiffId) -> anyhow::Result<Digest> {
+    let mut diff_ids = Vec::with_capacity(below.len() + 1);
+    for layer in below {
+        let names = layer.names().await;
+        diff_ids.push(names.map_err(|error| super::unshare(&error))?.diff_id);
+    }
+    diff_ids.push(top.clone());
+    chain_id(&diff_ids).context("a chain of at least one layer has an ID")
+}
+
+/// `layers` as trees; those that are missing are unpacked in parallel.
+async fn stack(engine: &Arc<Engine>, layers: &[Arc<Layer>]) -> Result<Stack, SharedError> {
+    let trees = layers.iter().enumerate();
+    let trees = trees.map(|(at, layer)| layer.tree(engine, &layers[..at]));
+    Ok(Stack::new(try_join_all(trees).await?))
+}
+
+impl Filesystem {
+    /// This and `layer` on top.
+    pub(super) fn with(&self, layer: Arc<Layer>) -> Self {
+        let mut layers = self.layers.clone();
+        layers.push(layer);
+        Self { layers }
+    }
+
+    /// This and the layers of `above` on top.
+    pub(super) fn with_all(&self, above: Self) -> Self {
+        let mut layers = self.layers.clone();
+        layers.extend(above.layers);
+        Self { layers }
+    }
+
+    /// The names of all layers, base first.
+    pub(super) async fn names(&self) -> Result<Vec<ImageLayer>, SharedError> {
+        try_join_all(self.layers.iter().map(|layer| layer.names())).await
+    }
+
+    /// What the layers are together; absent for none.
+    pub(super) async fn chain(&self) -> Result<Option<Digest>, SharedError> {
+        let diff_ids: Vec<DiffId> = self.names().await?.into_iter().map(|l| l.diff_id).collect();
+        Ok(chain_id(&diff_ids))
+    }
+
+    /// All layers as trees; those that are missing are unpacked in parallel.
+    pub(super) async fn stack(&self, engine: &Arc<Engine>) -> Result<Stack, SharedError> {
+        stack(engine, &self.layers).await
+    }
+
+    /// The layers for step `number`, which adds to them: as trees where these are needed
+    /// later anyway, else as they are, or as listings.
+    pub(super) async fn below(&self, engine: &Arc<Engine>, number: usize) -> anyhow::Result<Below> {
+        let is_read = number
+            .checked_sub(1)
+            .is_some_and(|index| engine.layers.read.contains(&index));
+        if is_read && engine.check_world().is_ok() {
+            let stack = self.stack(engine).await;
+            return Ok(Below::from(&stack.map_err(|error| super::unshare(&error))?));
+        }
+        let forms = self.layers.iter().enumerate();
+        let forms = forms.map(|(at, layer)| layer.form(engine, &self.layers[..at]));
+        let forms = try_join_all(forms).await;
+        let view = LayerView::new(forms.map_err(|error| super::unshare(&error))?);
+        let (engine, this) = (Arc::clone(engine), self.clone());
+        let runtime = tokio::runtime::Handle::current();
+        Ok(Below::new(view, move || {
+            let stack = runtime.block_on(this.stack(&engine));
+            stack.map_err(|error| io::Error::other(super::unshare(&error)))
+        }))
+    }
+}
