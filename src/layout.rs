@@ -249,6 +249,19 @@ impl Layout {
         })
     }
 
+    /// Finds the manifest or index of `digest`, else the one named `tag`, else the only one
+    /// there is, whatever its config is.
+    ///
+    /// # Errors
+    /// [`LayoutError::Read`], [`LayoutError::Malformed`], [`LayoutError::NoImage`],
+    /// [`LayoutError::Digest`], [`LayoutError::Size`].
+    pub fn find(&self, tag: &str, digest: Option<&Digest>) -> Result<RawManifest, LayoutError> {
+        match digest {
+            Some(digest) => self.document_of(digest),
+            None => self.document(&self.named(tag)?),
+        }
+    }
+
     /// Opens a blob.
     ///
     /// # Errors
@@ -305,6 +318,11 @@ impl Layout {
     }
 
     fn find_tag(&self, tag: &str, platform: &Platform) -> Result<Found, LayoutError> {
+        self.follow(self.document(&self.named(tag)?)?, platform)
+    }
+
+    /// What `index.json` says of the name `tag`.
+    fn named(&self, tag: &str) -> Result<Descriptor, LayoutError> {
         let path = self.path.join("index.json");
         let bytes = read_file(&path, MANIFEST_LIMIT_BYTES)?;
         let index: Index = serde_json::from_slice(&bytes).map_err(malformed(&path))?;
@@ -336,10 +354,15 @@ impl Layout {
                 },
             });
         };
-        self.follow(self.document(found)?, platform)
+        Ok(found.clone())
     }
 
     fn find_digest(&self, digest: &Digest, platform: &Platform) -> Result<Found, LayoutError> {
+        self.follow(self.document_of(digest)?, platform)
+    }
+
+    /// The manifest or index of this digest.
+    fn document_of(&self, digest: &Digest) -> Result<RawManifest, LayoutError> {
         let path = self.blob_path(digest);
         let bytes = read_file(&path, MANIFEST_LIMIT_BYTES)?;
         let raw = RawManifest::new(MediaType::new(""), bytes);
@@ -356,7 +379,7 @@ impl Layout {
             (None, Some(_)) => MediaType::INDEX,
             (None, None) => MediaType::MANIFEST,
         };
-        self.follow(RawManifest { media_type, ..raw }, platform)
+        Ok(RawManifest { media_type, ..raw })
     }
 
     /// The image that `first` is or leads to.
@@ -485,7 +508,8 @@ impl Layout {
         Ok(bytes)
     }
 
-    fn blob_path(&self, digest: &Digest) -> PathBuf {
+    /// Where the blob is, or would be.
+    pub fn blob_path(&self, digest: &Digest) -> PathBuf {
         self.path.join("blobs/sha256").join(digest.hex())
     }
 }

@@ -1,6 +1,7 @@
 //! A whole build read top to bottom: parse, graph, resolve, lower, execute, assemble, export.
 
 mod ask;
+mod cache;
 mod contexts;
 mod epoch;
 mod images;
@@ -29,8 +30,9 @@ use crate::sandbox::{self, Cancel, World};
 use crate::session::{Secrets, SshAgents};
 use crate::store::Store;
 
-pub use crate::build::DeviceSettings;
+pub use crate::build::{CacheSource, DeviceSettings};
 pub use ask::{Answer, Question, ask};
+pub use cache::{CachePlace, CacheTarget};
 
 /// Everything a build needs to know, validated.
 #[derive(Clone, Debug)]
@@ -63,6 +65,10 @@ pub struct BuildRequest {
     pub agents: Arc<SshAgents>,
     /// `RUN --device`: where devices are described, and `--allow device`.
     pub devices: DeviceSettings,
+    /// `--cache-from`.
+    pub cache_from: Vec<CacheSource>,
+    /// `--cache-to`.
+    pub cache_to: Vec<CacheTarget>,
     /// Which sandbox runs the steps.
     pub sandbox: sandbox::Choice,
     /// The store's directory.
@@ -173,6 +179,13 @@ async fn run(
     outputs::check(request)?;
     let store = Arc::new(Store::open(&request.root)?);
     let client = Client::new(request.registry.clone())?;
+    let importing = build::import(
+        &client,
+        &store,
+        request.cache_from.clone(),
+        progress,
+        timings,
+    );
     let stop = cancel.clone();
     let is_cancelled = move || stop.is_cancelled();
     let fetcher = Arc::new(fetcher(request, &store, progress, is_cancelled)?);
@@ -252,11 +265,12 @@ async fn run(
         agents: Arc::clone(&request.agents),
         devices: request.devices.clone(),
         push: push.clone(),
+        importing,
     };
     let built = build::build(&plan, settings, Arc::clone(timings)).await?;
     let (origins, mut layer_bytes) = (built.origins.clone(), built.uploaded_bytes.clone());
-    let files = built.files.clone();
-    let image = assemble(plan, built, epoch, request.annotations.clone())?;
+    let (files, contents) = (built.files.clone(), built.cache.clone());
+    let image = assemble(request, plan, built, epoch)?;
 
     let publishing = Instant::now();
     let exporter = outputs::Exporter {
@@ -281,6 +295,15 @@ async fn run(
     }
     timings.add("publish", publishing.elapsed());
     write_result_files(request, &image)?;
+    let exporter = cache::Exporter {
+        client: &client,
+        store: &store,
+        pushed: push.iter().map(|tag| tag.repository().clone()).collect(),
+        progress,
+        timings,
+        cancel,
+    };
+    exporter.export_all(&request.cache_to, &contents).await?;
     Ok(BuildResult {
         digest: image.raw_manifest.digest.clone(),
         image_id: image.manifest.config.digest.clone(),
@@ -382,10 +405,10 @@ fn writes_files(request: &BuildRequest) -> bool {
 
 /// Joins layers, config and history.
 fn assemble(
+    request: &BuildRequest,
     plan: Plan,
     built: Built,
     epoch: Option<i64>,
-    annotations: Annotations,
 ) -> anyhow::Result<Image> {
     let Plan {
         mut config,
@@ -420,6 +443,14 @@ fn assemble(
     // Without a step that made a layer there is no time of this build that would not
     // change from one build to the next; the base's says when the files were made.
     config.created = last.or_else(|| Some(build::rfc3339(Some(0))));
+    // That of the base says nothing of what is above.
+    config.other.remove(build::INLINE_KEY);
+    let mut targets = request.cache_to.iter();
+    if targets.any(|target| target.place == CachePlace::Inline) {
+        let records = built.cache.inline(&built.layers);
+        config.other.insert(build::INLINE_KEY.to_owned(), records);
+    }
+    let annotations = request.annotations.clone();
     Ok(image::assemble(config, built.layers, annotations))
 }
 

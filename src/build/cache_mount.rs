@@ -1,8 +1,10 @@
 //! `RUN --mount=type=cache`: directories that stay from build to build.
 //!
 //! ```text
-//! cache/mounts/<sha256 of what names it>/<number>/lock    held while a step has the directory
-//!                                                 /files   the directory
+//! cache/mounts/<sha256 of what names it>/<number>/lock     held while a step has the directory
+//!                                                 /filling  held while it is made
+//!                                                 /reading  held while it is copied elsewhere
+//!                                                 /files    the directory
 //! ```
 //!
 //! A step that may not share the directory it finds in use gets one with the next number.
@@ -59,23 +61,16 @@ pub(super) fn take(
             store.write_file(&all.join("name"), name.as_bytes())?;
         }
         let path = dir.join("lock");
-        let lock = File::options()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .open(&path);
-        let lock = lock.with_context(|| format!("opening {}", path.display()))?;
+        let lock = lock_file(&path)?;
         let locked = match sharing {
             Sharing::Shared => lock.try_lock_shared(),
             Sharing::Private | Sharing::Locked => lock.try_lock(),
         };
         match locked {
-            Ok(()) => return open(store, &dir, lock, fill),
-            Err(TryLockError::WouldBlock) if sharing == Sharing::Locked => {
-                if cancel.is_cancelled() {
-                    return Err(Cancelled.into());
-                }
-                std::thread::sleep(POLL);
+            Ok(()) => return open(store, cancel, &dir, lock, fill),
+            // Whoever copies it is soon done, and another directory would be empty.
+            Err(TryLockError::WouldBlock) if sharing == Sharing::Locked || is_being_read(&dir)? => {
+                wait(cancel)?;
             }
             Err(TryLockError::WouldBlock) => {
                 number += 1;
@@ -88,6 +83,84 @@ pub(super) fn take(
                 return Err(error).with_context(|| format!("locking {}", path.display()));
             }
         }
+    }
+}
+
+fn lock_file(path: &Path) -> anyhow::Result<File> {
+    let lock = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(path);
+    lock.with_context(|| format!("opening {}", path.display()))
+}
+
+fn wait(cancel: &Cancel) -> Result<(), Cancelled> {
+    if cancel.is_cancelled() {
+        return Err(Cancelled);
+    }
+    std::thread::sleep(POLL);
+    Ok(())
+}
+
+/// A cache directory that is to be copied elsewhere.
+#[derive(Debug)]
+pub(super) enum Reading {
+    /// There is none.
+    Nothing,
+    /// A step of another build has it, and may change it.
+    InUse,
+    /// Nobody else has it while this lives.
+    Files {
+        /// The directory.
+        files: PathBuf,
+        _locks: [File; 2],
+    },
+}
+
+/// Takes the first directory that `name` means, to read it, unless somebody has it.
+///
+/// # Errors
+/// That the store cannot be read or written.
+pub(super) fn read(store: &Store, name: &str) -> anyhow::Result<Reading> {
+    let all = store
+        .cache_mounts_path()
+        .join(Digest::of(name.as_bytes()).hex());
+    let dir = all.join("0");
+    let files = dir.join("files");
+    if !files.is_dir() {
+        return Ok(Reading::Nothing);
+    }
+    let reading = lock_file(&dir.join("reading"))?;
+    let lock = lock_file(&dir.join("lock"))?;
+    for lock in [&reading, &lock] {
+        match lock.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => return Ok(Reading::InUse),
+            Err(TryLockError::Error(error)) => {
+                return Err(error).with_context(|| format!("locking {}", dir.display()));
+            }
+        }
+    }
+    if !files.is_dir() {
+        return Ok(Reading::Nothing);
+    }
+    Ok(Reading::Files {
+        files,
+        _locks: [lock, reading],
+    })
+}
+
+/// Whether somebody copies the directory elsewhere.
+fn is_being_read(dir: &Path) -> anyhow::Result<bool> {
+    let path = dir.join("reading");
+    match File::open(&path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error).with_context(|| format!("opening {}", path.display())),
+        Ok(reading) => Ok(matches!(
+            reading.try_lock_shared(),
+            Err(TryLockError::WouldBlock)
+        )),
     }
 }
 
@@ -154,17 +227,28 @@ fn empty_one(store: &Store, all: &Path) -> anyhow::Result<bool> {
 
 fn open(
     store: &Store,
+    cancel: &Cancel,
     dir: &Path,
     lock: File,
     fill: impl FnOnce(&Path) -> anyhow::Result<PathBuf>,
 ) -> anyhow::Result<CacheDirectory> {
     let files = dir.join("files");
     if !files.is_dir() {
-        let made = fill(&store.tmp_dir("cache-")?)?;
-        // Of several steps that share it, the first one's stays.
-        match fs::rename(&made, &files) {
-            Err(_) if files.is_dir() => {}
-            named => named.with_context(|| format!("naming {}", files.display()))?,
+        // Of several steps that share it, one makes it: that may be a long download.
+        let path = dir.join("filling");
+        let filling = lock_file(&path)?;
+        loop {
+            match filling.try_lock() {
+                Ok(()) => break,
+                Err(TryLockError::WouldBlock) => wait(cancel)?,
+                Err(TryLockError::Error(error)) => {
+                    return Err(error).with_context(|| format!("locking {}", path.display()));
+                }
+            }
+        }
+        if !files.is_dir() {
+            let made = fill(&store.tmp_dir("cache-")?)?;
+            fs::rename(&made, &files).with_context(|| format!("naming {}", files.display()))?;
         }
     }
     Ok(CacheDirectory { files, _lock: lock })
@@ -281,5 +365,60 @@ mod tests {
             [has(plain), has(&dressed), has("/a b")],
             [false, false, true]
         );
+    }
+
+    #[test]
+    fn what_is_copied_is_nobodys_and_who_wants_it_waits() {
+        let fixture = fixture();
+        assert!(matches!(
+            read(&fixture.store, "a").unwrap(),
+            Reading::Nothing
+        ));
+        let taken = fixture.take("a", Sharing::Shared).unwrap();
+        let files = taken.files.clone();
+        assert!(matches!(read(&fixture.store, "a").unwrap(), Reading::InUse));
+        drop(taken);
+        let reading = read(&fixture.store, "a").unwrap();
+        assert!(matches!(&reading, Reading::Files { files: read, .. } if *read == files));
+        assert!(matches!(read(&fixture.store, "a").unwrap(), Reading::InUse));
+        let cancel = Cancel::default();
+        cancel.cancel();
+        for sharing in [Sharing::Shared, Sharing::Private, Sharing::Locked] {
+            let refused = take(&fixture.store, &cancel, "a", sharing, |_| unreachable!());
+            assert!(refused.unwrap_err().is::<Cancelled>(), "{sharing:?}");
+        }
+        let shared = std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| fixture.take("a", Sharing::Shared).unwrap());
+            drop(reading);
+            waiting.join().unwrap()
+        });
+        assert_eq!(shared.files, files);
+    }
+
+    #[test]
+    fn of_several_that_share_a_new_one_one_makes_it() {
+        let fixture = fixture();
+        let made = std::sync::atomic::AtomicUsize::new(0);
+        let (uid, gid) = (rustix::process::getuid(), rustix::process::getgid());
+        let take_one = || {
+            let fill = |dir: &Path| {
+                made.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+                subtree::empty(dir, 0o755, uid.as_raw(), gid.as_raw())
+            };
+            take(
+                &fixture.store,
+                &Cancel::default(),
+                "a",
+                Sharing::Shared,
+                fill,
+            )
+            .unwrap()
+        };
+        std::thread::scope(|scope| {
+            for _ in 0..8 {
+                scope.spawn(take_one);
+            }
+        });
+        assert_eq!(made.into_inner(), 1);
     }
 }

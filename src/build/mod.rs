@@ -50,6 +50,8 @@ use crate::store::Store;
 use devices::Devices;
 use layer::{Filesystem, SharedError};
 
+pub(crate) use cache::{BlobSource, CacheBlob, CacheDocument, INLINE_KEY, PackedMounts, import};
+pub use cache::{CacheContents, CacheSource, Imported, Importing};
 pub use devices::{DeviceError, DeviceSettings};
 pub use layer::Origin;
 
@@ -120,6 +122,8 @@ pub struct Settings {
     pub devices: DeviceSettings,
     /// The tags to push to, while steps still run.
     pub push: Vec<Reference>,
+    /// The caches of other machines.
+    pub importing: Importing,
 }
 
 /// A base image.
@@ -144,6 +148,8 @@ pub struct Built {
     pub uploaded_bytes: BTreeMap<Repository, u64>,
     /// The files that the layers are together.
     pub files: Files,
+    /// What there is to export to caches.
+    pub cache: CacheContents,
 }
 
 /// The files of the image that was built, for who wants them and not the layers.
@@ -192,6 +198,7 @@ pub(crate) struct Engine {
     layers: layer::Shared,
     timings: Arc<Timings>,
     push: push::Pusher,
+    cache: cache::Cache,
     /// Each waits for a layer and records it in the cache.
     records: Mutex<JoinSet<()>>,
     stat_caches: context_tree::StatCaches,
@@ -238,15 +245,13 @@ pub async fn build(
 ) -> anyhow::Result<Built> {
     let devices = Devices::new(settings.devices.clone(), plan);
     check_devices(plan, &devices)?;
+    let forgotten = forgotten_caches(plan);
+    let importing = settings.importing.clone();
+    let cache = cache::Cache::new(importing, plan, wanted(plan), forgotten.clone());
     let layers = layer::Shared::new(plan, &settings);
-    let engine = Arc::new(Engine::new(
-        settings,
-        timings,
-        wanted(plan),
-        devices,
-        layers,
-    ));
-    let (shared, forgotten) = (Arc::clone(&engine), forgotten_caches(plan));
+    let engine = Engine::new(settings, timings, wanted(plan), devices, layers, cache);
+    let engine = Arc::new(engine);
+    let shared = Arc::clone(&engine);
     engine
         .blocking(move || {
             let ids = forgotten.iter().map(String::as_str).collect();
@@ -315,6 +320,7 @@ pub async fn build(
     engine.finish_records(!engine.cancel.is_cancelled()).await;
     let (layers, uploaded_bytes) = (layers?, uploaded?);
     Ok(Built {
+        cache: engine.cache.contents(),
         created: filesystem
             .layers
             .iter()
@@ -406,10 +412,12 @@ impl Engine {
         wanted: BTreeSet<usize>,
         devices: Devices,
         layers: layer::Shared,
+        cache: cache::Cache,
     ) -> Self {
         Self {
             devices,
             layers,
+            cache,
             push: push::Pusher::new(&settings.push, wanted),
             store: settings.store,
             client: settings.client,

@@ -1,6 +1,6 @@
 //! What a RUN step has mounted: files of contexts and stages, caches, secrets, agents, scripts.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -254,7 +254,11 @@ impl Mounts {
         if self.caches.contains_key(&name) {
             return Ok(());
         }
+        engine.note_cache_mount(&name);
         let fill = |dir: &Path| {
+            if let Some(restored) = engine.restore_cache_mount(&name, dir) {
+                return Ok(restored);
+            }
             let is_dressed = mode.is_some() || uid.is_some() || gid.is_some();
             if source == "/" && (is_dressed || *from == MountFrom::Scratch) {
                 let (mode, uid) = (mode.unwrap_or(0o755) & 0o7777, uid.unwrap_or(0));
@@ -318,6 +322,16 @@ fn cache_name(mount: &Mount, sources: &[Source]) -> Option<String> {
         }
     }
     Some(name)
+}
+
+/// The names of the cache mounts of a step that depend on no layers.
+pub(super) fn fixed_cache_names(run: &Run) -> BTreeSet<String> {
+    let is_fixed = |mount: &&Mount| match mount.kind {
+        MountKind::Cache { from, .. } => !matches!(from, MountFrom::Step(_)),
+        _ => false,
+    };
+    let fixed = run.mounts.iter().filter(is_fixed);
+    fixed.filter_map(|mount| cache_name(mount, &[])).collect()
 }
 
 /// The files that the mounts of a build show, each found once; by whose and which they are.

@@ -11,7 +11,7 @@ use futures_util::future::{try_join, try_join_all};
 
 use super::additions::{Additions, NewDirectory, own_time};
 use super::below::Below;
-use super::cache::{self, Definition, Inputs, Record};
+use super::cache::{Definition, Hit, Inputs, Record};
 use super::content::ContentManifest;
 use super::layer::{Filesystem, Layer};
 use super::remote::{self, Fetched};
@@ -138,7 +138,7 @@ async fn dispatch(
         Operation::Run(run) => run_cached(engine, beginning, run, parent, sources).await,
         Operation::MakeDirectory(directory) => {
             let definition = Definition::new("mkdir", &(directory, engine.epoch));
-            let cached = Cached::look_up(engine, step, definition, parent, None).await?;
+            let cached = Cached::look_up(engine, beginning, definition, parent, None).await?;
             beginning.tell();
             cached
                 .or_make(engine, parent, || {
@@ -156,10 +156,11 @@ async fn dispatch(
 
 /// The state of a step's look-up in the cache.
 struct Cached {
+    number: usize,
     definition: Definition,
     name: String,
     reads: Option<Reads>,
-    record: Option<Record>,
+    hit: Option<Hit>,
 }
 
 /// What a step reads beside the layers below it.
@@ -172,13 +173,13 @@ struct Reads {
     /// What was read of it in the end; `None` where it changed so that nobody can say.
     /// Blocking.
     #[allow(clippy::type_complexity, reason = "it is called in one place")]
-    finally: Box<dyn FnOnce() -> anyhow::Result<Option<ContentManifest>> + Send>,
+    finally: Box<dyn FnOnce() -> anyhow::Result<Option<ContentManifest>> + Send + Sync>,
 }
 
 /// Whether any record could be the one of a step with this definition, so that it pays to
 /// find out what the step reads before it is done.
-fn may_be_recorded(engine: &Engine, step: &Step, definition: &Definition) -> bool {
-    step.use_cache && cache::has_definition(&engine.store, definition)
+async fn may_be_recorded(engine: &Engine, step: &Step, definition: &Definition) -> bool {
+    step.use_cache && engine.has_definition(definition).await
 }
 
 impl Cached {
@@ -188,37 +189,33 @@ impl Cached {
     /// while the layers below are still being sealed.
     async fn look_up(
         engine: &Arc<Engine>,
-        step: &Step,
+        beginning: &Beginning<'_>,
         definition: Definition,
         parent: &Filesystem,
         reads: Option<Reads>,
     ) -> anyhow::Result<Self> {
+        let step = beginning.step;
         let mut cached = Self {
+            number: beginning.number,
             definition,
             name: step.name.clone(),
             reads,
-            record: None,
+            hit: None,
         };
         let is_known = cached
             .reads
             .as_ref()
             .is_none_or(|reads| reads.ahead.is_some());
-        if is_known && may_be_recorded(engine, step, &cached.definition) {
-            let reads = cached.reads.as_ref();
-            let content = reads.and_then(|reads| reads.ahead.as_ref());
-            let content = content.map(ContentManifest::digest);
-            let layers = reads.and_then(|reads| reads.layers.clone());
-            let inputs = inputs(parent, layers, content).await?;
-            cached.record = inputs
-                .iter()
-                .find_map(|inputs| cache::look_up(&engine.store, &cached.definition, inputs));
+        if is_known && may_be_recorded(engine, step, &cached.definition).await {
+            let inputs = cached.inputs(parent).await?;
+            cached.hit = engine.look_up(&cached.definition, &inputs).await;
         }
         Ok(cached)
     }
 
     /// The cached layer on top of `parent`, or what `make` makes, which is then recorded.
     async fn or_make<F>(
-        self,
+        mut self,
         engine: &Arc<Engine>,
         parent: &Filesystem,
         make: impl FnOnce() -> F,
@@ -226,19 +223,34 @@ impl Cached {
     where
         F: Future<Output = anyhow::Result<Layer>>,
     {
-        if let Some(record) = self.record {
+        if let Some(hit) = self.hit.take() {
             // Files that were touched and are the same need not be read again.
             let saving = Arc::clone(engine);
             let save = move || saving.stat_caches.save(&saving.store);
-            let records = engine.records.lock();
-            let mut records = records.expect("nothing panics while it holds this lock");
-            records.spawn_blocking(save);
-            return Ok((parent.with(recorded(record)), true));
+            engine
+                .records
+                .lock()
+                .expect("nothing panics while it holds this lock")
+                .spawn_blocking(save);
+            let inputs = self.inputs(parent).await?;
+            let layer = engine.layer_of((self.number, &self.definition), inputs, hit);
+            return Ok((parent.with(layer), true));
         }
         engine.push.check(engine).await?;
         let layer = Arc::new(make().await?);
         self.record_later(engine, parent, &layer);
         Ok((parent.with(layer), false))
+    }
+
+    /// What the step is applied to, as far as it is known before it is done.
+    async fn inputs(&self, parent: &Filesystem) -> anyhow::Result<Inputs> {
+        let reads = self.reads.as_ref();
+        let content = reads.and_then(|reads| reads.ahead.as_ref());
+        Ok(Inputs {
+            parent: parent.chain().await.map_err(|error| unshare(&error))?,
+            source: reads.and_then(|reads| reads.layers.clone()),
+            content: content.map(ContentManifest::digest),
+        })
     }
 
     /// Records the layer when it is sealed.
@@ -274,26 +286,23 @@ impl Cached {
                 }
                 layers = reads.layers;
             }
-            let Ok(inputs) = inputs(&parent, layers, content).await else {
+            let Ok(parent) = parent.chain().await else {
                 return;
             };
-            for inputs in inputs {
-                let record = Record::new(
-                    &self.definition,
-                    inputs,
-                    self.name.clone(),
-                    layer.created.clone().unwrap_or_default(),
-                    names.diff_id.clone(),
-                    names.descriptor.clone(),
-                );
-                if let Err(error) = cache::record(&engine.store, &self.definition, &record) {
-                    engine.warn(format!(
-                        "the step {:?} is not cached: {:#}",
-                        self.name,
-                        anyhow::Error::new(error)
-                    ));
-                }
-            }
+            let inputs = Inputs {
+                parent,
+                source: layers,
+                content,
+            };
+            let record = Record::new(
+                &self.definition,
+                inputs,
+                self.name.clone(),
+                layer.created.clone().unwrap_or_default(),
+                names.diff_id,
+                names.descriptor,
+            );
+            engine.record(self.number, &self.definition, record);
         };
         engine
             .records
@@ -303,37 +312,6 @@ impl Cached {
     }
 }
 
-/// What a step is applied to, in the ways in which it may be found again: by the layers of
-/// what it reads, and by the content.
-async fn inputs(
-    parent: &Filesystem,
-    layers: Option<Digest>,
-    content: Option<Digest>,
-) -> anyhow::Result<Vec<Inputs>> {
-    let parent = parent.chain().await.map_err(|error| unshare(&error))?;
-    let by_layers = layers.is_some().then(|| Inputs {
-        parent: parent.clone(),
-        source: layers.clone(),
-        content: None,
-    });
-    // What reads nothing is known by what is below it alone.
-    let by_content = (content.is_some() || layers.is_none()).then(|| Inputs {
-        parent: parent.clone(),
-        source: None,
-        content: content.clone(),
-    });
-    Ok(by_layers.into_iter().chain(by_content).collect())
-}
-
-/// The layer that a record is of.
-fn recorded(record: Record) -> Arc<Layer> {
-    let names = ImageLayer {
-        diff_id: record.diff_id,
-        descriptor: record.descriptor,
-    };
-    Arc::new(Layer::sealed(names, Some(record.created)))
-}
-
 async fn run_cached(
     engine: &Arc<Engine>,
     beginning: &Beginning<'_>,
@@ -341,7 +319,7 @@ async fn run_cached(
     parent: &Filesystem,
     sources: &[Filesystem],
 ) -> anyhow::Result<(Filesystem, bool)> {
-    let (number, step) = (beginning.number, beginning.step);
+    let number = beginning.number;
     // The epoch clamps the times in the layer.
     let what = (run, engine.platform.to_string(), engine.epoch);
     let definition = Definition::new("run", &what);
@@ -354,9 +332,10 @@ async fn run_cached(
         }
         // Layers say all there is to say, unless files of a context are mounted too.
         let layers = (!mounts::reads_context(run)).then(|| joined(&chains));
-        if let Some(record) = look_up_layers(engine, step, &definition, parent, &layers).await? {
+        let found = look_up_layers(engine, beginning, &definition, parent, &layers);
+        if let Some(layer) = found.await? {
             beginning.tell();
-            return Ok((parent.with(recorded(record)), true));
+            return Ok((parent.with(layer), true));
         }
         for (source, chain) in sources.iter().zip(chains) {
             let stack = source
@@ -369,7 +348,7 @@ async fn run_cached(
         let shown = engine.blocking(move || mounts::shown(&shared, &what, &read));
         let shown = Arc::new(shown.await?);
         let mut ahead = None;
-        if may_be_recorded(engine, step, &definition) {
+        if may_be_recorded(engine, beginning.step, &definition).await {
             let shown = Arc::clone(&shown);
             ahead = engine.blocking(move || shown.manifest()).await?;
         }
@@ -379,7 +358,7 @@ async fn run_cached(
             finally: Box::new(move || shown.manifest()),
         });
     }
-    let cached = Cached::look_up(engine, step, definition, parent, reads).await?;
+    let cached = Cached::look_up(engine, beginning, definition, parent, reads).await?;
     beginning.tell();
     cached
         .or_make(engine, parent, || {
@@ -397,24 +376,28 @@ fn joined(chains: &[Option<Digest>]) -> Digest {
     Digest::of(texts.join("\n").as_bytes())
 }
 
-/// The record of a step that reads filesystems of these layers, where nothing else needs to
-/// be read to know that it is the one.
+/// The cached layer of a step that reads filesystems of these layers, where nothing else needs
+/// to be read to know that it is the one.
 async fn look_up_layers(
     engine: &Arc<Engine>,
-    step: &Step,
+    beginning: &Beginning<'_>,
     definition: &Definition,
     parent: &Filesystem,
     layers: &Option<Digest>,
-) -> anyhow::Result<Option<Record>> {
-    let (Some(layers), true) = (layers, may_be_recorded(engine, step, definition)) else {
+) -> anyhow::Result<Option<Arc<Layer>>> {
+    let Some(layers) = layers else {
         return Ok(None);
     };
+    if !may_be_recorded(engine, beginning.step, definition).await {
+        return Ok(None);
+    }
     let inputs = Inputs {
         parent: parent.chain().await.map_err(|error| unshare(&error))?,
         source: Some(layers.clone()),
         content: None,
     };
-    Ok(cache::look_up(&engine.store, definition, &inputs))
+    let hit = engine.look_up(definition, &inputs).await;
+    Ok(hit.map(|hit| engine.layer_of((beginning.number, definition), inputs, hit)))
 }
 
 async fn run_step(
@@ -495,19 +478,10 @@ async fn copy_step(
         CopyFrom::Step => source.chain().await.map_err(|error| unshare(&error))?,
     };
     // Where the source's layers are those of last time, nothing needs to be read.
-    if let Some(source_chain) = &source_chain
-        && may_be_recorded(engine, step, &definition)
-    {
-        let parent_chain = parent.chain().await.map_err(|error| unshare(&error))?;
-        let inputs = Inputs {
-            parent: parent_chain,
-            source: Some(source_chain.clone()),
-            content: None,
-        };
-        if let Some(record) = cache::look_up(&engine.store, &definition, &inputs) {
-            beginning.tell();
-            return Ok((parent.with(recorded(record)), true));
-        }
+    let found = look_up_layers(engine, beginning, &definition, parent, &source_chain);
+    if let Some(layer) = found.await? {
+        beginning.tell();
+        return Ok((parent.with(layer), true));
     }
     beginning.tell();
     let fetched = fetch_sources(engine, copy).await?;
@@ -532,7 +506,7 @@ async fn copy_step(
         }
     };
     let what = copy.definition.clone();
-    let reads_ahead = may_be_recorded(engine, step, &definition);
+    let reads_ahead = may_be_recorded(engine, step, &definition).await;
     let (selection, ahead) = engine
         .blocking(move || {
             let selection = copy::select(&what, tree, place, fetched)?;
@@ -551,7 +525,7 @@ async fn copy_step(
         ahead,
         finally: Box::new(move || Ok(listing.copied()?)),
     };
-    let cached = Cached::look_up(engine, step, definition, parent, Some(reads)).await?;
+    let cached = Cached::look_up(engine, beginning, definition, parent, Some(reads)).await?;
     cached
         .or_make(engine, parent, || {
             place_copy(engine, beginning, copy, selection, parent)

@@ -108,6 +108,14 @@ pub(super) struct BuildArgs {
           hide_possible_values = true, value_name = "BOOL")]
     pub quiet: bool,
 
+    /// Looks steps up in another cache too: type=registry,ref=REF (a cache, or an image with one inside) or type=local,src=DIR; REF alone is type=registry
+    #[arg(long = "cache-from", value_name = "type=TYPE,…")]
+    pub cache_from: Vec<String>,
+
+    /// Exports the cache when the image is out: type=registry,ref=REF, type=local,dest=DIR or type=inline; mode=max has all steps, mounts=true cache mounts too; failures are warnings without ignore-error=false
+    #[arg(long = "cache-to", value_name = "type=TYPE,…")]
+    pub cache_to: Vec<String>,
+
     /// Runs every step, whatever the cache has
     #[arg(long, action = ArgAction::Set, num_args = 0..=1, require_equals = true,
           default_value = "false", default_missing_value = "true", hide_default_value = true,

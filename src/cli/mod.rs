@@ -4,6 +4,7 @@
 //! starts. Only this module and `main` print.
 
 mod args;
+mod cache;
 mod call;
 mod log;
 mod output;

@@ -280,7 +280,7 @@ fn not_bool(output: &str, field: &str) -> OutputError {
 }
 
 /// What Go's `strconv.ParseBool` takes.
-fn parse_bool(text: &str) -> Option<bool> {
+pub(super) fn parse_bool(text: &str) -> Option<bool> {
     match text {
         "1" | "t" | "T" | "true" | "TRUE" | "True" => Some(true),
         "0" | "f" | "F" | "false" | "FALSE" | "False" => Some(false),
@@ -289,7 +289,7 @@ fn parse_bool(text: &str) -> Option<bool> {
 }
 
 /// Splits one CSV record; a field in double quotes may hold commas, `""` is a quote in it.
-fn split_fields(text: &str) -> Result<Vec<String>, &'static str> {
+pub(super) fn split_fields(text: &str) -> Result<Vec<String>, &'static str> {
     let mut fields = Vec::new();
     let mut rest = text;
     loop {

@@ -9,6 +9,7 @@ use clap::ValueEnum;
 use thiserror::Error;
 
 use super::args::{BuildArgs, NetworkArg, ProgressArg, SandboxArg};
+use super::cache::{self, CacheError};
 use super::call::{CallError, CallSettings};
 use super::output::{OutputError, Wanted};
 use super::unsupported::UnsupportedFlag;
@@ -58,6 +59,9 @@ pub(super) enum RequestError {
     /// `--output`.
     #[error(transparent)]
     Output(#[from] OutputError),
+    /// `--cache-from`, `--cache-to`.
+    #[error(transparent)]
+    Cache(#[from] CacheError),
     /// `--label`, `--annotation`, `--allow`, `--shm-size`.
     #[error(transparent)]
     Value(#[from] ValueError),
@@ -146,6 +150,7 @@ impl RequestError {
             Self::SeveralPlatforms(_) => Some("run one build for each platform"),
             Self::NoRoot => Some("choose a directory with --root DIR"),
             Self::Output(error) => error.hint(),
+            Self::Cache(error) => error.hint(),
             _ => None,
         }
     }
@@ -295,6 +300,10 @@ impl BuildSettings {
         let mut build_args = build_args(&args.build_args, machine)?;
         let epoch = epoch(&mut build_args, machine)?;
         let platform = platform(&args.platforms, machine)?;
+        let mut cache_to = cache::targets(&args.cache_to)?;
+        if is_inline_cache(&build_args) {
+            cache_to.extend(cache::targets(&["type=inline".to_owned()])?);
+        }
         let request = BuildRequest {
             context: context(&args.context)?,
             dockerfile: args.file.as_deref().map(dockerfile).transpose()?,
@@ -344,6 +353,8 @@ impl BuildSettings {
             )?),
             devices,
             annotations: values::annotations(&args.annotations)?,
+            cache_from: cache::sources(&args.cache_from)?,
+            cache_to,
             sandbox: match args.sandbox {
                 Some(sandbox) => sandbox.into(),
                 None => machine
@@ -364,6 +375,12 @@ impl BuildSettings {
             die_with_parent: args.die_with_parent,
         })
     }
+}
+
+/// `BUILDKIT_INLINE_CACHE`: the way to say `--cache-to type=inline` before there was that.
+fn is_inline_cache(build_args: &BTreeMap<String, String>) -> bool {
+    let value = build_args.get("BUILDKIT_INLINE_CACHE");
+    value.is_some_and(|value| !matches!(value.as_str(), "" | "0" | "false"))
 }
 
 /// Joins what several outputs of one image say of it.

@@ -60,8 +60,6 @@ impl Unsupported {
 const FLAGS: &[Unsupported] = &[
     value("attest"),
     value("builder").hint("there is no daemon and no builder instance to choose; leave it out"),
-    value("cache-from"),
-    value("cache-to"),
     value("cgroup-parent"),
     boolean("compress").hint("the context is read in place and never sent; leave it out"),
     value("cpu-period"),

@@ -8,14 +8,14 @@
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::unix::fs::PermissionsExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
 use super::ExportError;
 use super::file::{IsCancelled, parent_of, persist, temporary_in};
 use super::oci::{LAYOUT, NAME, REF_NAME, Source, blob_name, blobs, read_blob};
-use crate::image::{Image, MANIFEST_LIMIT_BYTES, MediaType, Reference};
+use crate::image::{Descriptor, Image, MANIFEST_LIMIT_BYTES, MediaType, Reference};
 use crate::io::LimitedReader;
 use crate::layout::Layout;
 use crate::store::Store;
@@ -64,14 +64,7 @@ fn extend(
     dir: &Path,
     is_cancelled: IsCancelled<'_>,
 ) -> Result<(), ExportError> {
-    Layout::open(dir)?;
-    let lock = File::open(dir).map_err(ExportError::io("opening", dir))?;
-    lock.lock().map_err(ExportError::io("locking", dir))?;
-    let index_path = dir.join("index.json");
-    let mut index = read_index(&index_path)?;
-
-    let blobs_dir = dir.join("blobs/sha256");
-    fs::create_dir_all(&blobs_dir).map_err(ExportError::io("creating", &blobs_dir))?;
+    let mut layout = open_layout(dir)?;
     for (digest, source) in blobs(image) {
         if is_cancelled() {
             let stopped = io::Error::other("stopped");
@@ -96,10 +89,48 @@ fn extend(
         }
         persist(file, &path)?;
     }
-    write_file(dir, "oci-layout", LAYOUT)?;
-    add(&mut index, image, names, &index_path)?;
-    let index = serde_json::to_vec(&index).expect("it was read from JSON");
-    write_file(dir, "index.json", &index)
+    layout.add(entries(image, names))?;
+    layout.write()
+}
+
+/// A layout that nobody else changes.
+pub(super) struct Layouted {
+    dir: PathBuf,
+    index: Map<String, Value>,
+    _lock: File,
+}
+
+/// Opens the layout in the directory `dir`, which may be empty, to add to it.
+pub(super) fn open_layout(dir: &Path) -> Result<Layouted, ExportError> {
+    Layout::open(dir)?;
+    let lock = File::open(dir).map_err(ExportError::io("opening", dir))?;
+    lock.lock().map_err(ExportError::io("locking", dir))?;
+    let index = read_index(&dir.join("index.json"))?;
+    let blobs_dir = dir.join("blobs/sha256");
+    fs::create_dir_all(&blobs_dir).map_err(ExportError::io("creating", &blobs_dir))?;
+    Ok(Layouted {
+        dir: dir.to_owned(),
+        index,
+        _lock: lock,
+    })
+}
+
+impl Layouted {
+    /// Adds entries: each with its name, if it has one, and its tag. Takes out those that had
+    /// these names.
+    pub(super) fn add(
+        &mut self,
+        entries: Vec<(Option<String>, &str, Descriptor)>,
+    ) -> Result<(), ExportError> {
+        add(&mut self.index, entries, &self.dir.join("index.json"))
+    }
+
+    /// Writes what names its blobs.
+    pub(super) fn write(&self) -> Result<(), ExportError> {
+        write_file(&self.dir, "oci-layout", LAYOUT)?;
+        let index = serde_json::to_vec(&self.index).expect("it was read from JSON");
+        write_file(&self.dir, "index.json", &index)
+    }
 }
 
 fn write_file(dir: &Path, name: &str, bytes: &[u8]) -> Result<(), ExportError> {
@@ -125,11 +156,34 @@ fn read_index(path: &Path) -> Result<Map<String, Value>, ExportError> {
     serde_json::from_str(&text).map_err(|source| ExportError::io("reading", path)(source.into()))
 }
 
-/// Adds one entry a name, and takes out those that had these names.
+/// One entry for each name of the image.
+fn entries<'n>(
+    image: &Image,
+    names: &'n [Reference],
+) -> Vec<(Option<String>, &'n str, Descriptor)> {
+    let named: Vec<(Option<String>, &str)> = if names.is_empty() {
+        vec![(None, DEFAULT_TAG)]
+    } else {
+        names
+            .iter()
+            .map(|name| (Some(name.to_string()), name.tag().unwrap_or(DEFAULT_TAG)))
+            .collect()
+    };
+    let named = named.into_iter().map(|(name, tag)| {
+        let mut descriptor = image.descriptor();
+        descriptor.platform = Some(image.config.platform.clone());
+        let annotations = &mut descriptor.annotations;
+        annotations.extend(name.clone().map(|name| (NAME.to_owned(), name)));
+        annotations.insert(REF_NAME.to_owned(), tag.to_owned());
+        (name, tag, descriptor)
+    });
+    named.collect()
+}
+
+/// Adds entries with their names and tags, and takes out those that had these names.
 fn add(
     index: &mut Map<String, Value>,
-    image: &Image,
-    names: &[Reference],
+    entries: Vec<(Option<String>, &str, Descriptor)>,
     path: &Path,
 ) -> Result<(), ExportError> {
     index.entry("schemaVersion").or_insert(json!(2));
@@ -145,24 +199,11 @@ fn add(
         let reason = io::Error::new(io::ErrorKind::InvalidData, "\"manifests\" is no list");
         return Err(ExportError::io("reading", path)(reason));
     };
-    let named: Vec<(Option<String>, &str)> = if names.is_empty() {
-        vec![(None, DEFAULT_TAG)]
-    } else {
-        names
-            .iter()
-            .map(|name| (Some(name.to_string()), name.tag().unwrap_or(DEFAULT_TAG)))
-            .collect()
-    };
-    for (name, tag) in named {
+    for (name, tag, descriptor) in entries {
         manifests.retain(|entry| {
             let annotation = |key: &str| entry["annotations"][key].as_str().unwrap_or_default();
             annotation(REF_NAME) != tag || annotation(NAME) != name.as_deref().unwrap_or_default()
         });
-        let mut descriptor = image.descriptor();
-        descriptor.platform = Some(image.config.platform.clone());
-        let annotations = &mut descriptor.annotations;
-        annotations.extend(name.map(|name| (NAME.to_owned(), name)));
-        annotations.insert(REF_NAME.to_owned(), tag.to_owned());
         manifests.push(json!(descriptor));
     }
     Ok(())

@@ -4,6 +4,7 @@
 //! Pushing to a registry is [`crate::registry`]'s. Nothing is compressed or fetched
 //! here: every blob has to be in the store, every layer unpacked.
 
+mod document;
 mod file;
 mod files;
 mod layout;
@@ -25,6 +26,7 @@ use crate::rootfs::RootfsError;
 use crate::store::StoreError;
 
 pub use self::tar::root_tar;
+pub use document::{LayoutBlob, has_blob, layout_document};
 pub use file::{IsCancelled, check_file};
 pub use layout::image_layout;
 pub use local::{LocalReport, check_directory, local};

@@ -45,6 +45,12 @@ impl MediaType {
     pub const DOCKER_LAYER_ZSTD: Self =
         Self::of("application/vnd.docker.image.rootfs.diff.tar.zstd");
 
+    /// The config of a cache of this program's: records of steps, contents of cache mounts.
+    pub const SOCKLESS_CACHE_CONFIG: Self =
+        Self::of("application/vnd.sockless.cache.config.v1+json");
+    /// A piece of the contents of a cache mount, compressed with zstd.
+    pub const SOCKLESS_CACHE_CHUNK: Self = Self::of("application/vnd.sockless.cache.chunk.v1+zstd");
+
     const fn of(text: &'static str) -> Self {
         Self(std::borrow::Cow::Borrowed(text))
     }

@@ -399,16 +399,10 @@ impl<'a> Lowering<'a> {
             let value = self.settings.build_args.get(name);
             value.is_some_and(|value| !matches!(value.as_str(), "" | "0" | "false"))
         };
-        let notes = [
-            (
-                "BUILDKIT_INLINE_CACHE",
-                "no cache is put into the image yet",
-            ),
-            (
-                "BUILDKIT_MULTI_PLATFORM",
-                "the result is one image, not an index",
-            ),
-        ];
+        let notes = [(
+            "BUILDKIT_MULTI_PLATFORM",
+            "the result is one image, not an index",
+        )];
         let notes = notes.iter().filter(|(name, _)| is_on(name));
         notes
             .map(|(name, note)| format!("--build-arg {name} has no effect: {note}"))

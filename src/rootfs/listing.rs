@@ -197,7 +197,7 @@ impl Listing {
                         _ if !listing.keeps_content(parent, name) => None,
                         _ if content.size_bytes > KEPT_CONTENT_BYTES => None,
                         FileSource::Bytes(bytes) => Some(Arc::clone(bytes)),
-                        FileSource::Open(_) => return None,
+                        FileSource::Open(_) | FileSource::Read(_) => return None,
                     };
                     ListedKind::File {
                         size_bytes: content.size_bytes,

@@ -23,6 +23,8 @@ mod support;
 mod binary;
 /// What Dockerfiles do, on a base of one busybox.
 mod build;
+/// Which steps the cache spares, here and on other machines.
+mod cache;
 /// `--check`, `--call`: questions that are answered without building.
 mod check;
 /// `compose.yaml` and `certs/make.sh`.

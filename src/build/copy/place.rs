@@ -9,8 +9,8 @@ use rustix::fs::FileType;
 use rustix::io::Errno;
 
 use super::super::additions::{Addition, Additions, Content, NewDirectory, inline, own_time};
-use super::super::listing::{CopiedFile, Listing, read_ahead};
 use super::super::below::Below;
+use super::super::listing::{CopiedFile, Listing, read_ahead};
 use super::super::unpack;
 use super::select::{Item, ItemKind, Selected, Selection};
 use super::{CopyError, SourceNode};

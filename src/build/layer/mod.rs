@@ -138,6 +138,14 @@ impl Layer {
         }
     }
 
+    /// The layer of a step that ran on another machine.
+    pub(super) fn cached_elsewhere(names: ImageLayer, created: String, origin: Origin) -> Self {
+        Self {
+            origin: Some(origin),
+            ..Self::sealed(names, Some(created))
+        }
+    }
+
     /// A layer whose blob is in the store.
     pub(super) fn sealed(names: ImageLayer, created: Option<String>) -> Self {
         let sealing = futures_util::future::ready(Ok(names)).boxed().shared();

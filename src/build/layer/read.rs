@@ -133,10 +133,20 @@ impl Layer {
             total_bytes: Some(names.descriptor.size),
         });
         let started = Instant::now();
+        let is_step = self.created.is_some();
         let source: Compressed<'static> = match origin {
             Origin::Registry(repository) => {
                 let stream = engine.client.open_blob(repository, &names.descriptor);
-                Box::new(SyncIoBridge::new(stream.await?))
+                let stream = match stream.await {
+                    // It was there when the step was looked up.
+                    Err(error) if is_step => {
+                        return Err(anyhow::Error::new(error).context(
+                            "the layer is one of an imported cache; --no-cache makes it anew",
+                        ));
+                    }
+                    stream => stream?,
+                };
+                Box::new(SyncIoBridge::new(stream))
             }
             Origin::Layout(layout) => {
                 let (layout, descriptor) = (layout.clone(), names.descriptor.clone());
@@ -144,7 +154,8 @@ impl Layer {
                 Box::new(opening.await?)
             }
         };
-        let keep = engine.keeps(origin, &names.diff_id, work.has_contents);
+        // With its blob here, the step's record is one of this machine.
+        let keep = is_step || engine.keeps(origin, &names.diff_id, work.has_contents);
         let (shared, names, label) = (Arc::clone(engine), names.clone(), task.clone());
         let done = engine.blocking(move || {
             let (engine, task) = (shared, label);

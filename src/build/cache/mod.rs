@@ -1,0 +1,377 @@
+//! The cache: what steps made, here and on other machines, and how it travels.
+//!
+//! ```text
+//! records    what a step made, and where that is written on this machine
+//! document   records and cache mounts as documents of a registry
+//! import     caches of other machines
+//! chunks     streams in chunks that changes leave alone
+//! contents   a cache mount as two streams
+//! mounts     cache mounts that come and go
+//! ```
+//!
+//! A step asks this machine first and waits for other caches only where that has nothing. A
+//! record of another machine is used where its layer can be had: a registry is asked whether
+//! it has the blob, and then the layer stays there until a step reads it; from a layout the
+//! blob is copied into the store. Such a record is written into the store as BuildKit does
+//! it, so that the next build knows it without the other cache; until the blob is here too,
+//! it is passed over there.
+//!
+//! Whatever fails here is told and costs time, never the build.
+
+mod chunks;
+mod contents;
+mod document;
+mod import;
+mod mounts;
+mod records;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+
+use serde_json::Value;
+
+use super::layer::{Layer, Origin};
+use super::{Engine, Timings};
+use crate::image::{Descriptor, ImageLayer, RawManifest, Repository};
+use crate::plan::Plan;
+use crate::store::Store;
+
+pub use import::{CacheSource, Imported, Importing};
+
+pub(crate) use document::INLINE_KEY;
+pub(crate) use import::import;
+pub(crate) use mounts::PackedMounts;
+pub(super) use records::{Definition, Inputs, Record};
+
+use document::CONFIG_TYPE;
+
+/// What a build knows of caches.
+pub(super) struct Cache {
+    importing: Importing,
+    /// The numbers of the steps whose layers the result has.
+    wanted: BTreeSet<usize>,
+    steps: Mutex<Vec<CachedStep>>,
+    /// The names of cache mounts that steps had.
+    taken: Mutex<BTreeSet<String>>,
+    /// The names of cache mounts of all steps, as far as they are known without any layer.
+    named: BTreeSet<String>,
+    /// The IDs of cache mounts that begin anew.
+    forgotten: BTreeSet<String>,
+}
+
+/// A step that was done or found, and its layer.
+#[derive(Clone, Debug)]
+struct CachedStep {
+    number: usize,
+    record: Record,
+    /// Where the blob can be fetched, if the store may not have it.
+    origin: Option<Repository>,
+    is_of_result: bool,
+}
+
+/// A record that was found.
+pub(super) struct Hit {
+    record: Record,
+    origin: Option<Repository>,
+    is_imported: bool,
+}
+
+impl Cache {
+    pub(super) fn new(
+        importing: Importing,
+        plan: &Plan,
+        wanted: BTreeSet<usize>,
+        forgotten: BTreeSet<String>,
+    ) -> Self {
+        Self {
+            importing,
+            wanted,
+            steps: Mutex::default(),
+            taken: Mutex::default(),
+            named: plan.steps.iter().flat_map(mounts::names).collect(),
+            forgotten,
+        }
+    }
+
+    /// The caches of other machines; waits until they are read.
+    async fn imported(&self) -> Arc<Imported> {
+        self.importing.clone().await
+    }
+
+    /// What there is to export when all steps are done.
+    pub(super) fn contents(&self) -> CacheContents {
+        let steps = self.steps.lock();
+        let mut steps =
+            std::mem::take(&mut *steps.expect("nothing panics while it holds this lock"));
+        // Steps end in any order, and the same build makes the same document.
+        steps.sort_by_key(|step| step.number);
+        let taken = self.taken.lock();
+        CacheContents {
+            steps,
+            taken: taken
+                .expect("nothing panics while it holds this lock")
+                .clone(),
+            named: self.named.clone(),
+            importing: self.importing.clone(),
+        }
+    }
+}
+
+impl Engine {
+    /// Whether a step with this definition was ever recorded, with whatever inputs.
+    pub(super) async fn has_definition(&self, definition: &Definition) -> bool {
+        records::has_definition(&self.store, definition)
+            || self.cache.imported().await.has_definition(definition)
+    }
+
+    /// The record of a step on these inputs, under any of their keys, if its layer can be had.
+    pub(super) async fn look_up(&self, definition: &Definition, inputs: &Inputs) -> Option<Hit> {
+        let keys = inputs.keys();
+        let mut here = keys.iter();
+        let here = here.find_map(|key| records::look_up(&self.store, definition, key));
+        if let Some(record) = here {
+            return Some(Hit {
+                record,
+                origin: None,
+                is_imported: false,
+            });
+        }
+        let imported = self.cache.imported().await;
+        for found in keys
+            .iter()
+            .filter_map(|key| imported.look_up(definition, key))
+        {
+            let descriptor = &found.record.descriptor;
+            let origin = match &found.origin {
+                _ if self.store.has_blob_of(descriptor) => None,
+                Origin::Registry(repository) => {
+                    let digest = &descriptor.digest;
+                    let answer = imported.has(&self.client, repository, digest, &self.progress);
+                    if !answer.await {
+                        continue;
+                    }
+                    Some(repository.clone())
+                }
+                Origin::Layout(layout) => {
+                    let (layout, store) = (layout.clone(), Arc::clone(&self.store));
+                    let wanted = descriptor.clone();
+                    let copying = self.blocking(move || Ok(layout.import(&wanted, &store)?));
+                    if let Err(error) = copying.await {
+                        self.warn(format!("a layer of a cache is not used: {error:#}"));
+                        continue;
+                    }
+                    None
+                }
+            };
+            return Some(Hit {
+                record: found.record.clone(),
+                origin,
+                is_imported: true,
+            });
+        }
+        None
+    }
+
+    /// The layer of a record that was found for step `number`, of whose inputs `inputs` are
+    /// known now.
+    pub(super) fn layer_of(
+        &self,
+        (number, definition): (usize, &Definition),
+        inputs: Inputs,
+        hit: Hit,
+    ) -> Arc<Layer> {
+        let Hit {
+            mut record,
+            origin,
+            is_imported,
+        } = hit;
+        // The layers that are read may be others than last time, and what is read of them may
+        // not have been looked at.
+        let whole = Inputs {
+            content: inputs.content.or_else(|| record.inputs.content.clone()),
+            ..inputs
+        };
+        if is_imported || record.inputs != whole {
+            record.inputs = whole;
+            self.write_record(definition, &record);
+        }
+        let names = ImageLayer {
+            diff_id: record.diff_id.clone(),
+            descriptor: record.descriptor.clone(),
+        };
+        let created = record.created.clone();
+        self.note_step(number, record, origin.clone());
+        Arc::new(match origin {
+            Some(origin) => Layer::cached_elsewhere(names, created, Origin::Registry(origin)),
+            None => Layer::sealed(names, Some(created)),
+        })
+    }
+
+    /// Records what step `number` made.
+    pub(super) fn record(&self, number: usize, definition: &Definition, record: Record) {
+        self.write_record(definition, &record);
+        self.note_step(number, record, None);
+    }
+
+    fn write_record(&self, definition: &Definition, record: &Record) {
+        if let Err(error) = records::record(&self.store, definition, record) {
+            self.warn(format!(
+                "the step {:?} is not cached: {:#}",
+                record.name,
+                anyhow::Error::new(error)
+            ));
+        }
+    }
+
+    fn note_step(&self, number: usize, record: Record, origin: Option<Repository>) {
+        let step = CachedStep {
+            number,
+            record,
+            origin,
+            is_of_result: self.cache.wanted.contains(&number),
+        };
+        let steps = self.cache.steps.lock();
+        steps
+            .expect("nothing panics while it holds this lock")
+            .push(step);
+    }
+}
+
+/// What there is to export of a build, or of several.
+#[derive(Clone, Debug)]
+pub struct CacheContents {
+    steps: Vec<CachedStep>,
+    taken: BTreeSet<String>,
+    named: BTreeSet<String>,
+    importing: Importing,
+}
+
+/// Where the bytes of a blob of a cache are.
+#[derive(Clone, Debug)]
+pub(crate) enum BlobSource {
+    /// In the store.
+    Store,
+    /// In a file.
+    File(PathBuf),
+    /// Elsewhere.
+    Origin(Origin),
+}
+
+/// A blob of a cache.
+#[derive(Clone, Debug)]
+pub(crate) struct CacheBlob {
+    pub(crate) descriptor: Descriptor,
+    pub(crate) source: BlobSource,
+    /// Whether the image has it too, as a layer.
+    pub(crate) is_of_result: bool,
+}
+
+/// A cache that is ready to go somewhere.
+#[derive(Debug)]
+pub(crate) struct CacheDocument {
+    /// Names config and blobs.
+    pub(crate) manifest: RawManifest,
+    /// The config's bytes.
+    pub(crate) config: Vec<u8>,
+    /// The config's descriptor.
+    pub(crate) config_descriptor: Descriptor,
+    /// Everything else that the manifest names.
+    pub(crate) blobs: Vec<CacheBlob>,
+    /// What is not in it although it was to be, for people.
+    pub(crate) notes: Vec<String>,
+}
+
+impl CacheContents {
+    /// What several builds of one run have together, such as those of several platforms.
+    #[must_use]
+    pub fn join(mut self, others: impl IntoIterator<Item = Self>) -> Self {
+        for other in others {
+            self.steps.extend(other.steps);
+            self.taken.extend(other.taken);
+            self.named.extend(other.named);
+        }
+        self
+    }
+
+    /// The caches of other machines; waits until they are read.
+    pub(crate) async fn imported(&self) -> Arc<Imported> {
+        self.importing.clone().await
+    }
+
+    /// What the config of an image of these layers, base first, says of those that this build
+    /// made or found.
+    pub(crate) fn inline(&self, layers: &[ImageLayer]) -> Value {
+        let mut rest = layers.iter().enumerate();
+        let steps = self.steps.iter().filter(|step| step.is_of_result);
+        // Steps and layers are in the same order, and some layers are of no step.
+        document::inline(steps.filter_map(|step| {
+            let mut ahead = rest.clone();
+            let (place, _) = ahead.find(|(_, layer)| {
+                layer.diff_id == step.record.diff_id
+                    && layer.descriptor.digest == step.record.descriptor.digest
+            })?;
+            rest = ahead;
+            Some((place, &step.record))
+        }))
+    }
+
+    /// The cache as documents: of all steps, or where not `max` of those whose layers the
+    /// result has. Absent with too many blobs for a manifest.
+    pub(crate) fn document(
+        &self,
+        store: &Store,
+        max: bool,
+        mounts: &PackedMounts,
+    ) -> Option<CacheDocument> {
+        let mut notes = mounts.notes.clone();
+        let mut blobs: BTreeMap<_, CacheBlob> = BTreeMap::new();
+        let mut records: Vec<&Record> = Vec::new();
+        for step in self.steps.iter().filter(|step| max || step.is_of_result) {
+            let descriptor = &step.record.descriptor;
+            let source = match &step.origin {
+                _ if store.has_blob_of(descriptor) => BlobSource::Store,
+                Some(origin) => BlobSource::Origin(Origin::Registry(origin.clone())),
+                None => {
+                    notes.push(format!(
+                        "the step {:?} is left out: its layer is no longer in the store",
+                        step.record.name
+                    ));
+                    continue;
+                }
+            };
+            let blob = blobs.entry(descriptor.digest.clone());
+            let blob = blob.or_insert_with(|| CacheBlob {
+                descriptor: Descriptor::new(
+                    descriptor.media_type.clone(),
+                    descriptor.digest.clone(),
+                    descriptor.size,
+                ),
+                source,
+                is_of_result: false,
+            });
+            blob.is_of_result |= step.is_of_result;
+            if !records.contains(&&step.record) {
+                records.push(&step.record);
+            }
+        }
+        for (descriptor, source) in &mounts.blobs {
+            let blob = blobs.entry(descriptor.digest.clone());
+            blob.or_insert_with(|| CacheBlob {
+                descriptor: descriptor.clone(),
+                source: source.clone(),
+                is_of_result: false,
+            });
+        }
+        let blobs: Vec<CacheBlob> = blobs.into_values().collect();
+        let config = document::config(&records, &mounts.mounts);
+        let descriptors = blobs.iter().map(|blob| blob.descriptor.clone());
+        Some(CacheDocument {
+            manifest: document::manifest(&config, descriptors.collect())?,
+            config_descriptor: Descriptor::of(CONFIG_TYPE, &config),
+            config,
+            blobs,
+            notes,
+        })
+    }
+}

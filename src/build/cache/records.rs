@@ -1,0 +1,275 @@
+//! Step records: what they say, and those of this machine.
+//!
+//! A record says which layer a step made. It is found by the step's *definition* and
+//! by its *inputs*: the layers below it, and what it reads beside them. A COPY from
+//! another stage is stored under two keys, one with the stage's layers and one with the
+//! content that was read, so that it is found without reading when nothing changed, and by
+//! content when the stage ran again and made the same files.
+//!
+//! ```text
+//! cache/steps/<sha256 of the definition>/<sha256 of the key>.json
+//! ```
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::image::{Descriptor, DiffId, Digest};
+use crate::store::{Store, StoreError};
+
+/// Part of every definition. Counts up when the same definition comes to mean other layers:
+/// a change of sandbox rules, of the copy rules, of the archive writer.
+const ENGINE_VERSION: u32 = 5;
+
+/// What a step is, in words, independent of what it is applied to.
+#[derive(Clone, Debug)]
+pub(in crate::build) struct Definition {
+    value: Value,
+    digest: Digest,
+}
+
+/// What a step is applied to. As a key, with one of `source` and `content` at most.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub(in crate::build) struct Inputs {
+    /// The layers below, as a chain ID; absent for an empty filesystem.
+    pub(in crate::build) parent: Option<Digest>,
+    /// The layers of the filesystem that is read, where it is not the parent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(in crate::build) source: Option<Digest>,
+    /// The digest of names, modes and contents that are read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(in crate::build) content: Option<Digest>,
+}
+
+/// What a step made.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(in crate::build) struct Record {
+    /// The layer's uncompressed digest.
+    pub(in crate::build) diff_id: DiffId,
+    /// The layer's blob.
+    pub(in crate::build) descriptor: Descriptor,
+    /// When it was made; RFC 3339. Goes into history.
+    pub(in crate::build) created: String,
+    /// The step's name when it was made, for people.
+    pub(in crate::build) name: String,
+    /// The definition in words.
+    pub(in crate::build) definition: Value,
+    /// The inputs in words: all that is known of them, of which each key has a part.
+    pub(in crate::build) inputs: Inputs,
+}
+
+impl Definition {
+    /// A definition of the `kind` of step, such as `run`, with what distinguishes it.
+    pub(in crate::build) fn new(kind: &str, what: &impl Serialize) -> Self {
+        let what = serde_json::to_value(what).expect("definitions have only string keys");
+        let value = serde_json::json!({ "engine": ENGINE_VERSION, kind: what });
+        Self {
+            digest: Digest::of(value.to_string().as_bytes()),
+            value,
+        }
+    }
+
+    /// The definition that a record has in words.
+    pub(in crate::build) fn of_record(value: &Value) -> Self {
+        Self {
+            digest: Digest::of(value.to_string().as_bytes()),
+            value: value.clone(),
+        }
+    }
+
+    /// What names it.
+    pub(in crate::build) fn digest(&self) -> &Digest {
+        &self.digest
+    }
+}
+
+impl Inputs {
+    /// What names it, where it is a key.
+    pub(in crate::build) fn digest(&self) -> Digest {
+        Digest::of(&serde_json::to_vec(self).expect("inputs have only string keys"))
+    }
+
+    /// The keys under which a step with these inputs may be found, the one that needs nothing
+    /// to be read first.
+    pub(in crate::build) fn keys(&self) -> Vec<Self> {
+        let key = |source: &Option<Digest>, content: &Option<Digest>| Self {
+            parent: self.parent.clone(),
+            source: source.clone(),
+            content: content.clone(),
+        };
+        let mut keys = Vec::new();
+        if self.source.is_some() {
+            keys.push(key(&self.source, &None));
+        }
+        if self.content.is_some() || keys.is_empty() {
+            keys.push(key(&None, &self.content));
+        }
+        keys
+    }
+
+    /// Whether a step with these inputs is found under `key`.
+    fn answers(&self, key: &Self) -> bool {
+        let fits =
+            |wanted: &Option<Digest>, has: &Option<Digest>| wanted.is_none() || wanted == has;
+        self.parent == key.parent
+            && fits(&key.source, &self.source)
+            && fits(&key.content, &self.content)
+            // A key of nothing is that of a step that reads nothing.
+            && (key.source.is_some() || key.content.is_some() || *self == *key)
+    }
+}
+
+fn directory(store: &Store, definition: &Definition) -> PathBuf {
+    store.steps_path().join(definition.digest.hex())
+}
+
+fn path(store: &Store, definition: &Definition, key: &Inputs) -> PathBuf {
+    directory(store, definition).join(format!("{}.json", key.digest().hex()))
+}
+
+/// Whether a step with this definition was ever recorded, with whatever inputs.
+pub(in crate::build) fn has_definition(store: &Store, definition: &Definition) -> bool {
+    directory(store, definition).is_dir()
+}
+
+/// The record of the step under this key, if its layer is still here.
+///
+/// A record that cannot be read is a miss: a cache failure never fails a build.
+pub(in crate::build) fn look_up(
+    store: &Store,
+    definition: &Definition,
+    key: &Inputs,
+) -> Option<Record> {
+    let path = path(store, definition, key);
+    let bytes = std::fs::read(&path).ok()?;
+    let record: Record = match serde_json::from_slice(&bytes) {
+        Ok(record) => record,
+        Err(error) => {
+            tracing::warn!(path = %path.display(), %error, "unreadable cache record");
+            return None;
+        }
+    };
+    let is_it = record.is_of(definition, key);
+    (is_it && store.has_blob_of(&record.descriptor)).then_some(record)
+}
+
+/// Records what the step made, under each of its keys.
+///
+/// # Errors
+/// [`StoreError`]; the caller says it and goes on.
+pub(in crate::build) fn record(
+    store: &Store,
+    definition: &Definition,
+    record: &Record,
+) -> Result<(), StoreError> {
+    let bytes = serde_json::to_vec_pretty(record).expect("records have only string keys");
+    let mut keys = record.inputs.keys().into_iter();
+    keys.try_for_each(|key| store.write_file(&path(store, definition, &key), &bytes))
+}
+
+impl Record {
+    /// A record of `definition`.
+    pub(in crate::build) fn new(
+        definition: &Definition,
+        inputs: Inputs,
+        name: String,
+        created: String,
+        diff_id: DiffId,
+        descriptor: Descriptor,
+    ) -> Self {
+        Self {
+            diff_id,
+            descriptor,
+            created,
+            name,
+            definition: definition.value.clone(),
+            inputs,
+        }
+    }
+
+    /// Whether it is of this step, and found under `key`.
+    pub(in crate::build) fn is_of(&self, definition: &Definition, key: &Inputs) -> bool {
+        self.definition == definition.value && self.inputs.answers(key)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::image::MediaType;
+
+    #[test]
+    fn a_record_is_found_by_definition_and_inputs_while_its_blob_is_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let blob = store.put_blob(b"layer").unwrap();
+        let definition = Definition::new("run", &["make"]);
+        let inputs = |parent: &[u8]| Inputs {
+            parent: Some(Digest::of(parent)),
+            source: None,
+            content: None,
+        };
+        let made = Record::new(
+            &definition,
+            inputs(b"a"),
+            "RUN make".into(),
+            "2026-01-01T00:00:00Z".into(),
+            DiffId::from_uncompressed(Digest::of(b"tar")),
+            Descriptor::new(MediaType::LAYER_GZIP, blob.clone(), 5),
+        );
+        assert!(!has_definition(&store, &definition));
+        record(&store, &definition, &made).unwrap();
+        assert!(has_definition(&store, &definition));
+        assert_eq!(look_up(&store, &definition, &inputs(b"a")), Some(made));
+        assert_eq!(look_up(&store, &definition, &inputs(b"b")), None);
+        assert_eq!(
+            look_up(&store, &Definition::new("run", &["true"]), &inputs(b"a")),
+            None
+        );
+
+        std::fs::write(path(&store, &definition, &inputs(b"c")), "{").unwrap();
+        assert_eq!(look_up(&store, &definition, &inputs(b"c")), None);
+        std::fs::remove_file(store.blob_path(&blob)).unwrap();
+        assert_eq!(look_up(&store, &definition, &inputs(b"a")), None);
+    }
+
+    #[test]
+    fn a_step_that_reads_is_found_by_what_it_reads_from_and_by_what_it_reads() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let blob = store.put_blob(b"layer").unwrap();
+        let definition = Definition::new("copy", &["a"]);
+        let [stage, other, content] =
+            [b"stage", b"other", b"files"].map(|text| Some(Digest::of(text)));
+        let inputs = |source: &Option<Digest>, content: &Option<Digest>| Inputs {
+            parent: None,
+            source: source.clone(),
+            content: content.clone(),
+        };
+        let all = inputs(&stage, &content);
+        assert_eq!(all.keys(), [inputs(&stage, &None), inputs(&None, &content)]);
+        let nothing = inputs(&None, &None);
+        assert_eq!(nothing.keys(), std::slice::from_ref(&nothing));
+        let made = Record::new(
+            &definition,
+            all,
+            "COPY".into(),
+            "2026-01-01T00:00:00Z".into(),
+            DiffId::from_uncompressed(Digest::of(b"tar")),
+            Descriptor::new(MediaType::LAYER_GZIP, blob, 5),
+        );
+        record(&store, &definition, &made).unwrap();
+        let found = |key: &Inputs| look_up(&store, &definition, key);
+        assert_eq!(found(&inputs(&stage, &None)).as_ref(), Some(&made));
+        assert_eq!(found(&inputs(&None, &content)).as_ref(), Some(&made));
+        assert_eq!(found(&inputs(&other, &None)), None);
+        assert_eq!(found(&nothing), None);
+        // A file under a name that is not its own proves nothing.
+        let from = path(&store, &definition, &inputs(&stage, &None));
+        for key in [inputs(&other, &None), nothing] {
+            std::fs::copy(&from, path(&store, &definition, &key)).unwrap();
+            assert_eq!(found(&key), None);
+        }
+    }
+}
