@@ -25,6 +25,11 @@ impl<W: Write> HashingWriter<W> {
         }
     }
 
+    /// What is written to.
+    pub fn get_ref(&self) -> &W {
+        &self.inner
+    }
+
     /// Returns the inner writer, the digest of all bytes written and their number.
     pub fn finish(self) -> (W, Digest, u64) {
         (self.inner, self.hasher.finish(), self.count)

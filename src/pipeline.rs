@@ -31,6 +31,7 @@ use crate::session::{Secrets, SshAgents};
 use crate::store::Store;
 
 pub use crate::build::{CacheSource, DeviceSettings};
+pub use crate::layer::{Compression, LayerCompression, LevelError};
 pub use ask::{Answer, Question, ask};
 pub use cache::{CachePlace, CacheTarget};
 
@@ -49,6 +50,8 @@ pub struct BuildRequest {
     pub outputs: Vec<Output>,
     /// Annotations of the image as it is pushed, beside [`Self::annotations`].
     pub push_annotations: Annotations,
+    /// How the layers of the image are compressed where it is pushed.
+    pub push_compression: LayerCompression,
     /// What the Dockerfile is planned with: arguments, target, platform, labels, …
     pub plan: plan::Settings,
     /// `SOURCE_DATE_EPOCH`, in seconds since 1970 UTC.
@@ -107,6 +110,8 @@ pub struct ImageOutput {
     pub names: Vec<Reference>,
     /// Annotations of the image there, beside [`BuildRequest::annotations`].
     pub annotations: Annotations,
+    /// How its layers are compressed there.
+    pub compression: LayerCompression,
 }
 
 /// The form in which an image is written.
@@ -261,6 +266,8 @@ async fn run(
         world,
         platform: request.plan.platform.clone(),
         epoch,
+        compression: first_compression(request),
+        force_compression: request.push_compression.force,
         secrets: Arc::clone(&request.secrets),
         agents: Arc::clone(&request.agents),
         devices: request.devices.clone(),
@@ -269,6 +276,7 @@ async fn run(
     };
     let built = build::build(&plan, settings, Arc::clone(timings)).await?;
     let (origins, mut layer_bytes) = (built.origins.clone(), built.uploaded_bytes.clone());
+    let are_new = built.are_new.clone();
     let (files, contents) = (built.files.clone(), built.cache.clone());
     let image = assemble(request, plan, built, epoch)?;
 
@@ -279,13 +287,14 @@ async fn run(
         store: &store,
         image: &image,
         origins: &origins,
+        are_new: &are_new,
         files: &files,
         epoch,
         progress: &**progress,
         cancel,
     };
     exporter.write_all().await?;
-    let image = outputs::reported(request, &image);
+    let image = exporter.reported().await?;
     for tag in &push {
         // Several tags of one repository share what was sent; the first one's event has it.
         let sent = layer_bytes.remove(tag.repository()).unwrap_or(0);
@@ -391,6 +400,18 @@ async fn base_images(
     Ok(bases)
 }
 
+/// How new layers are compressed first: as they are pushed, while steps still run, or as the
+/// first file wants them. What other outputs want is made of that.
+fn first_compression(request: &BuildRequest) -> Compression {
+    let mut outputs = request.outputs.iter();
+    let first = outputs.find_map(|output| match output {
+        Output::Image(output) => Some(output.compression.compression),
+        Output::Tar { .. } | Output::Local { .. } => None,
+    });
+    let pushed = request.push_compression.compression;
+    first.filter(|_| !request.push).unwrap_or(pushed)
+}
+
 /// Whether an output has the layers themselves.
 fn writes_image(request: &BuildRequest) -> bool {
     let mut outputs = request.outputs.iter();
@@ -455,13 +476,12 @@ fn assemble(
 }
 
 /// Downloads blobs that an output needs and no step needed.
-async fn fetch_missing(
+async fn fetch_missing<'l>(
     client: &Client,
     store: &Arc<Store>,
-    image: &Image,
-    origins: &[Option<Origin>],
+    layers: impl IntoIterator<Item = (&'l image::ImageLayer, &'l Option<Origin>)>,
 ) -> anyhow::Result<()> {
-    for (layer, origin) in image.layers.iter().zip(origins) {
+    for (layer, origin) in layers {
         let digest = &layer.descriptor.digest;
         if store.has_blob_of(&layer.descriptor) {
             continue;

@@ -26,6 +26,7 @@ mod unpack;
 mod user;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
@@ -38,6 +39,7 @@ use tokio::task::JoinSet;
 
 use crate::context::BuildContext;
 use crate::image::{ImageLayer, Platform, Reference, Repository};
+use crate::layer::Compression;
 use crate::plan::{ContextId, MountKind, Operation, Plan, StepId};
 use crate::progress::{BuildEvent, Progress, millis};
 use crate::registry::{Client, RegistryError, Resolved};
@@ -109,6 +111,10 @@ pub struct Settings {
     pub platform: Platform,
     /// Clamps times; seconds since 1970 UTC.
     pub epoch: Option<i64>,
+    /// How new layers are compressed.
+    pub compression: Compression,
+    /// Whether layers that exist already are sent with that compression too.
+    pub force_compression: bool,
     /// Whether the blobs of base images are kept when they are read, because an output
     /// has them.
     pub keep_blobs: bool,
@@ -144,6 +150,8 @@ pub struct Built {
     pub created: Vec<String>,
     /// For each layer, where its blob can be fetched, if the store may not have it.
     pub origins: Vec<Option<Origin>>,
+    /// For each layer, whether this build made it.
+    pub are_new: Vec<bool>,
     /// Bytes of layers that were sent, by where to.
     pub uploaded_bytes: BTreeMap<Repository, u64>,
     /// The files that the layers are together.
@@ -182,6 +190,9 @@ pub(crate) struct Engine {
     client: Client,
     progress: Arc<dyn Progress>,
     cancel: Cancel,
+    /// Whether `cancel` was set because a step failed.
+    has_failed: AtomicBool,
+    compression: Compression,
     contexts: BTreeMap<ContextId, Arc<BuildContext>>,
     fetcher: Arc<Fetcher>,
     images: Vec<BaseImage>,
@@ -285,23 +296,30 @@ pub async fn build(
         tasks.spawn(future);
     }
     let mut failure = None;
-    while let Some(joined) = tasks.join_next().await {
+    loop {
+        let joined = tokio::select! {
+            joined = tasks.join_next() => joined,
+            // A later one would only repeat the first.
+            error = engine.push.failure(), if failure.is_none() => Some(Ok(Err(error))),
+        };
         let error = match joined {
-            Ok(Ok(_)) => continue,
-            Ok(Err(error)) => error,
-            Err(error) => {
+            None => break,
+            Some(Ok(Ok(_))) => continue,
+            Some(Ok(Err(error))) => error,
+            Some(Err(error)) => {
                 Arc::new(anyhow::Error::new(error).context("a step's task ended abnormally"))
             }
         };
         // Later ones only repeat it, or say that they were stopped.
         if failure.is_none() {
             let is_wanted = !engine.cancel.is_cancelled();
+            engine.has_failed.store(is_wanted, Ordering::Relaxed);
             engine.cancel.cancel();
             failure = Some((error, is_wanted));
         }
     }
     if let Some((error, is_wanted)) = failure {
-        engine.push.abandon().await;
+        engine.push.abandon(&engine).await;
         // What went well need not be done again when the rest is mended; only a user who
         // stops the build does not wait for that.
         engine.finish_records(is_wanted).await;
@@ -316,7 +334,7 @@ pub async fn build(
         Ok(_) => engine.push.finish(&engine, &filesystem).await,
         Err(_) => Ok(BTreeMap::new()),
     };
-    engine.push.abandon().await;
+    engine.push.abandon(&engine).await;
     engine.finish_records(!engine.cancel.is_cancelled()).await;
     let (layers, uploaded_bytes) = (layers?, uploaded?);
     Ok(Built {
@@ -331,6 +349,7 @@ pub async fn build(
             .iter()
             .map(|l| l.found_at().cloned())
             .collect(),
+        are_new: filesystem.layers.iter().map(|l| l.is_new()).collect(),
         layers,
         uploaded_bytes,
         files: Files { engine, filesystem },
@@ -418,11 +437,13 @@ impl Engine {
             devices,
             layers,
             cache,
-            push: push::Pusher::new(&settings.push, wanted),
+            push: push::Pusher::new(&settings.push, wanted, settings.force_compression),
             store: settings.store,
             client: settings.client,
             progress: settings.progress,
             cancel: settings.cancel,
+            has_failed: AtomicBool::new(false),
+            compression: settings.compression,
             contexts: settings.contexts,
             fetcher: settings.fetcher,
             images: settings.images,

@@ -1,14 +1,17 @@
 //! A finished step's changes → blob, beside later steps.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use anyhow::Context as _;
+use tokio::sync::oneshot;
 
-use super::Engine;
 use super::layer::{Filesystem, chain_of};
-use crate::layer::{self, SealOptions, SealedLayer};
+use super::{Cancelled, Engine};
+use crate::layer::{self, Pool, SealOptions, SealedLayer, Watch};
 use crate::rootfs::{self, Change, Stack, Tree};
+use crate::store::GrowingBlob;
 
 /// Starts sealing what a RUN step changed. The tree gets its name in the store when the
 /// diff IDs of its layer and of those of `parent` are known; it can be used before.
@@ -21,53 +24,83 @@ pub(super) fn seal_tree(
     tree: &Arc<Tree>,
     below: Stack,
     parent: &Filesystem,
-) -> tokio::task::JoinHandle<anyhow::Result<SealedLayer>> {
+) -> Sealing {
     let changed = Arc::clone(tree);
-    let sealing = spawn(engine, move |engine| {
+    let Sealing { task, growing } = spawn(engine, move |engine, pool, watch| {
         Ok(layer::seal(
             rootfs::changes(&changed, &below),
             &engine.seal_options(),
+            pool,
+            watch,
             &engine.store,
         )?)
     });
     let (engine, tree, parent) = (Arc::clone(engine), Arc::clone(tree), parent.clone());
-    tokio::spawn(async move {
-        let sealed = sealing.await.context("sealing a layer")??;
+    let task = tokio::spawn(async move {
+        let sealed = task.await.context("sealing a layer")??;
         let chain = chain_of(&parent.layers, &sealed.diff_id).await?;
         engine.store.adopt_chained_tree(tree.path(), &chain)?;
         Ok(sealed)
-    })
+    });
+    Sealing { task, growing }
 }
 
 /// Starts sealing a list of changes.
-pub(super) fn seal_changes(
-    engine: &Arc<Engine>,
-    changes: Vec<Change>,
-) -> tokio::task::JoinHandle<anyhow::Result<SealedLayer>> {
-    spawn(engine, move |engine| {
+pub(super) fn seal_changes(engine: &Arc<Engine>, changes: Vec<Change>) -> Sealing {
+    spawn(engine, move |engine, pool, watch| {
         let changes = changes.into_iter().map(Ok::<_, std::convert::Infallible>);
-        Ok(layer::seal(changes, &engine.seal_options(), &engine.store)?)
+        let options = engine.seal_options();
+        Ok(layer::seal(changes, &options, pool, watch, &engine.store)?)
     })
+}
+
+/// A layer that is being sealed.
+pub(super) struct Sealing {
+    /// Gives the layer when it is done.
+    pub(super) task: tokio::task::JoinHandle<anyhow::Result<SealedLayer>>,
+    /// The layer's blob, as soon as its first byte can come.
+    pub(super) growing: oneshot::Receiver<GrowingBlob>,
 }
 
 fn spawn(
     engine: &Arc<Engine>,
-    work: impl FnOnce(&Engine) -> anyhow::Result<SealedLayer> + Send + 'static,
-) -> tokio::task::JoinHandle<anyhow::Result<SealedLayer>> {
+    work: impl FnOnce(&Engine, &Pool, Watch<'_>) -> anyhow::Result<SealedLayer> + Send + 'static,
+) -> Sealing {
     let engine = Arc::clone(engine);
-    tokio::task::spawn_blocking(move || {
+    let (follower, growing) = oneshot::channel();
+    let task = tokio::task::spawn_blocking(move || {
         let started = Instant::now();
-        let sealed = work(&engine).context("writing the layer");
+        let is_stopped = || engine.is_unwanted();
+        let watch = Watch {
+            is_stopped: &is_stopped,
+            // Nobody follows where nothing is pushed.
+            follow: Box::new(|blob| drop(follower.send(blob))),
+        };
+        let pool = Pool::shared().context("starting the threads that compress")?;
+        let sealed = work(&engine, &pool, watch).map_err(|error| {
+            if engine.is_unwanted() {
+                Cancelled.into()
+            } else {
+                error.context("writing the layer")
+            }
+        });
         engine.timings.add("seal", started.elapsed());
         sealed
-    })
+    });
+    Sealing { task, growing }
 }
 
 impl Engine {
     fn seal_options(&self) -> SealOptions {
         SealOptions {
             epoch: self.epoch,
-            ..SealOptions::default()
+            compression: self.compression,
         }
+    }
+
+    /// Whether nobody wants what is still being sealed: the user has stopped the build. When a
+    /// step failed, the layers of others are wanted, for the next build.
+    fn is_unwanted(&self) -> bool {
+        self.cancel.is_cancelled() && !self.has_failed.load(Ordering::Relaxed)
     }
 }

@@ -71,6 +71,19 @@ pub(super) struct BuildArgs {
     #[arg(short, long = "output", value_name = "type=TYPE,…")]
     pub outputs: Vec<String>,
 
+    /// How new layers are compressed where no --output says it: gzip, zstd or uncompressed [default: gzip]
+    #[arg(long, value_name = "FORMAT")]
+    pub compression: Option<String>,
+
+    /// The level of --compression: 0 to 12 for gzip, 1 to 22 for zstd [default: 6, 3]
+    #[arg(long, value_name = "LEVEL", allow_hyphen_values = true)]
+    pub compression_level: Option<String>,
+
+    /// Converts layers of bases and of the cache to --compression too
+    #[arg(long, action = ArgAction::Set, num_args = 0..=1, require_equals = true,
+          default_missing_value = "true", hide_possible_values = true, value_name = "BOOL")]
+    pub force_compression: Option<bool>,
+
     /// The platform to build for, such as linux/arm64 [env: DOCKER_DEFAULT_PLATFORM] [default: this machine's]
     #[arg(long = "platform", value_name = "PLATFORM")]
     pub platforms: Vec<String>,

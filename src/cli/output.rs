@@ -6,7 +6,7 @@ use thiserror::Error;
 
 use super::values::annotate;
 use crate::image::{Annotations, Reference};
-use crate::pipeline::{ImageFormat, ImageOutput, Output};
+use crate::pipeline::{Compression, ImageFormat, ImageOutput, LayerCompression, Output};
 
 /// What one `--output` asks for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -21,6 +21,8 @@ pub(super) enum Wanted {
         push: bool,
         /// From `annotation.NAME=`.
         annotations: Annotations,
+        /// From `compression=` and its like, or what the flags say.
+        compression: LayerCompression,
     },
     /// `type=cacheonly`: nothing, and knowingly so.
     Nothing,
@@ -60,10 +62,65 @@ impl OutputError {
     }
 }
 
+/// How layers are compressed, as the user says it: for all outputs, or for one of them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct CompressionText {
+    /// `gzip`, `zstd`, `uncompressed`.
+    pub(super) kind: Option<String>,
+    /// A number.
+    pub(super) level: Option<String>,
+    /// Whether layers that exist are converted.
+    pub(super) force: Option<bool>,
+}
+
+impl CompressionText {
+    /// What this says, and where it says nothing, `others`; else gzip.
+    ///
+    /// # Errors
+    /// What is wrong, for people.
+    pub(super) fn resolve(&self, others: &Self) -> Result<LayerCompression, String> {
+        let kind = self.kind.as_ref().or(others.kind.as_ref());
+        let kind = kind.map_or("gzip", String::as_str);
+        // A level for another format would mean something else.
+        let is_own = self.kind.is_some() && self.kind != others.kind;
+        let others_level = others.level.as_ref().filter(|_| !is_own);
+        let level = self.level.as_ref().or(others_level);
+        let number = level.map(|text| {
+            text.parse::<u8>()
+                .map_err(|_| format!("the compression level {text:?} is no number from 0 to 22"))
+        });
+        let number = number.transpose()?;
+        let compression = match kind {
+            "gzip" => number.map_or(Compression::GZIP, |level| Compression::Gzip { level }),
+            "zstd" => number.map_or(Compression::ZSTD, |level| Compression::Zstd { level }),
+            "uncompressed" if number.is_some() => {
+                return Err("layers that are uncompressed have no compression level".to_owned());
+            }
+            "uncompressed" => Compression::None,
+            "estargz" => {
+                return Err(
+                    "compression \"estargz\" is not supported: it is gzip with an index for \
+                     readers that fetch single files, which sockless does not write; use \
+                     \"gzip\" or \"zstd\""
+                        .to_owned(),
+                );
+            }
+            other => {
+                return Err(format!(
+                    "unknown compression {other:?}: expected \"uncompressed\", \"gzip\" or \"zstd\""
+                ));
+            }
+        };
+        compression.check().map_err(|error| error.to_string())?;
+        Ok(LayerCompression {
+            compression,
+            force: self.force.or(others.force).unwrap_or(false),
+        })
+    }
+}
+
 /// Fields of images, and the one value each that says what is done anyway.
-const AS_IT_IS: [(&str, &str); 9] = [
-    ("compression", "gzip"),
-    ("force-compression", "false"),
+const AS_IT_IS: [(&str, &str); 7] = [
     ("name-canonical", "false"),
     ("oci-mediatypes", "true"),
     ("prefer-nondist-layers", "false"),
@@ -82,6 +139,7 @@ struct Fields {
     tar: Option<bool>,
     names: Vec<String>,
     annotations: Annotations,
+    compression: CompressionText,
     /// The first field that only images have.
     of_images: Option<String>,
     /// The first field that only root filesystems have.
@@ -89,13 +147,13 @@ struct Fields {
 }
 
 impl Wanted {
-    /// Parses the value of one `--output`.
+    /// Parses the value of one `--output`; `compression` is what the flags say of all.
     ///
     /// # Errors
     /// [`OutputError`].
     ///
     /// <https://docs.docker.com/reference/cli/docker/buildx/build/#output>
-    pub(super) fn parse(output: &str) -> Result<Self, OutputError> {
+    pub(super) fn parse(output: &str, compression: &CompressionText) -> Result<Self, OutputError> {
         let malformed = |reason: String| OutputError::Malformed {
             output: output.to_owned(),
             reason,
@@ -135,6 +193,7 @@ impl Wanted {
             }
             _ => {}
         }
+        let compression = fields.compression.resolve(compression).map_err(malformed)?;
         let file = |dest: Option<String>| PathBuf::from(dest.as_deref().unwrap_or("-"));
         let directory = |dest: Option<String>| match dest.as_deref() {
             None => Err(malformed(format!("type={kind} needs \"dest=DIR\""))),
@@ -171,6 +230,7 @@ impl Wanted {
                     dest,
                     names: names.collect::<Result<_, _>>()?,
                     annotations: fields.annotations,
+                    compression,
                 })))
             }
             "tar" => Ok(Self::File(Output::Tar { dest: file(dest) })),
@@ -183,6 +243,7 @@ impl Wanted {
                 names: fields.names,
                 push: fields.push.unwrap_or(kind == "registry"),
                 annotations: fields.annotations,
+                compression,
             }),
             "cacheonly" if dest.is_some() => has_no("dest="),
             "cacheonly" => Ok(Self::Nothing),
@@ -233,6 +294,9 @@ impl Fields {
                 }
                 "name" => fields.names.extend(value.split(',').map(str::to_owned)),
                 "push" => fields.push = Some(bool()?),
+                "compression" => fields.compression.kind = Some(value.to_owned()),
+                "compression-level" => fields.compression.level = Some(value.to_owned()),
+                "force-compression" => fields.compression.force = Some(bool()?),
                 "tar" => fields.tar = Some(value.is_empty() || bool()?),
                 _ if let Some((_, said)) = as_it_is => {
                     let is_said = match parse_bool(said) {
@@ -336,7 +400,115 @@ mod tests {
             dest: dest.into(),
             names: Vec::new(),
             annotations: Annotations::default(),
+            compression: LayerCompression::default(),
         }
+    }
+
+    fn parse(output: &str) -> Result<Wanted, OutputError> {
+        Wanted::parse(output, &CompressionText::default())
+    }
+
+    /// What an output makes of its fields and the flags.
+    fn compressed(output: &str, flags: [&str; 3]) -> Result<LayerCompression, String> {
+        let given = |text: &str| (!text.is_empty()).then(|| text.to_owned());
+        let flags = CompressionText {
+            kind: given(flags[0]),
+            level: given(flags[1]),
+            force: given(flags[2]).map(|text| text == "true"),
+        };
+        match Wanted::parse(output, &flags).map_err(|error| error.to_string())? {
+            Wanted::File(Output::Image(ImageOutput { compression, .. }))
+            | Wanted::Image { compression, .. } => Ok(compression),
+            other => panic!("{other:?} has no layers"),
+        }
+    }
+
+    #[test]
+    fn each_output_compresses_as_it_says_and_else_as_the_flags_say() {
+        use Compression::{Gzip, Zstd};
+        let wanted = |compression, force| LayerCompression { compression, force };
+        for (output, flags, expected) in [
+            ("type=oci", ["", "", ""], wanted(Gzip { level: 6 }, false)),
+            (
+                "type=oci,compression=zstd",
+                ["", "", ""],
+                wanted(Zstd { level: 3 }, false),
+            ),
+            (
+                "type=registry,compression=gzip,compression-level=0,force-compression=1",
+                ["", "", ""],
+                wanted(Gzip { level: 0 }, true),
+            ),
+            (
+                "type=docker,dest=x,compression=uncompressed",
+                ["zstd", "19", "true"],
+                wanted(Compression::None, true),
+            ),
+            (
+                "type=image",
+                ["zstd", "19", ""],
+                wanted(Zstd { level: 19 }, false),
+            ),
+            (
+                "type=oci,compression-level=9",
+                ["zstd", "", ""],
+                wanted(Zstd { level: 9 }, false),
+            ),
+            (
+                "type=oci,compression=zstd",
+                ["zstd", "7", ""],
+                wanted(Zstd { level: 7 }, false),
+            ),
+            (
+                "type=oci,compression=gzip",
+                ["zstd", "19", ""],
+                wanted(Gzip { level: 6 }, false),
+            ),
+            (
+                "type=oci,force-compression=false",
+                ["", "12", "true"],
+                wanted(Gzip { level: 12 }, false),
+            ),
+        ] {
+            assert_eq!(
+                compressed(output, flags),
+                Ok(expected),
+                "{output} {flags:?}"
+            );
+        }
+        let invalid = |output: &str, reason: &str| {
+            let message = format!("invalid --output {output:?}: {reason}");
+            assert_eq!(compressed(output, ["", "", ""]), Err(message));
+        };
+        invalid(
+            "type=oci,compression-level=13",
+            "there is no gzip level 13; levels are 0 to 12",
+        );
+        invalid(
+            "type=oci,compression=zstd,compression-level=0",
+            "there is no zstd level 0; levels are 1 to 22",
+        );
+        invalid(
+            "type=oci,compression-level=-1",
+            "the compression level \"-1\" is no number from 0 to 22",
+        );
+        invalid(
+            "type=oci,compression=uncompressed,compression-level=1",
+            "layers that are uncompressed have no compression level",
+        );
+        invalid(
+            "type=oci,compression=lz4",
+            "unknown compression \"lz4\": expected \"uncompressed\", \"gzip\" or \"zstd\"",
+        );
+        invalid(
+            "type=registry,compression=estargz",
+            "compression \"estargz\" is not supported: it is gzip with an index for readers that \
+             fetch single files, which sockless does not write; use \"gzip\" or \"zstd\"",
+        );
+        invalid(
+            "type=tar,compression=zstd",
+            "type=tar has no \"compression=\"",
+        );
     }
 
     #[test]
@@ -347,6 +519,7 @@ mod tests {
             names: names.iter().map(|&n| n.to_owned()).collect(),
             push,
             annotations: Annotations::default(),
+            compression: LayerCompression::default(),
         };
         let tar = |dest: &str| Wanted::File(Output::Tar { dest: dest.into() });
         let local = |dest: &str| Wanted::File(Output::Local { dest: dest.into() });
@@ -376,7 +549,7 @@ mod tests {
             ),
             ("type=cacheonly", Wanted::Nothing),
         ] {
-            assert_eq!(Wanted::parse(output), Ok(expected), "{output}");
+            assert_eq!(parse(output), Ok(expected), "{output}");
         }
     }
 
@@ -395,7 +568,7 @@ mod tests {
         let output = "annotation.a.b=1=2,annotation-manifest.C=,annotation[linux/amd64].d=4,\
                       annotation-manifest-descriptor[linux/amd64].e=5";
         assert_eq!(
-            Wanted::parse(&format!("type=docker,dest=x,\"name=a:1,h.io/b\",{output}")),
+            parse(&format!("type=docker,dest=x,\"name=a:1,h.io/b\",{output}")),
             Ok(Wanted::File(Output::Image(ImageOutput {
                 names: ["a:1", "h.io/b"]
                     .map(|name| Reference::parse(name).unwrap())
@@ -405,11 +578,12 @@ mod tests {
             })))
         );
         assert_eq!(
-            Wanted::parse(&format!("type=registry,{output}")),
+            parse(&format!("type=registry,{output}")),
             Ok(Wanted::Image {
                 names: Vec::new(),
                 push: true,
-                annotations
+                annotations,
+                compression: LayerCompression::default(),
             })
         );
     }
@@ -420,10 +594,6 @@ mod tests {
             (
                 "type=docker",
                 "--output \"type=docker\": there is no daemon to load into",
-            ),
-            (
-                "type=oci,dest=a,compression=zstd",
-                "--output \"type=oci,dest=a,compression=zstd\": the field \"compression\" is not supported yet",
             ),
             (
                 "type=oci,dest=a,oci-mediatypes=false",
@@ -495,9 +665,9 @@ mod tests {
                 "invalid --output \"type=registry,dest=x\": type=registry has no \"dest=\"",
             ),
         ] {
-            assert_eq!(Wanted::parse(output).unwrap_err().to_string(), expected);
+            assert_eq!(parse(output).unwrap_err().to_string(), expected);
         }
-        let load = Wanted::parse("type=docker").unwrap_err();
+        let load = parse("type=docker").unwrap_err();
         assert_eq!(
             load.hint(),
             Some("use -o type=docker,dest=- and pipe into `docker load`")

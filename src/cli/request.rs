@@ -11,14 +11,14 @@ use thiserror::Error;
 use super::args::{BuildArgs, NetworkArg, ProgressArg, SandboxArg};
 use super::cache::{self, CacheError};
 use super::call::{CallError, CallSettings};
-use super::output::{OutputError, Wanted};
+use super::output::{CompressionText, OutputError, Wanted};
 use super::unsupported::UnsupportedFlag;
 use super::values::{self, ValueError};
 use crate::context::{
     ContextError, ContextSource, DockerfileLocation, NamedContextError, NamedContexts,
 };
 use crate::image::{Annotations, Platform, PlatformError, Reference, ReferenceError};
-use crate::pipeline::{BuildRequest, DeviceSettings};
+use crate::pipeline::{BuildRequest, DeviceSettings, LayerCompression};
 use crate::plan::{self, Entitlement, Network, NoCache, RunSettings, Ulimit};
 use crate::registry::Reach;
 use crate::sandbox::{self, HostError, UlimitError, cdi};
@@ -136,6 +136,12 @@ pub(super) enum RequestError {
     /// One image is pushed, and cannot have two manifests.
     #[error("two outputs give the annotation {0:?} different values, and one image is pushed")]
     TwoAnnotations(String),
+    /// One image is pushed, and has each layer once.
+    #[error("two outputs compress the image that is pushed differently")]
+    TwoCompressions,
+    /// `--compression`, `--compression-level`.
+    #[error("--compression: {0}")]
+    Compression(String),
     /// Two things at once on standard output.
     #[error("standard output can take one thing: only one of --quiet and one \"dest=-\"")]
     StandardOutput,
@@ -262,15 +268,28 @@ impl BuildSettings {
         let mut outputs = Vec::new();
         let mut nowhere = false;
         let mut push_annotations = Annotations::default();
+        let compression = CompressionText {
+            kind: args.compression,
+            level: args.compression_level,
+            force: args.force_compression,
+        };
+        let usual = CompressionText::default().resolve(&compression);
+        let usual = usual.map_err(RequestError::Compression)?;
+        let mut push_compression: Option<LayerCompression> = None;
         for output in &args.outputs {
-            match Wanted::parse(output)? {
+            match Wanted::parse(output, &compression)? {
                 Wanted::File(file) => outputs.push(file),
                 Wanted::Nothing => nowhere = true,
                 Wanted::Image {
                     names,
                     push: wanted,
                     annotations,
+                    compression,
                 } => {
+                    let is_pushed = wanted || args.push;
+                    if is_pushed && *push_compression.get_or_insert(compression) != compression {
+                        return Err(RequestError::TwoCompressions);
+                    }
                     tags.extend(names);
                     push |= wanted;
                     merge(&mut push_annotations.manifest, annotations.manifest)?;
@@ -311,6 +330,7 @@ impl BuildSettings {
             push,
             outputs,
             push_annotations,
+            push_compression: push_compression.unwrap_or(usual),
             plan: plan::Settings {
                 build_args,
                 target: args.target.filter(|target| !target.is_empty()),

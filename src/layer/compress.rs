@@ -1,34 +1,43 @@
 //! [`Compressor`]: the tar of a layer → its stored bytes, on several threads.
 //!
-//! Gzip is a sequence of independent members, one for each [`GZIP_BLOCK_BYTES`] of input
+//! Gzip is a sequence of independent members, one for each [`BLOCK_BYTES`] of input
 //! (RFC 1952, section 2.2: "A gzip file consists of a series of members"). Blocks are cut
 //! by position alone, so the output depends on neither the number of threads nor on how
-//! the input was written.
+//! the input was written. Who writes the tar fills blocks, the [`Pool`] compresses them, and
+//! a thread of the layer writes the members in order.
 
-use std::collections::VecDeque;
 use std::io::{self, Write};
-use std::num::NonZeroUsize;
-use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::JoinHandle;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::{Scope, ScopedJoinHandle};
 
-use libdeflater::{CompressionLvl, Compressor as Deflater};
-
+use super::gzip::{BLOCK_BYTES, LEVELS as GZIP_LEVELS};
+use super::pool::{Lane, Pool, Slot, ZstdTurn};
 use crate::image::MediaType;
 
-/// Input of one gzip member. Changing it changes the digest of every layer. Smaller
-/// blocks compress worse (the window starts empty), larger ones take more memory.
-const GZIP_BLOCK_BYTES: usize = 1 << 20;
+/// The levels of zstd.
+const ZSTD_LEVELS: std::ops::RangeInclusive<u8> = 1..=22;
 
-/// Blocks that wait or are worked on, for each thread: one in work, one ready. With input
-/// and output this bounds the memory to some 4 MiB a thread.
-const BLOCKS_PER_THREAD: usize = 2;
+/// Threads of one zstd encoder. With the usual levels each takes some 24 MiB for its part of
+/// the input and what becomes of it, so that two and the parts that wait stay within the
+/// budget of gzip; they are faster than what reads and hashes the tar.
+const ZSTD_THREADS: usize = 2;
 
-/// More threads would only wait for the one that writes the tar.
-const THREADS_MAX: usize = 64;
+/// From this level on a thread takes several times as much, so there is one.
+const ZSTD_LARGE_LEVEL: u8 = 10;
+
+/// The largest part of the input that a zstd thread works on, as the usual levels have it.
+const ZSTD_PART_BYTES: u32 = 8 << 20;
+
+/// The largest window of zstd, as a power of two: what every reader has to support.
+///
+/// <https://www.rfc-editor.org/rfc/rfc8878#section-3.1.1.1.2>
+const ZSTD_WINDOW_LOG_MAX: u32 = 23;
+
+/// The first level whose window would be larger.
+const ZSTD_WIDE_LEVEL: u8 = 20;
 
 /// How a layer is compressed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Compression {
     /// Gzip, at a level from 0 (stored) to 12.
     Gzip {
@@ -44,11 +53,68 @@ pub enum Compression {
     None,
 }
 
+/// How the layers of an image are wanted, where it goes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LayerCompression {
+    /// How they are compressed.
+    pub compression: Compression,
+    /// Whether layers that exist already are converted too, those of a base and of the cache.
+    pub force: bool,
+}
+
+impl LayerCompression {
+    /// Whether a layer has to be converted: one that this build compressed with `made`, or
+    /// one of the type `media_type` that exists already.
+    ///
+    /// As in BuildKit, what exists in the wanted format stays, whatever its level.
+    pub fn converts(self, made: Option<Compression>, media_type: &MediaType) -> bool {
+        match made {
+            Some(made) => made != self.compression,
+            None => {
+                let there = media_type.oci_layer();
+                let there = there.as_ref().unwrap_or(media_type);
+                self.force && *there != self.compression.media_type()
+            }
+        }
+    }
+}
+
+/// A level that there is none of.
+#[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
+#[error("there is no {name} level {level}; levels are {min} to {max}")]
+pub struct LevelError {
+    name: &'static str,
+    level: u8,
+    min: u8,
+    max: u8,
+}
+
 impl Compression {
     /// Gzip at level 6: as fast as other builders' gzip, and smaller.
     pub const GZIP: Self = Self::Gzip { level: 6 };
     /// Zstandard at level 3, its default.
     pub const ZSTD: Self = Self::Zstd { level: 3 };
+
+    /// Whether there is such a level.
+    ///
+    /// # Errors
+    /// [`LevelError`] where there is none.
+    pub fn check(self) -> Result<(), LevelError> {
+        let (name, level, levels) = match self {
+            Self::Gzip { level } => ("gzip", level, GZIP_LEVELS),
+            Self::Zstd { level } => ("zstd", level, ZSTD_LEVELS),
+            Self::None => return Ok(()),
+        };
+        if levels.contains(&level) {
+            return Ok(());
+        }
+        Err(LevelError {
+            name,
+            level,
+            min: *levels.start(),
+            max: *levels.end(),
+        })
+    }
 
     /// The media type of a layer that is compressed so.
     pub fn media_type(self) -> MediaType {
@@ -68,32 +134,35 @@ impl Default for Compression {
 
 /// Compresses what is written to it. [`Compressor::finish`] completes the output; dropped
 /// before, it leaves the output cut.
-#[expect(missing_debug_implementations, reason = "the encoders have none")]
-pub struct Compressor<W: Write>(Kind<W>);
+pub(super) struct Compressor<'scope, 'env, W: Write + Send + 'scope>(Kind<'scope, 'env, W>);
 
-enum Kind<W: Write> {
-    Gzip(Gzip<W>),
-    Zstd(zstd::stream::write::Encoder<'static, W>),
+enum Kind<'scope, 'env, W: Write + Send + 'scope> {
+    Gzip(Gzip<'scope, 'env, W>),
+    /// The turn ends after the encoder, with its threads.
+    Zstd(zstd::stream::write::Encoder<'static, W>, ZstdTurn),
     None(W),
 }
 
-impl<W: Write> Compressor<W> {
-    /// Compresses into `out`, on `threads` threads beside the one that writes.
+impl<'scope, 'env, W: Write + Send + 'scope> Compressor<'scope, 'env, W> {
+    /// Compresses into `out` with the threads of `pool`, and a thread of `scope` that writes.
+    /// Waits while another layer is compressed with zstd, where this one is to be too.
     ///
     /// # Errors
     /// `InvalidInput` for a level that there is none of; those of starting a thread.
-    pub fn new(compression: Compression, threads: NonZeroUsize, out: W) -> io::Result<Self> {
-        let threads = threads.get().min(THREADS_MAX);
+    pub(super) fn new(
+        scope: &'scope Scope<'scope, 'env>,
+        compression: Compression,
+        pool: &Pool,
+        out: W,
+    ) -> io::Result<Self> {
+        compression
+            .check()
+            .map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))?;
         Ok(Self(match compression {
-            Compression::Gzip { level } => Kind::Gzip(Gzip::new(level, threads, out)?),
+            Compression::Gzip { level } => Kind::Gzip(Gzip::new(scope, level, pool, out)),
             Compression::Zstd { level } => {
-                if !(1..=22).contains(&level) {
-                    return Err(invalid_level("zstd", level, "1 to 22"));
-                }
-                let mut encoder = zstd::stream::write::Encoder::new(out, i32::from(level))?;
-                // Never 0: without workers the bytes are others than with any number of them.
-                encoder.multithread(u32::try_from(threads).unwrap_or(1))?;
-                Kind::Zstd(encoder)
+                let turn = pool.zstd_turn();
+                Kind::Zstd(zstd_encoder(level, pool.threads(), out)?, turn)
             }
             Compression::None => Kind::None(out),
         }))
@@ -103,20 +172,20 @@ impl<W: Write> Compressor<W> {
     ///
     /// # Errors
     /// Those of the output.
-    pub fn finish(self) -> io::Result<W> {
+    pub(super) fn finish(self) -> io::Result<W> {
         match self.0 {
             Kind::Gzip(gzip) => gzip.finish(),
-            Kind::Zstd(encoder) => encoder.finish(),
+            Kind::Zstd(encoder, _turn) => encoder.finish(),
             Kind::None(out) => Ok(out),
         }
     }
 }
 
-impl<W: Write> Write for Compressor<W> {
+impl<'scope, W: Write + Send + 'scope> Write for Compressor<'scope, '_, W> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         match &mut self.0 {
             Kind::Gzip(gzip) => gzip.write(bytes),
-            Kind::Zstd(encoder) => encoder.write(bytes),
+            Kind::Zstd(encoder, _) => encoder.write(bytes),
             Kind::None(out) => out.write(bytes),
         }
     }
@@ -127,162 +196,163 @@ impl<W: Write> Write for Compressor<W> {
     }
 }
 
-fn invalid_level(name: &str, level: u8, range: &str) -> io::Error {
-    io::Error::new(
-        io::ErrorKind::InvalidInput,
-        format!("there is no {name} level {level}; levels are {range}"),
-    )
-}
-
-/// A block to compress, and where the member goes.
-struct Job {
-    block: Vec<u8>,
-    result: Sender<Finished>,
-}
-
-/// A member, and the block's memory for the next one.
-struct Finished {
-    member: Vec<u8>,
-    block: Vec<u8>,
-}
-
-struct Gzip<W> {
+fn zstd_encoder<W: Write>(
+    level: u8,
+    threads: usize,
     out: W,
-    block: Vec<u8>,
-    blocks: u64,
-    spare: Vec<Vec<u8>>,
-    /// In the order of the input.
-    pending: VecDeque<Receiver<Finished>>,
-    pending_max: usize,
-    workers: Workers,
+) -> io::Result<zstd::stream::write::Encoder<'static, W>> {
+    let mut encoder = zstd::stream::write::Encoder::new(out, i32::from(level))?;
+    let threads_max = if level < ZSTD_LARGE_LEVEL {
+        ZSTD_THREADS
+    } else {
+        encoder.set_parameter(zstd::zstd_safe::CParameter::JobSize(ZSTD_PART_BYTES))?;
+        1
+    };
+    if level >= ZSTD_WIDE_LEVEL {
+        encoder.window_log(ZSTD_WINDOW_LOG_MAX)?;
+    }
+    // Never 0: without workers the bytes are others than with any number of them.
+    let threads = threads.clamp(1, threads_max);
+    encoder.multithread(u32::try_from(threads).unwrap_or(1))?;
+    Ok(encoder)
 }
 
-/// Threads that end when the sender is gone.
-struct Workers {
-    jobs: Option<SyncSender<Job>>,
-    threads: Vec<JoinHandle<()>>,
+struct Gzip<'scope, 'env, W: Write + Send + 'scope> {
+    scope: &'scope Scope<'scope, 'env>,
+    level: u8,
+    lane: Lane,
+    /// The block that is being filled; absent before the first byte and after a block.
+    slot: Option<Slot>,
+    output: Output<'scope, W>,
 }
 
-impl<W: Write> Gzip<W> {
-    fn new(level: u8, threads: usize, out: W) -> io::Result<Self> {
-        let level = CompressionLvl::new(i32::from(level))
-            .map_err(|_| invalid_level("gzip", level, "0 to 12"))?;
-        let pending_max = threads * BLOCKS_PER_THREAD;
-        let (jobs, queue) = sync_channel(pending_max);
-        let mut workers = Workers {
-            jobs: Some(jobs),
-            threads: Vec::with_capacity(threads),
-        };
-        let queue = Arc::new(Mutex::new(queue));
-        for _ in 0..threads {
-            let queue = Arc::clone(&queue);
-            let thread = std::thread::Builder::new()
-                .name("gzip".to_owned())
-                .spawn(move || work(&queue, level))?;
-            workers.threads.push(thread);
+/// Where the members go.
+enum Output<'scope, W> {
+    /// Nothing was written yet: a layer of one block needs no thread.
+    Idle(W),
+    Writing {
+        /// In the order of the input.
+        members: Sender<Receiver<Slot>>,
+        thread: ScopedJoinHandle<'scope, io::Result<W>>,
+    },
+    /// The thread ended early, and its error was reported.
+    Failed,
+}
+
+impl<'scope, 'env, W: Write + Send + 'scope> Gzip<'scope, 'env, W> {
+    fn new(scope: &'scope Scope<'scope, 'env>, level: u8, pool: &Pool, out: W) -> Self {
+        Self {
+            scope,
+            level,
+            lane: pool.lane(),
+            slot: None,
+            output: Output::Idle(out),
         }
-        Ok(Self {
-            out,
-            block: Vec::with_capacity(GZIP_BLOCK_BYTES),
-            blocks: 0,
-            spare: Vec::new(),
-            pending: VecDeque::with_capacity(pending_max),
-            pending_max,
-            workers,
-        })
     }
 
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let room = GZIP_BLOCK_BYTES - self.block.len();
-        let taken = bytes.len().min(room);
-        self.block.extend_from_slice(&bytes[..taken]);
-        if self.block.len() == GZIP_BLOCK_BYTES {
+        if bytes.is_empty() {
+            return Ok(0);
+        }
+        let slot = match &mut self.slot {
+            Some(slot) => slot,
+            none => none.insert(self.lane.slot()),
+        };
+        let block = slot.block();
+        let taken = bytes.len().min(BLOCK_BYTES - block.len());
+        block.extend_from_slice(&bytes[..taken]);
+        if block.len() == BLOCK_BYTES {
             self.submit()?;
         }
         Ok(taken)
     }
 
+    /// Gives the block that was filled to the pool, and who writes the promise of a member.
     fn submit(&mut self) -> io::Result<()> {
-        while self.pending.len() >= self.pending_max {
-            self.take_oldest()?;
+        let Some(slot) = self.slot.take() else {
+            return Ok(());
+        };
+        let member = self.lane.submit(slot, self.level);
+        self.output = match std::mem::replace(&mut self.output, Output::Failed) {
+            Output::Idle(out) => {
+                let (members, receiver) = channel();
+                let thread = std::thread::Builder::new()
+                    .name("layer".to_owned())
+                    .spawn_scoped(self.scope, move || write_members(out, &receiver))?;
+                Output::Writing { members, thread }
+            }
+            other => other,
+        };
+        match &self.output {
+            Output::Writing { members, .. } if members.send(member).is_ok() => Ok(()),
+            _ => Err(self.failure()),
         }
-        let next = self
-            .spare
-            .pop()
-            .unwrap_or_else(|| Vec::with_capacity(GZIP_BLOCK_BYTES));
-        let block = std::mem::replace(&mut self.block, next);
-        let (result, receiver) = channel();
-        let sender = self.workers.jobs.as_ref();
-        let sent = sender.map(|jobs| jobs.send(Job { block, result }));
-        if !matches!(sent, Some(Ok(()))) {
-            return Err(worker_died());
-        }
-        self.pending.push_back(receiver);
-        self.blocks += 1;
-        Ok(())
     }
 
-    fn take_oldest(&mut self) -> io::Result<()> {
-        if let Some(receiver) = self.pending.pop_front() {
-            let Finished { member, mut block } = receiver.recv().map_err(|_| worker_died())?;
-            block.clear();
-            self.spare.push(block);
-            self.out.write_all(&member)?;
+    /// Why the thread that writes has ended.
+    fn failure(&mut self) -> io::Error {
+        match std::mem::replace(&mut self.output, Output::Failed) {
+            Output::Writing { members, thread } => {
+                drop(members);
+                match thread.join() {
+                    Ok(Err(error)) => error,
+                    Ok(Ok(_)) | Err(_) => thread_died(),
+                }
+            }
+            Output::Idle(_) | Output::Failed => thread_died(),
         }
-        Ok(())
     }
 
     fn finish(mut self) -> io::Result<W> {
-        // No input at all is one empty member: no bytes would be no gzip file.
-        if !self.block.is_empty() || self.blocks == 0 {
-            self.submit()?;
+        match std::mem::replace(&mut self.output, Output::Failed) {
+            // No input at all is one empty member: no bytes would be no gzip file.
+            Output::Idle(mut out) => {
+                let slot = self.slot.take().unwrap_or_else(|| self.lane.slot());
+                let member = self.lane.submit(slot, self.level);
+                let slot = member.recv().map_err(|_| thread_died())?;
+                out.write_all(slot.member())?;
+                Ok(out)
+            }
+            writing => {
+                self.output = writing;
+                self.submit()?;
+                match std::mem::replace(&mut self.output, Output::Failed) {
+                    Output::Writing { members, thread } => {
+                        drop(members);
+                        thread.join().unwrap_or_else(|_| Err(thread_died()))
+                    }
+                    Output::Idle(_) | Output::Failed => Err(thread_died()),
+                }
+            }
         }
-        while !self.pending.is_empty() {
-            self.take_oldest()?;
-        }
-        Ok(self.out)
     }
 }
 
-impl Drop for Workers {
-    fn drop(&mut self) {
-        self.jobs = None;
-        for thread in self.threads.drain(..) {
-            // A panic in there has already shown itself as a missing result.
-            let _ = thread.join();
-        }
+/// Writes members in order until there are no more.
+fn write_members<W: Write>(mut out: W, members: &Receiver<Receiver<Slot>>) -> io::Result<W> {
+    for member in members {
+        let slot = member.recv().map_err(|_| thread_died())?;
+        out.write_all(slot.member())?;
     }
+    Ok(out)
 }
 
-fn worker_died() -> io::Error {
+fn thread_died() -> io::Error {
     io::Error::other("a compression thread has died")
-}
-
-fn work(queue: &Mutex<Receiver<Job>>, level: CompressionLvl) {
-    let mut deflater = Deflater::new(level);
-    loop {
-        // The guard lives for this statement only, so that others can take while this works.
-        let job = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
-        let Ok(Job { block, result }) = job else {
-            return;
-        };
-        let mut member = vec![0; deflater.gzip_compress_bound(block.len())];
-        let length = deflater
-            .gzip_compress(&block, &mut member)
-            .expect("the bound is large enough for any input");
-        member.truncate(length);
-        // Nobody waits where the writer gave up; that is no fault.
-        let _ = result.send(Finished { member, block });
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use std::io::Read;
+    use std::num::NonZeroUsize;
     use std::process::{Command, Stdio};
 
     use super::*;
     use crate::image::Digest;
+
+    fn pool(threads: usize) -> Pool {
+        Pool::new(NonZeroUsize::new(threads).unwrap()).unwrap()
+    }
 
     /// Three and a half blocks: noise, text, zeros.
     fn sample() -> Vec<u8> {
@@ -293,25 +363,30 @@ mod tests {
                 .wrapping_add(1);
             (state >> 56) as u8
         })
-        .take(GZIP_BLOCK_BYTES + 17)
+        .take(BLOCK_BYTES + 17)
         .collect();
         bytes.extend(
             b"some text that repeats\n"
                 .iter()
                 .cycle()
-                .take(2 * GZIP_BLOCK_BYTES),
+                .take(2 * BLOCK_BYTES),
         );
-        bytes.resize(bytes.len() + GZIP_BLOCK_BYTES / 2, 0);
+        bytes.resize(bytes.len() + BLOCK_BYTES / 2, 0);
         bytes
     }
 
     fn compress(compression: Compression, threads: usize, pieces: usize, bytes: &[u8]) -> Vec<u8> {
-        let threads = NonZeroUsize::new(threads).unwrap();
-        let mut compressor = Compressor::new(compression, threads, Vec::new()).unwrap();
-        for piece in bytes.chunks(pieces) {
-            compressor.write_all(piece).unwrap();
-        }
-        compressor.finish().unwrap()
+        compress_in(&pool(threads), compression, pieces, bytes)
+    }
+
+    fn compress_in(pool: &Pool, compression: Compression, pieces: usize, bytes: &[u8]) -> Vec<u8> {
+        std::thread::scope(|scope| {
+            let mut compressor = Compressor::new(scope, compression, pool, Vec::new()).unwrap();
+            for piece in bytes.chunks(pieces) {
+                compressor.write_all(piece).unwrap();
+            }
+            compressor.finish().unwrap()
+        })
     }
 
     #[test]
@@ -334,12 +409,58 @@ mod tests {
         }
     }
 
+    /// Layers of several kinds at once, each written in pieces of its own, share the pool, and
+    /// are what they are alone.
+    #[test]
+    fn bytes_do_not_depend_on_other_layers() {
+        let sample: &'static [u8] = sample().leak();
+        let layers: Vec<(Compression, &'static [u8])> = vec![
+            (Compression::GZIP, sample),
+            (Compression::ZSTD, sample),
+            (Compression::Gzip { level: 1 }, sample),
+            (Compression::GZIP, &sample[..BLOCK_BYTES]),
+            (Compression::ZSTD, &sample[..BLOCK_BYTES + 1]),
+            (Compression::None, sample),
+            (Compression::GZIP, &sample[..10]),
+            (Compression::GZIP, b""),
+            (Compression::Gzip { level: 0 }, sample),
+            (Compression::GZIP, &sample[BLOCK_BYTES / 2..]),
+        ];
+        let alone: Vec<Digest> = layers
+            .iter()
+            .map(|(compression, bytes)| Digest::of(&compress(*compression, 1, 1 << 20, bytes)))
+            .collect();
+        for threads in [1, 2, 3, 8] {
+            let pool = pool(threads);
+            let together: Vec<Digest> = std::thread::scope(|scope| {
+                let spawn = |(at, (compression, bytes)): (usize, &(Compression, &'static [u8]))| {
+                    let (pool, compression, bytes) = (&pool, *compression, *bytes);
+                    let pieces = 1000 + at * 77_777;
+                    scope.spawn(move || Digest::of(&compress_in(pool, compression, pieces, bytes)))
+                };
+                // Twice each, so that there are more layers than slots for one thread.
+                let twice = layers.iter().chain(&layers).enumerate();
+                let running: Vec<_> = twice.map(spawn).collect();
+                running
+                    .into_iter()
+                    .map(|layer| layer.join().unwrap())
+                    .collect()
+            });
+            let (first, second) = together.split_at(layers.len());
+            assert_eq!(
+                (first, second),
+                (&alone[..], &alone[..]),
+                "{threads} threads"
+            );
+        }
+    }
+
     #[test]
     fn every_reader_reads_it() {
         let sample = sample();
-        for bytes in [&sample[..], b"", b"x", &sample[..GZIP_BLOCK_BYTES]] {
+        for bytes in [&sample[..], b"", b"x", &sample[..BLOCK_BYTES]] {
             for level in [0, 1, 6, 9, 12] {
-                if level > 6 && bytes.len() > GZIP_BLOCK_BYTES {
+                if level > 6 && bytes.len() > BLOCK_BYTES {
                     continue;
                 }
                 let compressed = compress(Compression::Gzip { level }, 2, 65_536, bytes);
@@ -403,10 +524,10 @@ mod tests {
                 "there is no zstd level 23; levels are 1 to 22",
             ),
         ] {
-            let error = Compressor::new(compression, NonZeroUsize::MIN, Vec::new())
-                .err()
-                .unwrap();
-            assert_eq!(error.to_string(), message);
+            let refused = std::thread::scope(|scope| {
+                Compressor::new(scope, compression, &pool(1), Vec::new()).map(drop)
+            });
+            assert_eq!(refused.unwrap_err().to_string(), message);
         }
     }
 
@@ -430,12 +551,33 @@ mod tests {
     #[test]
     fn a_full_disk_is_an_error_and_ends_the_threads() {
         let sample = sample();
+        let pool = pool(2);
         for compression in [Compression::GZIP, Compression::ZSTD, Compression::None] {
-            let threads = NonZeroUsize::new(2).unwrap();
-            let mut compressor = Compressor::new(compression, threads, Full(10_000)).unwrap();
-            let written = compressor.write_all(&sample);
-            let finished = written.and_then(|()| compressor.finish().map(|_| ()));
-            assert_eq!(finished.unwrap_err().kind(), io::ErrorKind::StorageFull);
+            let failed = std::thread::scope(|scope| {
+                let mut compressor = Compressor::new(scope, compression, &pool, Full(10_000))?;
+                compressor.write_all(&sample)?;
+                compressor.finish().map(drop)
+            });
+            assert_eq!(failed.unwrap_err().kind(), io::ErrorKind::StorageFull);
+        }
+        // Nothing that failed keeps memory or turns.
+        assert_eq!(
+            compress_in(&pool, Compression::ZSTD, 1 << 20, &sample),
+            compress(Compression::ZSTD, 1, 1 << 20, &sample)
+        );
+    }
+
+    #[test]
+    fn high_levels_of_zstd_have_windows_that_readers_take() {
+        // More than the largest window, so that the frame does not say less.
+        let zeros = vec![0; 9 << 20];
+        for level in [19, 22] {
+            let compressed = compress(Compression::Zstd { level }, 1, 1 << 20, &zeros);
+            let mut decoder = zstd::stream::read::Decoder::new(&compressed[..]).unwrap();
+            decoder.window_log_max(ZSTD_WINDOW_LOG_MAX).unwrap();
+            let mut back = Vec::new();
+            decoder.read_to_end(&mut back).unwrap();
+            assert!(back == zeros, "{level}");
         }
     }
 }

@@ -8,7 +8,7 @@ use std::process::Command;
 use std::sync::Arc;
 
 use super::testing::{all_well, apply_bytes, describe, is_real_root, tar_of, walk};
-use super::{Compression, Limits, SealOptions, apply, seal, seal_with};
+use super::{Compression, Limits, Pool, SealOptions, SealedLayer, Watch, apply, seal};
 use crate::image::{DiffId, Digest, MediaType};
 use crate::rootfs::{Change, ChangeKind, Data, Entry, FileContent, FileSource, Metadata, Time};
 use crate::store::Store;
@@ -197,6 +197,60 @@ fn what_is_written_and_applied_is_the_same() {
     );
 }
 
+fn seal_in(pool: &Pool, options: &SealOptions, store: &Store) -> SealedLayer {
+    let watch = Watch {
+        is_stopped: &|| false,
+        follow: Box::new(drop),
+    };
+    seal(all_well(everything()), options, pool, watch, store).unwrap()
+}
+
+#[test]
+fn sealing_that_is_stopped_leaves_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path()).unwrap();
+    let pool = Pool::new(NonZeroUsize::MIN).unwrap();
+    // In the middle of a file that has no end in sight.
+    let endless = || {
+        let open = || std::fs::File::open("/dev/zero");
+        Data::File(FileContent {
+            size_bytes: u64::MAX >> 1,
+            source: FileSource::Open(Box::new(open)),
+        })
+    };
+    for compression in [Compression::GZIP, Compression::ZSTD, Compression::None] {
+        let options = SealOptions {
+            epoch: None,
+            compression,
+        };
+        let asked = std::sync::atomic::AtomicU32::new(0);
+        let is_stopped = || asked.fetch_add(1, std::sync::atomic::Ordering::Relaxed) > 40;
+        let mut growing = None;
+        let watch = Watch {
+            is_stopped: &is_stopped,
+            follow: Box::new(|blob| growing = Some(blob)),
+        };
+        let changes = vec![entry("endless", metadata(0o644, 0, 0, &[]), endless())];
+        let error = seal(all_well(changes), &options, &pool, watch, &store).unwrap_err();
+        assert_eq!(
+            format!("{:#}", anyhow::Error::new(error)),
+            "writing the layer: stopped"
+        );
+        let growing = growing.unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .build()
+            .unwrap();
+        assert!(runtime.block_on(growing.completed()).is_err());
+        assert_eq!(std::fs::read_dir(store.tmp()).unwrap().count(), 0);
+        assert_eq!(
+            std::fs::read_dir(dir.path().join("blobs/sha256"))
+                .unwrap()
+                .count(),
+            0
+        );
+    }
+}
+
 #[test]
 fn sealing_is_reproducible_and_what_is_sealed_applies() {
     let dir = tempfile::tempdir().unwrap();
@@ -211,11 +265,10 @@ fn sealing_is_reproducible_and_what_is_sealed_applies() {
             epoch: Some(1_400_000_000),
             compression,
         };
-        let sealed = seal(all_well(everything()), &options, &store).unwrap();
+        let sealed = seal_in(&Pool::shared().unwrap(), &options, &store);
         for threads in [1, 2, 5] {
-            let threads = NonZeroUsize::new(threads).unwrap();
-            let again = seal_with(all_well(everything()), &options, threads, &store).unwrap();
-            assert_eq!(again, sealed);
+            let pool = Pool::new(NonZeroUsize::new(threads).unwrap()).unwrap();
+            assert_eq!(seal_in(&pool, &options, &store), sealed);
         }
         assert_eq!(sealed.descriptor.media_type, media_type);
         let blob = std::fs::read(store.blob_path(&sealed.descriptor.digest)).unwrap();

@@ -22,12 +22,15 @@ mod ahead;
 mod apply;
 pub mod archive;
 mod compress;
+mod convert;
 mod decompress;
 mod error;
+mod gzip;
 mod header;
 mod list;
 mod metadata;
 mod pax;
+mod pool;
 mod read;
 mod sparse;
 mod tree;
@@ -41,14 +44,16 @@ mod laws;
 #[cfg(test)]
 mod testing;
 
-use std::io;
-use std::num::NonZeroUsize;
+use std::io::{self, Write};
 
 pub use apply::{AppliedLayer, SkippedDevice, SkippedXattr, apply, apply_and_list};
-pub use compress::{Compression, Compressor};
+use compress::Compressor;
+pub use compress::{Compression, LayerCompression, LevelError};
+pub use convert::{convert, converted};
 pub use decompress::{Decompressed, decompress};
 pub use error::LayerError;
 pub use list::{is_too_long, list};
+pub use pool::{BUDGET_BYTES, Pool};
 pub use read::{EntryKind, TarEntry, TarReader};
 pub use sparse::Segment;
 pub use write::write;
@@ -56,7 +61,7 @@ pub use write::write;
 use crate::image::{Descriptor, DiffId};
 use crate::io::HashingWriter;
 use crate::rootfs::Change;
-use crate::store::Store;
+use crate::store::{GrowingBlob, Store};
 
 /// How a layer is sealed. Everything here changes the bytes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -124,57 +129,81 @@ impl Default for Limits {
     }
 }
 
-/// Writes `changes` as one compressed layer into the store, on as many threads as there are processors.
+/// Who watches a layer while it is sealed.
+pub struct Watch<'w> {
+    /// Asked now and then; true ends the sealing with an error.
+    pub is_stopped: &'w (dyn Fn() -> bool + Sync),
+    /// Gets the blob before its first byte is written.
+    pub follow: Box<dyn FnOnce(GrowingBlob) + 'w>,
+}
+
+impl std::fmt::Debug for Watch<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Watch").finish_non_exhaustive()
+    }
+}
+
+/// Writes `changes` as one compressed layer into the store, on the threads of `pool`.
 ///
 /// One pass: tar, diff ID, compression, digest, blob. `changes` must be in path order,
 /// parents before children. The blob appears whole or not at all, and its bytes do not
-/// depend on the machine or the number of threads. Blocking.
+/// depend on the machine, the number of threads or what else is sealed. Blocking.
 ///
 /// # Errors
 /// [`LayerError::Changes`] where the list itself failed; [`LayerError::SizeChanged`],
 /// [`LayerError::ReadFile`] where a file vanished, grew or shrank;
 /// [`LayerError::Name`] and [`LayerError::Order`] for changes that no layer can express;
-/// [`LayerError::Write`], [`LayerError::Store`].
+/// [`LayerError::Write`], also where `watch` stopped it; [`LayerError::Store`].
 ///
 /// <https://github.com/opencontainers/image-spec/blob/main/layer.md>
 pub fn seal<E>(
     changes: impl IntoIterator<Item = Result<Change, E>>,
     options: &SealOptions,
+    pool: &Pool,
+    watch: Watch<'_>,
     store: &Store,
 ) -> Result<SealedLayer, LayerError>
 where
     E: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
-    let threads = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
-    seal_with(changes, options, threads, store)
+    let mut blob = store.write_blob()?;
+    (watch.follow)(blob.follow()?);
+    std::thread::scope(|scope| {
+        let compressor =
+            Compressor::new(scope, options.compression, pool, blob).map_err(LayerError::Write)?;
+        let mut tar = HashingWriter::new(Stoppable {
+            inner: compressor,
+            is_stopped: watch.is_stopped,
+        });
+        write(changes, options.epoch, &mut tar)?;
+        let (stoppable, diff_id, uncompressed_bytes) = tar.finish();
+        let blob = stoppable.inner.finish().map_err(LayerError::Write)?;
+        let (digest, size) = blob.commit(None)?;
+        Ok(SealedLayer {
+            diff_id: DiffId::from_uncompressed(diff_id),
+            descriptor: Descriptor::new(options.compression.media_type(), digest, size),
+            uncompressed_bytes,
+        })
+    })
 }
 
-/// [`seal`] with compression on `threads` threads beside this one. Same bytes for any number.
-///
-/// # Errors
-/// As [`seal`].
-pub fn seal_with<E>(
-    changes: impl IntoIterator<Item = Result<Change, E>>,
-    options: &SealOptions,
-    threads: NonZeroUsize,
-    store: &Store,
-) -> Result<SealedLayer, LayerError>
-where
-    E: Into<Box<dyn std::error::Error + Send + Sync>>,
-{
-    let blob = store.write_blob()?;
-    let compressor =
-        Compressor::new(options.compression, threads, blob).map_err(LayerError::Write)?;
-    let mut tar = HashingWriter::new(compressor);
-    write(changes, options.epoch, &mut tar)?;
-    let (compressor, diff_id, uncompressed_bytes) = tar.finish();
-    let blob = compressor.finish().map_err(LayerError::Write)?;
-    let (digest, size) = blob.commit(None)?;
-    Ok(SealedLayer {
-        diff_id: DiffId::from_uncompressed(diff_id),
-        descriptor: Descriptor::new(options.compression.media_type(), digest, size),
-        uncompressed_bytes,
-    })
+/// Ends writing when it is told to.
+struct Stoppable<'w, W> {
+    inner: W,
+    is_stopped: &'w (dyn Fn() -> bool + Sync),
+}
+
+impl<W: Write> Write for Stoppable<'_, W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if (self.is_stopped)() {
+            return Err(io::Error::other("stopped"));
+        }
+        self.inner.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.inner.flush()
+    }
 }
 
 /// Whether `error` carries a [`LayerError`] that went through [`io::Error`].

@@ -5,10 +5,14 @@ use std::sync::Arc;
 
 use anyhow::Context as _;
 
-use super::{BuildRequest, ImageFormat, ImageOutput, Output, fetch_missing};
+use super::{
+    BuildRequest, ImageFormat, ImageOutput, LayerCompression, Output, fetch_missing,
+    first_compression,
+};
 use crate::build::{Files, Origin};
 use crate::export::{self, ArchiveKind, LocalReport};
 use crate::image::{self, Annotations, Image, Reference};
+use crate::layer::{self, Pool};
 use crate::progress::{BuildEvent, Progress};
 use crate::registry::Client;
 use crate::sandbox::Cancel;
@@ -21,6 +25,8 @@ pub(super) struct Exporter<'b> {
     pub(super) store: &'b Arc<Store>,
     pub(super) image: &'b Image,
     pub(super) origins: &'b [Option<Origin>],
+    /// For each layer, whether this build made it.
+    pub(super) are_new: &'b [bool],
     pub(super) files: &'b Files,
     pub(super) epoch: Option<i64>,
     pub(super) progress: &'b dyn Progress,
@@ -46,7 +52,7 @@ pub(super) fn check(request: &BuildRequest) -> anyhow::Result<()> {
 }
 
 /// `image` with further annotations, which change its manifest.
-pub(super) fn annotated(image: &Image, more: &Annotations) -> Image {
+fn annotated(image: &Image, more: &Annotations) -> Image {
     if *more == Annotations::default() {
         return image.clone();
     }
@@ -59,23 +65,72 @@ pub(super) fn annotated(image: &Image, more: &Annotations) -> Image {
     image::assemble(image.config.clone(), image.layers.clone(), all)
 }
 
-/// The image whose digests the build reports: as it is pushed, or as the last file has it.
-pub(super) fn reported(request: &BuildRequest, image: &Image) -> Image {
-    let last = request
-        .outputs
-        .iter()
-        .rev()
-        .find_map(|output| match output {
-            Output::Image(output) => Some(&output.annotations),
+impl Exporter<'_> {
+    /// The image whose digests the build reports: as it is pushed, or as the last file has it.
+    pub(super) async fn reported(&self) -> anyhow::Result<Image> {
+        let request = self.request;
+        let mut outputs = request.outputs.iter().rev();
+        let last = outputs.find_map(|output| match output {
+            Output::Image(output) => Some((&output.annotations, output.compression)),
             Output::Tar { .. } | Output::Local { .. } => None,
         });
-    match last {
-        Some(annotations) if !request.push => annotated(image, annotations),
-        _ => annotated(image, &request.push_annotations),
+        let pushed = (&request.push_annotations, request.push_compression);
+        let (annotations, compression) = last.filter(|_| !request.push).unwrap_or(pushed);
+        let is_written = request.push || last.is_some();
+        if !is_written {
+            return Ok(annotated(self.image, annotations));
+        }
+        let image = self.compressed(compression).await?;
+        Ok(annotated(&image, annotations))
     }
-}
 
-impl Exporter<'_> {
+    /// The image with its layers compressed as `wanted`, which converts those that are not.
+    async fn compressed(&self, wanted: LayerCompression) -> anyhow::Result<Image> {
+        let made = first_compression(self.request);
+        let mut layers = self.image.layers.clone();
+        let mut is_other = false;
+        for ((layer, origin), is_new) in layers.iter_mut().zip(self.origins).zip(self.are_new) {
+            let made = is_new.then_some(made);
+            if !wanted.converts(made, &layer.descriptor.media_type) {
+                continue;
+            }
+            is_other = true;
+            let (store, diff_id) = (Arc::clone(self.store), layer.diff_id.clone());
+            let compression = wanted.compression;
+            if let Some(known) = layer::converted(&diff_id, compression, &store) {
+                layer.descriptor = known;
+                continue;
+            }
+            fetch_missing(self.client, self.store, [(&*layer, origin)]).await?;
+            let (blob, cancel) = (layer.descriptor.clone(), self.cancel.clone());
+            let what = format!("compressing layer {} anew", blob.digest);
+            let converting = tokio::task::spawn_blocking(move || {
+                let pool = Pool::shared().context("starting the threads that compress")?;
+                let is_stopped = || cancel.is_cancelled();
+                let converted =
+                    layer::convert(&blob, &diff_id, compression, &pool, &is_stopped, &store);
+                anyhow::Ok(converted?)
+            });
+            let converted = converting
+                .await
+                .context("a task ended abnormally")
+                .flatten();
+            layer.descriptor = converted.context(what)?;
+        }
+        if !is_other {
+            return Ok(self.image.clone());
+        }
+        let annotations = Annotations {
+            manifest: self.image.manifest.annotations.clone(),
+            descriptor: self.image.descriptor_annotations.clone(),
+        };
+        Ok(image::assemble(
+            self.image.config.clone(),
+            layers,
+            annotations,
+        ))
+    }
+
     /// Writes all outputs, one after the other.
     pub(super) async fn write_all(&self) -> anyhow::Result<()> {
         for output in &self.request.outputs {
@@ -110,8 +165,10 @@ impl Exporter<'_> {
     }
 
     async fn write_image(&self, output: &ImageOutput) -> anyhow::Result<Image> {
-        let image = annotated(self.image, &output.annotations);
-        fetch_missing(self.client, self.store, &image, self.origins).await?;
+        let image = self.compressed(output.compression).await?;
+        let image = annotated(&image, &output.annotations);
+        let layers = image.layers.iter().zip(self.origins);
+        fetch_missing(self.client, self.store, layers).await?;
         let mut names = self.request.tags.clone();
         let further = output.names.iter().filter(|name| !names.contains(name));
         let further: Vec<Reference> = further.cloned().collect();

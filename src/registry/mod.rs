@@ -5,9 +5,9 @@
 //! registry that they are for and to its token server, and nowhere else, whatever
 //! redirects, upload locations and challenges say. A descriptor's `urls` are not read.
 //!
-//! Deliberately absent: pushing of what has no known digest (a layer is complete in the
-//! store before it is uploaded, so an upload can be repeated), schema 1 manifests,
-//! client certificates, the catalogue and deletion of images.
+//! Deliberately absent: pushing of what is in no file (a layer may go up while it is still
+//! being written, but what was sent can be read again, so an upload can be repeated), schema 1
+//! manifests, client certificates, the catalogue and deletion of images.
 //!
 //! ```text
 //! mod.rs          Options, Client
@@ -26,6 +26,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::path::PathBuf;
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::image::{Digest, Repository};
@@ -104,6 +105,9 @@ struct Inner {
     transport: transport::Transport,
     /// Blobs that were pushed or are being pushed, so that each is pushed once.
     pushes: Mutex<HashMap<(Repository, Digest), PushSlot>>,
+    /// By number, the sessions of uploads that have not ended.
+    sessions: Mutex<HashMap<u64, (Repository, url::Url)>>,
+    last_upload: AtomicU64,
     /// Mirrors that could not be reached; they are not waited for a second time.
     dead_mirrors: Mutex<HashSet<String>>,
 }
@@ -129,6 +133,8 @@ impl Client {
             options,
             transport,
             pushes: Mutex::default(),
+            sessions: Mutex::default(),
+            last_upload: AtomicU64::new(0),
             dead_mirrors: Mutex::default(),
         })))
     }

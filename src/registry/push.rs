@@ -2,15 +2,17 @@
 
 use reqwest::header::{ACCEPT, CONTENT_TYPE, HeaderValue};
 use reqwest::{Method, StatusCode};
+use tokio::sync::OnceCell;
 use url::Url;
 
 use super::address::Endpoint;
 use super::auth::Scopes;
 use super::pull::content_digest;
 use super::transport::Payload;
-use super::upload::{BlobContent, Upload};
+use super::upload::{Blob, BlobContent, Upload, Uploaded};
 use super::{Client, RegistryError};
 use crate::image::{Descriptor, Digest, ManifestError, RawManifest, Reference, Repository};
+use crate::store::GrowingBlob;
 
 /// How a blob came to be where it was wanted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -113,12 +115,48 @@ impl Client {
             client: self,
             endpoint: &endpoint,
             scopes: &scopes,
-            descriptor,
-            content: &content.into(),
+            to,
+            blob: Blob::Known(descriptor, content.into()),
+            number: self.new_upload(),
             progress,
         };
         upload.run(session).await?;
         Ok(PushedBlob::Uploaded)
+    }
+
+    /// Brings a blob into the repository `to` while it is still being written.
+    ///
+    /// The upload follows the writer. Where the registry turns out to have the blob when its
+    /// digest is known, the upload is cancelled. Nothing comes of it where the registry takes
+    /// no bytes without a length: then [`Self::push_blob`] does it when the blob is complete.
+    /// `progress` gets the number of bytes on their way so far, as there.
+    ///
+    /// # Errors
+    /// As [`Self::push_blob`]; [`RegistryError::Content`] where the blob was given up.
+    pub async fn push_growing(
+        &self,
+        to: &Repository,
+        growing: &GrowingBlob,
+        progress: impl Fn(u64) + Send + Sync,
+    ) -> Result<Option<PushedBlob>, RegistryError> {
+        let endpoint = self.registry(to);
+        let upload = Upload {
+            client: self,
+            endpoint: &endpoint,
+            scopes: &Scopes::push(&endpoint.name),
+            to,
+            blob: Blob::Growing {
+                growing,
+                was_there: OnceCell::new(),
+            },
+            number: self.new_upload(),
+            progress: &progress,
+        };
+        Ok(match upload.run(None).await? {
+            Uploaded::Sent => Some(PushedBlob::Uploaded),
+            Uploaded::AlreadyThere => Some(PushedBlob::AlreadyThere),
+            Uploaded::Refused => None,
+        })
     }
 
     async fn mount(

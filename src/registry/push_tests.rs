@@ -1,10 +1,12 @@
 //! Pushing to an in-process registry, honest and faulty.
 
+use std::io::Write as _;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use super::testing::{TestRegistry, answer, client, client_with, image, line};
 use super::{BlobContent, Client, Options, PushedBlob, RegistryError};
 use crate::image::{Descriptor, Digest, MediaType, RawManifest, Repository};
+use crate::store::{BlobWriter, Store};
 
 /// Bytes that differ everywhere, so that a piece at a wrong place shows.
 fn bytes(length: usize) -> Vec<u8> {
@@ -460,4 +462,227 @@ async fn permission_is_asked_without_leaving_anything() {
         error.to_string().ends_with("403 DENIED: read only"),
         "{error}"
     );
+}
+
+/// A blob that is being written, and the repository `a` of a registry that tells of each PATCH.
+struct Growing {
+    registry: TestRegistry,
+    patches: tokio::sync::mpsc::UnboundedReceiver<()>,
+    store: Store,
+    _dir: tempfile::TempDir,
+}
+
+impl Growing {
+    async fn new(
+        hook: impl Fn(&axum::http::request::Parts) -> Option<axum::response::Response>
+        + Send
+        + Sync
+        + 'static,
+    ) -> Self {
+        let (sender, patches) = tokio::sync::mpsc::unbounded_channel();
+        let registry = TestRegistry::with_hook(move |parts| {
+            if parts.method == "PATCH" {
+                sender.send(()).unwrap();
+            }
+            hook(parts)
+        })
+        .await;
+        let dir = tempfile::tempdir().unwrap();
+        Self {
+            registry,
+            patches,
+            store: Store::open(dir.path()).unwrap(),
+            _dir: dir,
+        }
+    }
+
+    /// Starts the upload of what is written through the writer.
+    fn push(
+        &self,
+        client: &Client,
+    ) -> (
+        BlobWriter<'_>,
+        tokio::task::JoinHandle<Result<Option<PushedBlob>, RegistryError>>,
+    ) {
+        let mut writer = self.store.write_blob().unwrap();
+        let growing = writer.follow().unwrap();
+        let (client, to) = (client.clone(), self.registry.repository("a"));
+        let push = async move { client.push_growing(&to, &growing, |_| {}).await };
+        (writer, tokio::spawn(push))
+    }
+
+    /// The `Content-Range` of every PATCH.
+    fn ranges(&self) -> Vec<Option<String>> {
+        let seen = self.registry.seen().into_iter();
+        seen.filter(|seen| seen.line.starts_with("PATCH"))
+            .map(|seen| seen.headers.get("content-range").cloned())
+            .collect()
+    }
+}
+
+/// Writes all in one piece, so that all of it is there at once.
+fn write(writer: &mut BlobWriter<'_>, content: &[u8]) {
+    assert_eq!(writer.write(content).unwrap(), content.len());
+}
+
+#[tokio::test]
+async fn a_blob_goes_up_while_it_is_written() {
+    let mut test = Growing::new(|_| None).await;
+    let content = bytes(3_000_000);
+    let mut patches =
+        std::mem::replace(&mut test.patches, tokio::sync::mpsc::unbounded_channel().1);
+    let client = client(&[&test.registry]);
+    let (mut writer, pushing) = test.push(&client);
+    write(&mut writer, &content[..1_000_000]);
+    // It has begun before all is written.
+    patches.recv().await.unwrap();
+    write(&mut writer, &content[1_000_000..]);
+    let (digest, _) = writer.commit(None).unwrap();
+    assert_eq!(pushing.await.unwrap().unwrap(), Some(PushedBlob::Uploaded));
+    assert!(test.registry.blob("a", &digest).unwrap() == content);
+    assert_eq!(methods(&test.registry), ["POST", "PATCH", "HEAD", "PUT"]);
+    let seen = test.registry.seen();
+    let patch = seen
+        .iter()
+        .find(|seen| seen.line.starts_with("PATCH"))
+        .unwrap();
+    assert_eq!(patch.headers.get("content-length"), None);
+
+    // The same bytes once more are known to be there.
+    let (mut writer, pushing) = test.push(&client);
+    write(&mut writer, &content);
+    writer.commit(None).unwrap();
+    assert_eq!(
+        pushing.await.unwrap().unwrap(),
+        Some(PushedBlob::AlreadyThere)
+    );
+    let puts = methods(&test.registry)
+        .iter()
+        .filter(|m| *m == "PUT")
+        .count();
+    assert_eq!(puts, 1);
+}
+
+/// Each byte that arrived is sent once, whether the blob is complete by then or not.
+#[tokio::test]
+async fn a_broken_upload_of_a_growing_blob_goes_on_where_it_broke() {
+    let mut test = Growing::new(|_| None).await;
+    test.registry.cut_patches(&[1_000_000]);
+    let content = bytes(13_000_000);
+    let mut patches =
+        std::mem::replace(&mut test.patches, tokio::sync::mpsc::unbounded_channel().1);
+    let client = client(&[&test.registry]);
+    let (mut writer, pushing) = test.push(&client);
+    write(&mut writer, &content[..2_000_000]);
+    patches.recv().await.unwrap();
+    // Enough for a piece, and more only when that is on its way.
+    write(&mut writer, &content[2_000_000..12_000_000]);
+    patches.recv().await.unwrap();
+    write(&mut writer, &content[12_000_000..]);
+    let (digest, _) = writer.commit(None).unwrap();
+    assert_eq!(pushing.await.unwrap().unwrap(), Some(PushedBlob::Uploaded));
+    assert!(test.registry.blob("a", &digest).unwrap() == content);
+    let range = |text: &str| Some(text.to_owned());
+    assert_eq!(
+        test.ranges(),
+        [None, range("1000000-11999999"), range("12000000-12999999")]
+    );
+}
+
+#[tokio::test]
+async fn a_session_that_lost_its_place_is_replaced_while_the_blob_grows() {
+    let confused = AtomicBool::new(false);
+    let test = Growing::new(move |parts| {
+        let resumed = parts.method == "PATCH" && parts.headers.contains_key("content-range");
+        (resumed && !confused.swap(true, Ordering::SeqCst))
+            .then(|| answer(416, &[("range", "0-999999")], ""))
+    })
+    .await;
+    test.registry.cut_patches(&[1_000_000]);
+    let content = bytes(3_000_000);
+    let client = client(&[&test.registry]);
+    let (mut writer, pushing) = test.push(&client);
+    write(&mut writer, &content);
+    let (digest, _) = writer.commit(None).unwrap();
+    assert_eq!(pushing.await.unwrap().unwrap(), Some(PushedBlob::Uploaded));
+    assert!(test.registry.blob("a", &digest).unwrap() == content);
+    let methods = methods(&test.registry);
+    let count = |method: &str| methods.iter().filter(|m| *m == method).count();
+    assert_eq!((count("POST"), count("DELETE")), (2, 1), "{methods:?}");
+}
+
+#[tokio::test]
+async fn a_registry_that_wants_the_length_first_gets_the_file() {
+    for status in [405, 411] {
+        let test = Growing::new(move |parts| {
+            let is_open = !parts.headers.contains_key("content-length");
+            (parts.method == "PATCH" && is_open).then(|| answer(status, &[], ""))
+        })
+        .await;
+        let content = bytes(1_000_000);
+        let client = client(&[&test.registry]);
+        let (mut writer, pushing) = test.push(&client);
+        write(&mut writer, &content);
+        assert_eq!(pushing.await.unwrap().unwrap(), None, "{status}");
+        assert_eq!(methods(&test.registry), ["POST", "PATCH", "DELETE"]);
+        let (digest, size) = writer.commit(None).unwrap();
+        let file = BlobContent::File(test.store.blob_path(&digest));
+        let descriptor = Descriptor::new(MediaType::LAYER_GZIP, digest.clone(), size);
+        let to = test.registry.repository("a");
+        let pushed = client.push_blob(&to, &descriptor, None, file, |_| {});
+        assert_eq!(pushed.await.unwrap(), PushedBlob::Uploaded);
+        assert!(test.registry.blob("a", &digest).unwrap() == content);
+    }
+}
+
+#[tokio::test]
+async fn a_growing_blob_that_the_registry_has_is_not_committed() {
+    let test = Growing::new(|_| None).await;
+    let content = bytes(1_000_000);
+    test.registry.put_blob("a", &content);
+    let client = client(&[&test.registry]);
+    let (mut writer, pushing) = test.push(&client);
+    write(&mut writer, &content);
+    writer.commit(None).unwrap();
+    assert_eq!(
+        pushing.await.unwrap().unwrap(),
+        Some(PushedBlob::AlreadyThere)
+    );
+    let methods = methods(&test.registry);
+    assert!(methods.contains(&"DELETE".to_owned()), "{methods:?}");
+    assert!(!methods.contains(&"PUT".to_owned()), "{methods:?}");
+}
+
+/// Whether the writer gives up or the upload is dropped, the registry is told.
+#[tokio::test]
+async fn an_upload_that_nobody_wants_any_more_is_cancelled() {
+    for is_dropped in [false, true] {
+        let mut test = Growing::new(|_| None).await;
+        let none = tokio::sync::mpsc::unbounded_channel().1;
+        let mut patches = std::mem::replace(&mut test.patches, none);
+        let client = client(&[&test.registry]);
+        let (mut writer, pushing) = test.push(&client);
+        write(&mut writer, &bytes(1_000_000));
+        patches.recv().await.unwrap();
+        if is_dropped {
+            pushing.abort();
+            assert!(pushing.await.unwrap_err().is_cancelled());
+            client.cancel_dropped_uploads().await;
+        } else {
+            drop(writer);
+            let error = pushing.await.unwrap().unwrap_err();
+            assert_eq!(
+                format!("{:#}", anyhow::Error::new(error)),
+                "reading a layer that is being written for the upload: \
+                 it was given up before it was complete"
+            );
+        }
+        assert_eq!(
+            methods(&test.registry),
+            ["POST", "PATCH", "DELETE"],
+            "{is_dropped}"
+        );
+        client.cancel_dropped_uploads().await;
+        assert_eq!(methods(&test.registry).len(), 3, "once is enough");
+    }
 }

@@ -8,6 +8,11 @@
 //! PUT location?digest=…         all bytes: where PATCH is refused
 //! ```
 //!
+//! A blob that is still being written ([`GrowingBlob`]) goes up in a PATCH without a length,
+//! as Docker's own client sends every layer; after a failure in pieces of what is there, and
+//! as a rest like any other once it is complete. Then its digest is known, and where the
+//! registry has it already, the session is dropped.
+//!
 //! A rest is always sent in one piece, so `OCI-Chunk-Min-Length`, which the last chunk
 //! need not reach, is kept by construction. The registry checks the digest at the
 //! commit; a session that got confused is dropped and another one started.
@@ -17,7 +22,7 @@
 use std::future::Future;
 use std::io::{self, SeekFrom};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -35,14 +40,21 @@ use super::http::Patience;
 use super::pull::{content_digest, from_io};
 use super::transport::{Answer, BodySource, Call, Payload};
 use super::{Client, RegistryError, lock};
-use crate::image::{Descriptor, Repository};
+use crate::image::{Descriptor, Digest, Repository};
+use crate::store::{GivenUp, GrowingBlob};
 
 /// How much of a file is read at once, in bytes. Less costs system calls, more memory.
 const PIECE_BYTES: usize = 256 << 10;
 /// How often progress is told.
 const TICK: Duration = Duration::from_millis(100);
+/// How long sessions of dropped uploads are cancelled for.
+const CANCEL_LIMIT: Duration = Duration::from_secs(5);
 /// What a session must take before it breaks, in bytes, for the retries to start afresh.
 const PROGRESS_BYTES: u64 = 1 << 20;
+
+/// The least that is sent of a blob that is still being written, after a failure, in bytes:
+/// registries that store at Amazon's refuse less than 5 MiB but at the end.
+const GROWN_PIECE_BYTES: u64 = 8 << 20;
 
 /// Where a blob's bytes are.
 #[derive(Clone, Debug)]
@@ -60,9 +72,43 @@ pub(super) struct Upload<'a> {
     pub(super) client: &'a Client,
     pub(super) endpoint: &'a Endpoint,
     pub(super) scopes: &'a Scopes,
-    pub(super) descriptor: &'a Descriptor,
-    pub(super) content: &'a Source,
+    pub(super) to: &'a Repository,
+    pub(super) blob: Blob<'a>,
+    /// What [`Client::note_session`] knows it by.
+    pub(super) number: u64,
     pub(super) progress: &'a (dyn Fn(u64) + Send + Sync),
+}
+
+/// What is known of a blob.
+pub(super) enum Blob<'a> {
+    /// Everything.
+    Known(&'a Descriptor, Source),
+    /// It is being written.
+    Growing {
+        /// Tells digest and size at the end.
+        growing: &'a GrowingBlob,
+        /// Whether the registry had it when its digest became known.
+        was_there: tokio::sync::OnceCell<bool>,
+    },
+}
+
+/// How an upload ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Uploaded {
+    /// It was sent.
+    Sent,
+    /// It had come there meanwhile.
+    AlreadyThere,
+    /// The registry takes no blob that is still being written.
+    Refused,
+}
+
+/// What one PATCH sends.
+#[derive(Clone, Copy)]
+struct Span {
+    from: u64,
+    /// Where it ends; absent where that is not known yet.
+    end: Option<u64>,
 }
 
 /// [`BlobContent`], cheap to clone.
@@ -71,6 +117,13 @@ pub(super) enum Source {
     File(PathBuf),
     Remote(Repository),
     Bytes(Bytes),
+}
+
+/// What a body is made of, each time anew.
+#[derive(Clone)]
+enum Body {
+    Known(Source, Descriptor),
+    Growing(GrowingBlob),
 }
 
 impl From<BlobContent> for Source {
@@ -91,6 +144,8 @@ enum Failure {
     Refused(RegistryError),
     /// Another session may do.
     Session(RegistryError),
+    /// None: the registry has it.
+    AlreadyThere,
 }
 
 impl Failure {
@@ -108,51 +163,113 @@ impl Failure {
 }
 
 impl Upload<'_> {
+    /// Digest and size in bytes, where they are known.
+    fn known(&self) -> Option<(Digest, u64)> {
+        match &self.blob {
+            Blob::Known(descriptor, _) => Some((descriptor.digest.clone(), descriptor.size)),
+            Blob::Growing { growing, .. } => {
+                let growth = growing.growth();
+                growth.digest.map(|digest| (digest, growth.bytes))
+            }
+        }
+    }
+
+    /// For the log.
+    fn name(&self) -> String {
+        self.known().map_or_else(
+            || "being written".to_owned(),
+            |(digest, _)| digest.to_string(),
+        )
+    }
+
+    /// Ends when it is known that a blob that was still being written is not needed.
+    async fn found(&self) {
+        if let Blob::Growing { growing, was_there } = &self.blob
+            && let Ok((digest, _)) = growing.completed().await
+            && self.was_there(was_there, &digest).await
+        {
+            return;
+        }
+        std::future::pending().await
+    }
+
+    /// Asks once; an error is found out by what is sent next.
+    async fn was_there(&self, known: &tokio::sync::OnceCell<bool>, digest: &Digest) -> bool {
+        let ask = || async {
+            let asked = self.client.blob_exists(self.endpoint, self.scopes, digest);
+            asked.await.unwrap_or(false)
+        };
+        *known.get_or_init(ask).await
+    }
+
     /// Uploads, beginning in the session at `location` where there is one already.
-    pub(super) async fn run(&self, mut location: Option<Url>) -> Result<(), RegistryError> {
+    pub(super) async fn run(&self, mut location: Option<Url>) -> Result<Uploaded, RegistryError> {
         let mut patience = self.client.transport().http.patience();
         let mut whole = false;
         loop {
-            let mut session = match location.take() {
+            let session = match location.take() {
                 Some(location) => location,
                 None => self.start(&mut patience).await?,
             };
+            // Both futures need it, and one of them is dropped.
+            let session = Mutex::new(session);
+            self.note(&session);
             let result = if whole {
-                self.commit(&session, true).await
+                let at = lock(&session).clone();
+                self.commit(&at, true).await
             } else {
-                self.send_resuming(&mut session, &mut patience).await
+                tokio::select! {
+                    biased;
+                    result = self.send_resuming(&session, &mut patience) => result,
+                    () = self.found() => Err(Failure::AlreadyThere),
+                }
             };
+            let at = lock(&session).clone();
             let error = match result {
                 Ok(()) => {
-                    (self.progress)(self.descriptor.size);
-                    return Ok(());
+                    self.client.forget_session(self.number);
+                    if let Some((_, size)) = self.known() {
+                        (self.progress)(size);
+                    }
+                    return Ok(Uploaded::Sent);
+                }
+                Err(Failure::AlreadyThere) => {
+                    self.cancel(at).await;
+                    return Ok(Uploaded::AlreadyThere);
                 }
                 Err(Failure::Refused(error)) => {
                     tracing::debug!(%error, registry = self.endpoint.authority, "uploading in one PUT");
+                    self.cancel(at).await;
+                    if matches!(self.blob, Blob::Growing { .. }) {
+                        return Ok(Uploaded::Refused);
+                    }
                     whole = true;
-                    self.cancel(session).await;
                     continue;
                 }
                 Err(Failure::Session(error)) => error,
                 Err(Failure::Fatal(error)) => {
-                    self.cancel(session).await;
+                    self.cancel(at).await;
                     return Err(error);
                 }
             };
-            self.cancel(session).await;
+            self.cancel(at).await;
             if !patience.wait_anyway(&error).await {
                 return Err(error);
             }
             // The answer to a commit that did succeed may be what was lost.
-            let digest = &self.descriptor.digest;
-            let found = self
-                .client
-                .blob_exists(self.endpoint, self.scopes, digest)
-                .await;
-            if found.unwrap_or(false) {
-                return Ok(());
+            if let Some((digest, _)) = self.known() {
+                let found = self.client.blob_exists(self.endpoint, self.scopes, &digest);
+                if found.await.unwrap_or(false) {
+                    return Ok(Uploaded::Sent);
+                }
             }
         }
+    }
+
+    /// Remembers where the session is, for when this upload is dropped.
+    fn note(&self, session: &Mutex<Url>) {
+        let at = lock(session).clone();
+        self.client.note_session(self.number, self.to, at);
     }
 
     async fn start(&self, patience: &mut Patience) -> Result<Url, RegistryError> {
@@ -167,38 +284,44 @@ impl Upload<'_> {
     /// PATCH, with what arrived asked for after failures, then an empty PUT.
     async fn send_resuming(
         &self,
-        location: &mut Url,
+        session: &Mutex<Url>,
         patience: &mut Patience,
     ) -> Result<(), Failure> {
-        let size = self.descriptor.size;
         let mut offset = 0;
         let mut resumed = false;
-        while offset < size {
-            let error = match self.patch(location, offset, resumed).await {
+        while self.known().is_none_or(|(_, size)| offset < size) {
+            let span = self.next_span(offset, resumed).await?;
+            let location = lock(session).clone();
+            let error = match self.patch(&location, span, resumed).await {
                 Ok(answer) => {
                     // Absent: not every registry repeats it, then it is the same one.
                     if answer.header("location").is_some() {
-                        *location = self
-                            .client
-                            .upload_location(self.endpoint, &answer)
-                            .await
-                            .map_err(Failure::Fatal)?;
+                        let moved = self.client.upload_location(self.endpoint, &answer);
+                        *lock(session) = moved.await.map_err(Failure::Fatal)?;
+                        self.note(session);
                     }
-                    let end = answer.header("range").and_then(range_end);
-                    match end {
-                        Some(end) if end < size && end > offset => {
-                            offset = end;
+                    let early = |reason| {
+                        Failure::Session(RegistryError::Reply {
+                            request: answer.label(),
+                            reason,
+                        })
+                    };
+                    // What was sent without an end was sent to the end, which is known now.
+                    let Some(sent) = span.end.or(self.known().map(|(_, size)| size)) else {
+                        return Err(early("it came before all was sent".to_owned()));
+                    };
+                    match answer.header("range").and_then(range_end) {
+                        Some(arrived) if arrived < sent && arrived > offset => {
+                            offset = arrived;
                             resumed = true;
-                            continue;
                         }
-                        Some(end) if end < size => {
-                            return Err(Failure::Session(RegistryError::Reply {
-                                request: answer.label(),
-                                reason: format!("{size} bytes were sent, {end} arrived"),
-                            }));
+                        Some(arrived) if arrived < sent => {
+                            let reason = format!("{sent} bytes were sent, {arrived} arrived");
+                            return Err(early(reason));
                         }
-                        _ => break,
+                        _ => offset = sent,
                     }
+                    continue;
                 }
                 Err(error) => error,
             };
@@ -216,7 +339,7 @@ impl Upload<'_> {
             if !patience.wait_anyway(&error).await {
                 return Err(Failure::Fatal(error));
             }
-            let Some(arrived) = self.arrived(location).await else {
+            let Some(arrived) = self.arrived(session).await else {
                 return Err(Failure::Session(error));
             };
             if confused && arrived == offset {
@@ -226,54 +349,104 @@ impl Upload<'_> {
             if arrived >= offset.saturating_add(PROGRESS_BYTES) {
                 patience.renew();
             }
-            tracing::debug!(blob = %self.descriptor.digest, offset = arrived, "resuming an upload");
+            tracing::debug!(blob = self.name(), offset = arrived, "resuming an upload");
             offset = arrived;
             resumed = true;
         }
-        match self.commit(location, false).await {
+        let location = lock(session).clone();
+        match self.commit_grown(&location).await {
             Err(Failure::Fatal(error)) if resumed => Err(Failure::of_session(error)),
             result => result,
         }
     }
 
+    /// What the next PATCH sends.
+    async fn next_span(&self, from: u64, resumed: bool) -> Result<Span, Failure> {
+        let growing = match &self.blob {
+            Blob::Known(descriptor, _) => {
+                let end = Some(descriptor.size);
+                return Ok(Span { from, end });
+            }
+            Blob::Growing { growing, .. } => growing,
+        };
+        let growth = if resumed {
+            let least = from.saturating_add(GROWN_PIECE_BYTES);
+            let grown = growing.reaches(least).await;
+            grown.map_err(|error| Failure::Fatal(given_up(error)))?
+        } else {
+            growing.growth()
+        };
+        let is_open = growth.digest.is_none() && !resumed;
+        let end = (!is_open).then_some(growth.bytes);
+        Ok(Span { from, end })
+    }
+
     async fn patch(
         &self,
         location: &Url,
-        offset: u64,
+        span: Span,
         resumed: bool,
     ) -> Result<Answer, RegistryError> {
         let transport = self.client.transport();
         let mut call =
             transport.call_url(self.endpoint, self.scopes, Method::PATCH, location.clone());
-        let size = self.descriptor.size;
-        call.headers = body_headers(size - offset);
+        call.headers = body_headers(span.end.map(|end| end - span.from));
         // Docker sends none with a whole blob, so some registries expect none then; with
         // a rest it guards against writing at the wrong place.
-        if resumed {
-            call.headers
-                .insert(CONTENT_RANGE, text(&format!("{offset}-{}", size - 1)));
+        if resumed && let Some(end) = span.end {
+            let range = format!("{}-{}", span.from, end.saturating_sub(1));
+            call.headers.insert(CONTENT_RANGE, text(&range));
         }
-        self.stream(call, offset).await
+        self.stream(call, span).await
+    }
+
+    /// Commits, unless what was still being written turned out to be there already, or another
+    /// layer of this build to have the same bytes.
+    async fn commit_grown(&self, location: &Url) -> Result<(), Failure> {
+        let (Blob::Growing { was_there, .. }, Some((digest, _))) = (&self.blob, self.known())
+        else {
+            return self.commit(location, false).await;
+        };
+        let slot = self.client.push_slot(self.to, &digest);
+        let mut done = slot.lock().await;
+        if *done || self.was_there(was_there, &digest).await {
+            *done = true;
+            return Err(Failure::AlreadyThere);
+        }
+        self.commit(location, false).await?;
+        *done = true;
+        Ok(())
     }
 
     /// `PUT location?digest=…`, empty or with the `whole` blob.
     async fn commit(&self, location: &Url, whole: bool) -> Result<(), Failure> {
         let transport = self.client.transport();
+        let Some((digest, size)) = self.known() else {
+            let error = RegistryError::Reply {
+                request: format!("PUT {}", self.endpoint.registry),
+                reason: "the blob is not complete".to_owned(),
+            };
+            return Err(Failure::Fatal(error));
+        };
         let mut url = location.clone();
         // The registry's own query is signed by some, so it is kept as it is.
         let query = match url.query() {
             Some(query) if !query.is_empty() => {
-                format!("{query}&digest={}", self.descriptor.digest)
+                format!("{query}&digest={digest}")
             }
-            _ => format!("digest={}", self.descriptor.digest),
+            _ => format!("digest={digest}"),
         };
         url.set_query(Some(&query));
         let mut call = transport.call_url(self.endpoint, self.scopes, Method::PUT, url);
         let sent = if whole {
-            call.headers = body_headers(self.descriptor.size);
-            self.stream(call, 0).await
+            call.headers = body_headers(Some(size));
+            let span = Span {
+                from: 0,
+                end: Some(size),
+            };
+            self.stream(call, span).await
         } else {
-            call.headers = body_headers(0);
+            call.headers = body_headers(Some(0));
             call.limit = Some(transport.http.timing.commit);
             transport.send_once(&call).await
         };
@@ -286,31 +459,35 @@ impl Upload<'_> {
             }
         })?;
         match content_digest(&answer) {
-            Some(got) if got != self.descriptor.digest => {
-                Err(Failure::Fatal(RegistryError::Digest {
-                    what: format!("what {} stored as a blob", self.endpoint.registry),
-                    got,
-                    want: self.descriptor.digest.clone(),
-                }))
-            }
+            Some(got) if got != digest => Err(Failure::Fatal(RegistryError::Digest {
+                what: format!("what {} stored as a blob", self.endpoint.registry),
+                got,
+                want: digest,
+            })),
             _ => Ok(()),
         }
     }
 
     /// How many bytes the registry has, where it can say.
-    async fn arrived(&self, location: &mut Url) -> Option<u64> {
+    async fn arrived(&self, session: &Mutex<Url>) -> Option<u64> {
         let transport = self.client.transport();
-        let call = transport.call_url(self.endpoint, self.scopes, Method::GET, location.clone());
+        let location = lock(session).clone();
+        let call = transport.call_url(self.endpoint, self.scopes, Method::GET, location);
         let answer = transport.send_once(&call).await.ok()?;
         if answer.header("location").is_some() {
             let next = self.client.upload_location(self.endpoint, &answer).await;
-            *location = next.ok()?;
+            *lock(session) = next.ok()?;
+            self.note(session);
         }
+        let there = match &self.blob {
+            Blob::Known(descriptor, _) => descriptor.size,
+            Blob::Growing { growing, .. } => growing.growth().bytes,
+        };
         // "0-0" is what registries say of one byte and of none. Taken as none: if it was
         // one, the range of the next PATCH does not fit, and another session is started.
         match range_end(answer.header("range")?)? {
             0 | 1 => Some(0),
-            end => Some(end).filter(|end| *end <= self.descriptor.size),
+            end => Some(end).filter(|end| *end <= there),
         }
     }
 
@@ -319,19 +496,21 @@ impl Upload<'_> {
         self.client
             .cancel_upload(self.endpoint, self.scopes, location)
             .await;
+        self.client.forget_session(self.number);
     }
 
-    /// Sends the bytes from `offset` on as the body of `call`, telling of progress and
-    /// watching for standstill.
-    async fn stream(&self, mut call: Call<'_>, offset: u64) -> Result<Answer, RegistryError> {
+    /// Sends the bytes of `span` as the body of `call`, telling of progress and watching for
+    /// standstill.
+    async fn stream(&self, mut call: Call<'_>, span: Span) -> Result<Answer, RegistryError> {
         let sent = Arc::new(AtomicU64::new(0));
         // The HTTP library would wrap an error of the source beyond recognition.
         let fault = Arc::new(Mutex::new(None));
         call.limit = None;
-        call.payload = Payload::Stream(self.body(offset, &sent, &fault));
+        let starved = Arc::new(AtomicBool::new(false));
+        call.payload = Payload::Stream(self.body(span, &sent, &fault, &starved));
         let label = super::error::request_label(&call.method, &call.url);
         let sending = self.client.transport().send_once(&call);
-        let result = self.watch(sending, offset, &sent, &label).await;
+        let result = self.watch(sending, span, (&sent, &starved), &label).await;
         match lock(&fault).take() {
             Some(fault) if result.is_err() => Err(fault),
             _ => result,
@@ -341,8 +520,8 @@ impl Upload<'_> {
     async fn watch(
         &self,
         sending: impl Future<Output = Result<Answer, RegistryError>>,
-        offset: u64,
-        sent: &AtomicU64,
+        span: Span,
+        (sent, starved): (&AtomicU64, &AtomicBool),
         label: &str,
     ) -> Result<Answer, RegistryError> {
         tokio::pin!(sending);
@@ -354,14 +533,18 @@ impl Upload<'_> {
             }
             let now = sent.load(Ordering::Relaxed);
             // With all sent, the registry may be storing it.
-            let limit = if offset + now >= self.descriptor.size {
+            let end = span.end.or(self.known().map(|(_, size)| size));
+            let limit = if end.is_some_and(|end| span.from + now >= end) {
                 timing.commit
             } else {
                 timing.upload_idle
             };
             if now != last {
                 (last, since) = (now, Instant::now());
-                (self.progress)(offset + now);
+                (self.progress)(span.from + now);
+            } else if starved.load(Ordering::Relaxed) {
+                // Not the registry is slow, but whoever writes the blob.
+                since = Instant::now();
             } else if since.elapsed() > limit {
                 return Err(RegistryError::Timeout {
                     request: label.to_owned(),
@@ -374,20 +557,28 @@ impl Upload<'_> {
 
     fn body(
         &self,
-        offset: u64,
+        span: Span,
         sent: &Arc<AtomicU64>,
         fault: &Arc<Mutex<Option<RegistryError>>>,
+        starved: &Arc<AtomicBool>,
     ) -> BodySource {
         let client = self.client.clone();
-        let descriptor = self.descriptor.clone();
-        let source = self.content.clone();
-        let (sent, fault) = (sent.clone(), fault.clone());
+        let body = match &self.blob {
+            Blob::Known(descriptor, source) => Body::Known(source.clone(), (*descriptor).clone()),
+            Blob::Growing { growing, .. } => Body::Growing((*growing).clone()),
+        };
+        let (sent, fault, starved) = (sent.clone(), fault.clone(), starved.clone());
         Arc::new(move || {
-            let (client, descriptor, source) = (client.clone(), descriptor.clone(), source.clone());
-            let (sent, fault) = (sent.clone(), fault.clone());
+            let (client, body) = (client.clone(), body.clone());
+            let (sent, fault, starved) = (sent.clone(), fault.clone(), starved.clone());
             Box::pin(async move {
                 sent.store(0, Ordering::Relaxed);
-                let pieces = open(&client, &descriptor, &source, offset).await?;
+                let pieces = match &body {
+                    Body::Growing(growing) => follow(growing.clone(), span, starved),
+                    Body::Known(source, descriptor) => {
+                        open(&client, descriptor, source, span.from).await?
+                    }
+                };
                 let pieces = pieces.map(move |piece| match piece {
                     Ok(piece) => {
                         sent.fetch_add(piece.len() as u64, Ordering::Relaxed);
@@ -405,6 +596,50 @@ impl Upload<'_> {
 }
 
 type Pieces = std::pin::Pin<Box<dyn Stream<Item = Result<Bytes, RegistryError>> + Send>>;
+
+/// The bytes of `span` of a blob that is still being written, as they come; `starved` says
+/// whether they are waited for.
+fn follow(growing: GrowingBlob, span: Span, starved: Arc<AtomicBool>) -> Pieces {
+    let end = span.end.unwrap_or(u64::MAX);
+    Box::pin(stream::try_unfold(span.from, move |at| {
+        let (growing, starved) = (growing.clone(), starved.clone());
+        async move {
+            if at >= end {
+                return Ok(None);
+            }
+            let wanted = at.saturating_add(PIECE_BYTES as u64).min(end);
+            starved.store(true, Ordering::Relaxed);
+            let growth = growing.reaches(wanted).await;
+            starved.store(false, Ordering::Relaxed);
+            let there = growth.map_err(given_up)?.bytes.min(wanted);
+            let Some(length) = there.checked_sub(at).filter(|length| *length > 0) else {
+                return Ok(None);
+            };
+            // At most the size of a piece, so the conversion is exact.
+            let mut piece = vec![0; length as usize];
+            let read = tokio::task::spawn_blocking(move || {
+                growing.read_at(at, &mut piece)?;
+                io::Result::Ok(Bytes::from(piece))
+            });
+            let piece = read.await.map_err(io::Error::other).flatten();
+            let piece = piece.map_err(|source| RegistryError::Content {
+                what: GROWING.to_owned(),
+                source,
+            })?;
+            Ok(Some((piece, there)))
+        }
+    }))
+}
+
+/// What errors call a blob that has no name yet.
+const GROWING: &str = "a layer that is being written";
+
+fn given_up(error: GivenUp) -> RegistryError {
+    RegistryError::Content {
+        what: GROWING.to_owned(),
+        source: io::Error::other(error),
+    }
+}
 
 /// Exactly the bytes of the blob from `offset` on.
 async fn open(
@@ -467,14 +702,11 @@ fn content_error(path: &Path, source: io::Error) -> RegistryError {
     }
 }
 
-fn body_headers(length: u64) -> HeaderMap {
-    HeaderMap::from_iter([
-        (
-            CONTENT_TYPE,
-            HeaderValue::from_static("application/octet-stream"),
-        ),
-        (CONTENT_LENGTH, HeaderValue::from(length)),
-    ])
+fn body_headers(length: Option<u64>) -> HeaderMap {
+    let octets = HeaderValue::from_static("application/octet-stream");
+    let mut headers = HeaderMap::from_iter([(CONTENT_TYPE, octets)]);
+    headers.extend(length.map(|length| (CONTENT_LENGTH, HeaderValue::from(length))));
+    headers
 }
 
 fn text(value: &str) -> HeaderValue {
@@ -515,6 +747,36 @@ impl Client {
         let origin = self.transport().origin(endpoint).await?;
         self.transport()
             .follow(&origin, answer.method(), &answer.url, location)
+    }
+
+    /// A number for an upload.
+    pub(super) fn new_upload(&self) -> u64 {
+        self.0.last_upload.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Remembers where an upload's session is.
+    fn note_session(&self, number: u64, to: &Repository, location: Url) {
+        lock(&self.0.sessions).insert(number, (to.clone(), location));
+    }
+
+    /// Forgets a session that was committed or cancelled.
+    fn forget_session(&self, number: u64) {
+        lock(&self.0.sessions).remove(&number);
+    }
+
+    /// Cancels the sessions of uploads that were dropped on the way, as a courtesy: it takes a
+    /// few seconds at most and says nothing of failures.
+    pub async fn cancel_dropped_uploads(&self) {
+        let sessions = std::mem::take(&mut *lock(&self.0.sessions));
+        let cancelling = sessions.into_values().map(|(to, location)| async move {
+            let endpoint = self.registry(&to);
+            let scopes = Scopes::push(&endpoint.name);
+            self.cancel_upload(&endpoint, &scopes, location).await;
+        });
+        let all = futures_util::future::join_all(cancelling);
+        if tokio::time::timeout(CANCEL_LIMIT, all).await.is_err() {
+            tracing::debug!("the registry did not cancel all uploads in time");
+        }
     }
 
     pub(super) async fn cancel_upload(&self, endpoint: &Endpoint, scopes: &Scopes, location: Url) {

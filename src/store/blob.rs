@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use tempfile::NamedTempFile;
 
+use super::growing::{Grower, GrowingBlob};
 use super::{Store, StoreError};
 use crate::image::{Digest, Hasher};
 use crate::io::HashingWriter;
@@ -17,6 +18,7 @@ use crate::io::HashingWriter;
 pub struct BlobWriter<'s> {
     store: &'s Store,
     out: HashingWriter<NamedTempFile>,
+    grower: Option<Grower>,
 }
 
 /// Reads a blob and checks its digest; the check fails at the end of the bytes, and
@@ -41,6 +43,7 @@ impl Store {
         Ok(BlobWriter {
             store: self,
             out: HashingWriter::new(file),
+            grower: None,
         })
     }
 
@@ -92,6 +95,18 @@ impl Store {
 }
 
 impl BlobWriter<'_> {
+    /// What is written from now on, for who wants it before it is complete.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`].
+    pub fn follow(&mut self) -> Result<GrowingBlob, StoreError> {
+        let file = self.out.get_ref().reopen();
+        let file = file.map_err(StoreError::io("opening", self.out.get_ref().path()))?;
+        let (grower, growing) = Grower::new(file);
+        self.grower = Some(grower);
+        Ok(growing)
+    }
+
     /// Names the blob by its digest and returns that and the size in bytes.
     ///
     /// # Errors
@@ -110,13 +125,20 @@ impl BlobWriter<'_> {
         let path = self.store.blob_path(&got);
         file.persist(&path)
             .map_err(|e| StoreError::io("naming", &path)(e.error))?;
+        if let Some(grower) = self.grower {
+            grower.complete(got.clone(), size);
+        }
         Ok((got, size))
     }
 }
 
 impl Write for BlobWriter<'_> {
     fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
-        self.out.write(buf)
+        let written = self.out.write(buf)?;
+        if let Some(grower) = &self.grower {
+            grower.grow(written as u64);
+        }
+        Ok(written)
     }
 
     fn flush(&mut self) -> io::Result<()> {

@@ -23,6 +23,7 @@
 //! the first thing that an interrupted removal takes away, and nobody would finish it.
 
 mod blob;
+mod growing;
 
 use std::fs::{self, File, TryLockError};
 use std::io;
@@ -34,6 +35,7 @@ use crate::confined;
 use crate::image::{Descriptor, DiffId, Digest};
 
 pub use blob::{BlobReader, BlobWriter};
+pub use growing::{GivenUp, GrowingBlob, Growth};
 
 /// The layout's version; a store with another one is refused.
 const VERSION: &str = "1\n";

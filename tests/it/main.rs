@@ -29,6 +29,8 @@ mod cache;
 mod check;
 /// `compose.yaml` and `certs/make.sh`.
 mod compose;
+/// How layers are compressed, and when they are sent.
+mod compression;
 /// What BuildKit makes of the cases of `fixtures/conformance`.
 mod conformance;
 /// What steps read of a context: every change is seen, and nothing of it can be changed.

@@ -20,7 +20,7 @@ use crate::store::{Store, StoreError};
 
 /// Part of every definition. Counts up when the same definition comes to mean other layers:
 /// a change of sandbox rules, of the copy rules, of the archive writer.
-const ENGINE_VERSION: u32 = 5;
+const ENGINE_VERSION: u32 = 6;
 
 /// What a step is, in words, independent of what it is applied to.
 #[derive(Clone, Debug)]

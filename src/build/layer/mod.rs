@@ -26,12 +26,13 @@ use futures_util::future::{BoxFuture, Shared as SharedFuture, try_join_all};
 use tokio::sync::{OnceCell, OwnedMutexGuard};
 
 use super::below::Below;
-use super::{BaseImage, Engine, Settings};
-use crate::image::{DiffId, Digest, ImageLayer, Repository, chain_id};
-use crate::layer::{LayerError, SealedLayer, is_too_long};
+use super::{BaseImage, Engine, Settings, seal};
+use crate::image::{Descriptor, DiffId, Digest, ImageLayer, Repository, chain_id};
+use crate::layer::{LayerError, is_too_long};
 use crate::layout::Layout;
 use crate::plan::{Operation, Plan};
 use crate::rootfs::{self, LayerForm, LayerView, Listing, Stack, Tree};
+use crate::store::GrowingBlob;
 
 use read::{LIST, UNPACK, Unpacked};
 
@@ -40,6 +41,9 @@ pub(super) type SharedError = Arc<anyhow::Error>;
 
 /// The names of a layer, known once it is sealed.
 type Sealing = SharedFuture<BoxFuture<'static, Result<ImageLayer, SharedError>>>;
+
+/// The blob of a layer that is being sealed; absent where sealing ends before it begins.
+type Growing = SharedFuture<BoxFuture<'static, Option<GrowingBlob>>>;
 
 /// Where the layers of a base image are.
 #[derive(Clone, Debug)]
@@ -53,6 +57,10 @@ pub enum Origin {
 /// One layer of a filesystem.
 pub(super) struct Layer {
     sealing: Sealing,
+    /// The blob while it is written, for layers that this build makes.
+    growing: Option<Growing>,
+    /// The blob that it is sent as, where that is another than its own.
+    pub(super) converted: OnceCell<Descriptor>,
     tree: OnceCell<Arc<Tree>>,
     listing: OnceCell<Arc<Listing>>,
     /// Where the blob can be fetched.
@@ -151,6 +159,8 @@ impl Layer {
         let sealing = futures_util::future::ready(Ok(names)).boxed().shared();
         Self {
             sealing,
+            growing: None,
+            converted: OnceCell::new(),
             tree: OnceCell::new(),
             listing: OnceCell::new(),
             origin: None,
@@ -162,7 +172,7 @@ impl Layer {
 
     /// A layer that is just being sealed; `tree` where it is unpacked already.
     pub(super) fn sealing(
-        task: tokio::task::JoinHandle<anyhow::Result<SealedLayer>>,
+        seal::Sealing { task, growing }: seal::Sealing,
         tree: Option<Arc<Tree>>,
         created: String,
     ) -> Self {
@@ -177,8 +187,11 @@ impl Layer {
                 descriptor: sealed.descriptor,
             })
         };
+        let growing = growing.map(Result::ok).boxed().shared();
         Self {
             sealing: sealing.boxed().shared(),
+            growing: Some(growing),
+            converted: OnceCell::new(),
             tree: OnceCell::new_with(tree),
             listing: OnceCell::new(),
             origin: None,
@@ -199,6 +212,16 @@ impl Layer {
     /// The layer's names; waits until it is sealed.
     pub(super) async fn names(&self) -> Result<ImageLayer, SharedError> {
         self.sealing.clone().await
+    }
+
+    /// Whether this build makes it: it is neither a base's nor from the cache.
+    pub(super) fn is_new(&self) -> bool {
+        self.growing.is_some()
+    }
+
+    /// The blob while it is written, for layers that this build makes.
+    pub(super) async fn growing(&self) -> Option<GrowingBlob> {
+        self.growing.clone()?.await
     }
 
     /// Where the blob can be fetched, for layers of base images.
