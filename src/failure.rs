@@ -189,6 +189,9 @@ fn is_of_machine(cause: &(dyn Error + 'static)) -> bool {
 
 fn hint_of_cause(cause: &(dyn Error + 'static)) -> Option<String> {
     let cause = unwrapped(cause);
+    if let Some(failed) = unwrapped(cause).downcast_ref::<StepFailed>() {
+        return failed.hint();
+    }
     if let Some(NoRootfs { hint, .. }) = cause.downcast_ref() {
         return hint.clone();
     }
@@ -282,6 +285,7 @@ mod tests {
             command: "make".into(),
             status: 2,
             tail: "no rule".into(),
+            foreign: None,
         };
         let error = crate::build::unshare(&Arc::new(failed.into())).context("Dockerfile:2:1");
         assert_eq!(output_of_failed_step(&error), Some("no rule"));

@@ -10,9 +10,11 @@
 //!                  └─ graph again, until it asks for no image that is missing: ONBUILD may name more
 //! Dockerfile + configs ─ lint::walk ─▶ warnings               and the answers of --check and --call
 //! StageGraph + configs + build args ─ plan::lower ─▶ Plan     a graph of steps with their inputs; no I/O
-//! Plan ─ build::build ─▶ Built                                cache look-up, or rootfs + sandbox, or copy
+//! the Plan of each platform ─ plan::join ─▶ Joined            one graph, in which equal steps are one
+//! Joined ─ build::build ─▶ Built                              cache look-up, or rootfs + sandbox, or copy
 //! Built + config ─ image::assemble ─▶ Image                   manifest and config: values and raw bytes
-//! Image ─ registry, export ─▶ a registry, an archive, a layout, a directory
+//! the Image of each platform ─ image::assemble_index ─▶ index names them all
+//! Image or index ─ registry, export ─▶ a registry, an archive, a layout, a directory
 //! webhook ─ service ─▶ job ─▶ source ─▶ the same flow, in a child process
 //! ```
 //!
@@ -72,7 +74,8 @@
 //! `main` asks [`sandbox::enter`] to enter the user and mount namespaces before any
 //! thread exists, then calls [`pipeline::build`]. That opens the context, parses, asks
 //! [`plan::graph()`] which images are needed and resolves them until none is missing,
-//! lowers, and says what the checks find. [`build::build`] gives each step a task.
+//! lowers, and says what the checks find. [`plan::join()`] makes one graph of the plans of
+//! several platforms. [`build::build`] gives each step a task.
 //! A RUN step that is not in the cache unpacks the layers below it (each straight from
 //! the network into its own tree), mounts them as an overlay, runs the process in a
 //! [`sandbox::Sandbox`], and keeps the overlay's upper directory: that is the new layer's

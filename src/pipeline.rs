@@ -7,22 +7,27 @@ mod epoch;
 mod images;
 mod outputs;
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::Context as _;
+use futures_util::future::try_join_all;
 
 use images::Images;
 
-use crate::build::{self, BaseImage, Built, Origin, Timings};
+use crate::build::{self, BaseImage, BuiltImage, CacheContents, Cancelled, Origin, Timings};
 use crate::context::{ContextSource, DockerfileLocation};
 use crate::dockerfile;
 use crate::dockerfile::Dockerfile;
 use crate::failure::{Failure, Kind};
-use crate::image::{self, Annotations, Digest, History, Image, Reference};
+use crate::image::{
+    self, Annotations, Digest, History, Image, ImageOrIndex, Platform, PlatformAnnotations,
+    Reference,
+};
 use crate::layout::Layout;
-use crate::plan::{self, ContextId, ImageSource, Plan, StageGraph};
+use crate::plan::{self, ContextId, ImageNeed, ImageSource, Joined, Operation, StageGraph};
 use crate::progress::{BuildEvent, Progress};
 use crate::registry::{self, BlobContent, Client};
 use crate::remote::Fetcher;
@@ -54,6 +59,11 @@ pub struct BuildRequest {
     pub push_compression: LayerCompression,
     /// What the Dockerfile is planned with: arguments, target, platform, labels, …
     pub plan: plan::Settings,
+    /// What is built for beside the platform of `plan`, in this order. With any, the result is
+    /// an index, as `plan` says.
+    pub further_platforms: Vec<Platform>,
+    /// `--jobs`: how many RUN steps run at once; 0: as many as the graph allows, within reason.
+    pub jobs: usize,
     /// `SOURCE_DATE_EPOCH`, in seconds since 1970 UTC.
     pub epoch: Option<i64>,
     /// How registries are reached.
@@ -91,11 +101,16 @@ pub enum Output {
     Tar {
         /// The file.
         dest: PathBuf,
+        /// Whether they are in a directory named after their platform; absent: where there
+        /// may be several platforms.
+        platform_split: Option<bool>,
     },
     /// `type=local`: the image's files.
     Local {
         /// The directory.
         dest: PathBuf,
+        /// As of a tar.
+        platform_split: Option<bool>,
     },
 }
 
@@ -129,19 +144,33 @@ impl Output {
     /// The file or directory.
     pub fn dest(&self) -> &Path {
         match self {
-            Self::Image(ImageOutput { dest, .. }) | Self::Tar { dest } | Self::Local { dest } => {
-                dest
-            }
+            Self::Image(ImageOutput { dest, .. })
+            | Self::Tar { dest, .. }
+            | Self::Local { dest, .. } => dest,
         }
+    }
+}
+
+impl BuildRequest {
+    /// What each platform is planned with, in the order in which they were asked for.
+    fn plans(&self) -> Vec<plan::Settings> {
+        let further = self
+            .further_platforms
+            .iter()
+            .map(|platform| plan::Settings {
+                platform: platform.clone(),
+                ..self.plan.clone()
+            });
+        [self.plan.clone()].into_iter().chain(further).collect()
     }
 }
 
 /// What a build made.
 #[derive(Clone, Debug)]
 pub struct BuildResult {
-    /// The manifest's digest.
+    /// The digest of the manifest, or of the index.
     pub digest: Digest,
-    /// The config's digest, Docker's image ID.
+    /// Docker's image ID: the config's digest, of an index its own.
     pub image_id: Digest,
 }
 
@@ -217,34 +246,37 @@ async fn run(
             ),
         });
     }
-    let mut settings = request.plan.clone();
+    let mut settings = request.plans();
     let remote = (&*store, &*fetcher);
     let main = opened.source_date;
     let epoch = epoch::resolve(request, &mut settings, &dockerfile, main, remote).await?;
 
     let resolving = Instant::now();
     let mut images = Images::default();
-    let graph = resolved_graph(request, &dockerfile, &settings, &mut images, || {
+    let graphs = resolved_graphs(request, &dockerfile, &settings, &mut images, || {
         Ok(client.clone())
-    })
-    .await?;
-    let images = base_images(request, &graph, &images).await?;
-    timings.add("resolve", resolving.elapsed());
-
-    let configs: Vec<_> = images
-        .iter()
-        .map(|image| image.resolved.config.clone())
-        .collect();
-    let plan = plan::lower(&dockerfile, &graph, &settings, &configs)?;
+    });
+    let graphs = unless_cancelled(cancel, graphs).await?;
+    let mut plans = Vec::new();
+    for (graph, settings) in graphs.into_iter().zip(&settings) {
+        let configs = images.configs(&graph)?;
+        let plan = plan::lower(&dockerfile, &graph, settings, &configs)?;
+        plans.push((graph, plan));
+    }
     let rules = opened.context.rules();
-    ask::check_build(request, &dockerfile, rules, (&graph, &configs), &**progress)?;
+    ask::check_build(request, &dockerfile, rules, &plans, &images, &**progress)?;
+    let plan = plan::join(plans);
+    outputs::check_platforms(request, &plan)?;
+    let images = base_images(request, &plan.images, &images).await?;
+    timings.add("resolve", resolving.elapsed());
     for warning in &plan.warnings {
         progress.event(BuildEvent::Warning {
             message: warning.clone(),
         });
     }
+    let foreign = foreign(&plan, &store, progress).await?;
 
-    let mut contexts = contexts::open_named(request, &plan, &store, &fetcher).await?;
+    let mut contexts = contexts::open_named(request, &plan.steps, &store, &fetcher).await?;
     contexts.insert(ContextId::MAIN, Arc::new(opened.context));
 
     let push = if request.push {
@@ -264,7 +296,8 @@ async fn run(
         images,
         sandbox: request.sandbox,
         world,
-        platform: request.plan.platform.clone(),
+        jobs: request.jobs,
+        foreign,
         epoch,
         compression: first_compression(request),
         force_compression: request.push_compression.force,
@@ -275,20 +308,24 @@ async fn run(
         importing,
     };
     let built = build::build(&plan, settings, Arc::clone(timings)).await?;
-    let (origins, mut layer_bytes) = (built.origins.clone(), built.uploaded_bytes.clone());
-    let are_new = built.are_new.clone();
-    let (files, contents) = (built.files.clone(), built.cache.clone());
-    let image = assemble(request, plan, built, epoch)?;
+    let (mut layer_bytes, contents) = (built.uploaded_bytes, built.cache);
+    let mut made = Vec::new();
+    for (target, built) in plan.targets.into_iter().zip(built.images) {
+        made.push(outputs::Made {
+            platform: target.platform.clone(),
+            image: assemble(request, target, &built, &contents, epoch)?,
+            origins: built.origins,
+            are_new: built.are_new,
+            files: built.files,
+        });
+    }
 
     let publishing = Instant::now();
     let exporter = outputs::Exporter {
         request,
         client: &client,
         store: &store,
-        image: &image,
-        origins: &origins,
-        are_new: &are_new,
-        files: &files,
+        made: &made,
         epoch,
         progress: &**progress,
         cancel,
@@ -298,7 +335,7 @@ async fn run(
     for tag in &push {
         // Several tags of one repository share what was sent; the first one's event has it.
         let sent = layer_bytes.remove(tag.repository()).unwrap_or(0);
-        publish(&client, tag, &image, progress, sent)
+        unless_cancelled(cancel, publish(&client, tag, &image, progress, sent))
             .await
             .with_context(|| format!("pushing {tag}"))?;
     }
@@ -314,9 +351,64 @@ async fn run(
     };
     exporter.export_all(&request.cache_to, &contents).await?;
     Ok(BuildResult {
-        digest: image.raw_manifest.digest.clone(),
-        image_id: image.manifest.config.digest.clone(),
+        digest: image.raw().digest.clone(),
+        image_id: image.id().clone(),
     })
+}
+
+/// Gives `work` up when the build is stopped. It may only wait for servers: what it has
+/// begun is left as it is.
+async fn unless_cancelled<T>(
+    cancel: &Cancel,
+    work: impl Future<Output = anyhow::Result<T>>,
+) -> anyhow::Result<T> {
+    tokio::select! {
+        biased;
+        () = cancel.cancelled() => Err(Cancelled.into()),
+        done = work => done,
+    }
+}
+
+/// The architectures of RUN steps whose programs this machine cannot run, which is told.
+///
+/// That is no error yet: what is labelled with another architecture may have programs for
+/// this one, and what the cache has is not run.
+async fn foreign(
+    plan: &Joined,
+    store: &Arc<Store>,
+    progress: &Arc<dyn Progress>,
+) -> anyhow::Result<BTreeSet<String>> {
+    let host = Platform::host();
+    let is_foreign =
+        |platform: &Platform| platform.os == host.os && platform.architecture != host.architecture;
+    // The first step of each.
+    let mut places: BTreeMap<String, (String, Platform)> = BTreeMap::new();
+    for step in &plan.steps {
+        if matches!(step.operation, Operation::Run(_)) && is_foreign(&step.platform) {
+            places
+                .entry(step.platform.architecture.clone())
+                .or_insert_with(|| (step.place.clone(), step.platform.clone()));
+        }
+    }
+    if places.is_empty() {
+        return Ok(BTreeSet::new());
+    }
+    let store = Arc::clone(store);
+    let asking = tokio::task::spawn_blocking(move || {
+        let dir = store.tmp_dir("probe-")?;
+        places.retain(|architecture, _| sandbox::cannot_run(architecture, &dir));
+        anyhow::Ok(places)
+    });
+    let places = asking.await.context("a task ended abnormally")??;
+    for (architecture, (place, platform)) in &places {
+        progress.event(BuildEvent::Warning {
+            message: format!(
+                "{place}: this machine cannot run programs for {platform}: {}",
+                build::foreign_hint(architecture)
+            ),
+        });
+    }
+    Ok(places.into_keys().collect())
 }
 
 /// What was written or asked for and means nothing.
@@ -356,33 +448,38 @@ fn fetcher(
     )?)
 }
 
-/// The stages and images that the target needs, all images resolved into `images`: their
-/// triggers may need more.
-async fn resolved_graph(
+/// The stages and images that the target needs, for each of `settings`, all images resolved
+/// into `images`: their triggers may need more.
+async fn resolved_graphs(
     request: &BuildRequest,
     dockerfile: &Dockerfile,
-    settings: &plan::Settings,
+    settings: &[plan::Settings],
     images: &mut Images,
     client: impl Fn() -> anyhow::Result<Client>,
-) -> anyhow::Result<StageGraph> {
+) -> anyhow::Result<Vec<StageGraph>> {
     loop {
-        let graph = plan::graph(dockerfile, settings, &|need| images.config(need))?;
-        if graph.images.iter().all(|need| images.get(need).is_some()) {
-            return Ok(graph);
+        let graphs = settings
+            .iter()
+            .map(|settings| plan::graph(dockerfile, settings, &|need| images.config(need)));
+        let graphs = graphs.collect::<Result<Vec<_>, _>>()?;
+        let needs = graphs.iter().flat_map(|graph| &graph.images);
+        let needs: Vec<ImageNeed> = needs.cloned().collect();
+        if needs.iter().all(|need| images.get(need).is_some()) {
+            return Ok(graphs);
         }
-        let resolved = images.resolve(request, &client, &graph.images).await;
+        let resolved = images.resolve(request, &client, &needs).await;
         resolved.map_err(|(_, error)| error)?;
     }
 }
 
-/// The images of `graph` with where their layers are.
+/// The images that are needed with where their layers are.
 async fn base_images(
     request: &BuildRequest,
-    graph: &StageGraph,
+    needs: &[ImageNeed],
     images: &Images,
 ) -> anyhow::Result<Vec<BaseImage>> {
     let mut bases = Vec::new();
-    for need in &graph.images {
+    for need in needs {
         let resolved = images
             .get(need)
             .context("an image was not resolved")?
@@ -427,15 +524,16 @@ fn writes_files(request: &BuildRequest) -> bool {
 /// Joins layers, config and history.
 fn assemble(
     request: &BuildRequest,
-    plan: Plan,
-    built: Built,
+    target: plan::Target,
+    built: &BuiltImage,
+    cache: &CacheContents,
     epoch: Option<i64>,
 ) -> anyhow::Result<Image> {
-    let Plan {
+    let plan::Target {
         mut config,
         history,
         ..
-    } = plan;
+    } = target;
     let base_created = config
         .history
         .iter()
@@ -443,7 +541,7 @@ fn assemble(
         .find_map(|entry| entry.created.clone())
         .or(config.created.take());
     let epoch_text = epoch.map(|_| build::rfc3339(epoch));
-    let mut created = built.created.into_iter();
+    let mut created = built.created.iter().cloned();
     let mut last = epoch_text.clone().or(base_created);
     for entry in history {
         if !entry.empty_layer {
@@ -468,11 +566,15 @@ fn assemble(
     config.other.remove(build::INLINE_KEY);
     let mut targets = request.cache_to.iter();
     if targets.any(|target| target.place == CachePlace::Inline) {
-        let records = built.cache.inline(&built.layers);
+        let records = cache.inline(&built.layers);
         config.other.insert(build::INLINE_KEY.to_owned(), records);
     }
-    let annotations = request.annotations.clone();
-    Ok(image::assemble(config, built.layers, annotations))
+    let layers = built.layers.clone();
+    Ok(image::assemble(
+        config,
+        layers,
+        PlatformAnnotations::default(),
+    ))
 }
 
 /// Downloads blobs that an output needs and no step needed.
@@ -516,31 +618,44 @@ async fn fetch_missing<'l>(
     Ok(())
 }
 
-/// Sends config and manifest; the layers are there.
+/// Sends configs and manifests, and then what the tag is for; the layers are there.
 async fn publish(
     client: &Client,
     tag: &Reference,
-    image: &Image,
+    image: &ImageOrIndex,
     progress: &Arc<dyn Progress>,
     layer_bytes: u64,
 ) -> anyhow::Result<()> {
+    let sending = image.images().iter().map(async |one| {
+        let sent = push_config(client, tag, one).await?;
+        if let ImageOrIndex::Index(_) = image {
+            let manifest = &one.raw_manifest;
+            let name = tag.with_digest(manifest.digest.clone());
+            client.push_manifest(&name, manifest).await?;
+        }
+        anyhow::Ok(sent)
+    });
+    let config_bytes: u64 = try_join_all(sending).await?.into_iter().sum();
+    client.push_manifest(tag, image.raw()).await?;
+    progress.event(BuildEvent::Published {
+        reference: tag.to_string(),
+        digest: image.raw().digest.clone(),
+        uploaded_bytes: layer_bytes + config_bytes,
+    });
+    Ok(())
+}
+
+/// Sends an image's config and returns the bytes sent.
+async fn push_config(client: &Client, tag: &Reference, image: &Image) -> anyhow::Result<u64> {
     let config = &image.manifest.config;
     let content = BlobContent::Bytes(image.config_bytes.clone());
     let pushed = client
         .push_blob(tag.repository(), config, None, content, |_| {})
         .await?;
-    client.push_manifest(tag, &image.raw_manifest).await?;
-    let config_bytes = if pushed == registry::PushedBlob::Uploaded {
-        config.size
-    } else {
-        0
-    };
-    progress.event(BuildEvent::Published {
-        reference: tag.to_string(),
-        digest: image.raw_manifest.digest.clone(),
-        uploaded_bytes: layer_bytes + config_bytes,
-    });
-    Ok(())
+    Ok(match pushed {
+        registry::PushedBlob::Uploaded => config.size,
+        registry::PushedBlob::AlreadyThere | registry::PushedBlob::Mounted => 0,
+    })
 }
 
 /// Whether [`write_result_files`] has directories to write into, before anything is built.
@@ -563,19 +678,23 @@ fn check_result_files(request: &BuildRequest) -> anyhow::Result<()> {
 }
 
 /// `--iidfile` and `--metadata-file`, with BuildKit's keys.
-fn write_result_files(request: &BuildRequest, image: &Image) -> anyhow::Result<()> {
+fn write_result_files(request: &BuildRequest, image: &ImageOrIndex) -> anyhow::Result<()> {
     if let Some(path) = &request.iid_file {
-        let id = image.manifest.config.digest.as_str();
+        let id = image.id().as_str();
         std::fs::write(path, id).with_context(|| format!("writing {}", path.display()))?;
     }
     if let Some(path) = &request.metadata_file {
         let names: Vec<String> = request.tags.iter().map(Reference::to_string).collect();
-        let metadata = serde_json::json!({
-            "containerimage.digest": image.raw_manifest.digest,
-            "containerimage.config.digest": image.manifest.config.digest,
+        let mut metadata = serde_json::json!({
+            "containerimage.digest": image.raw().digest,
             "containerimage.descriptor": image.descriptor(),
             "image.name": names.join(","),
         });
+        // An index has several.
+        if let ImageOrIndex::Image(image) = image {
+            metadata["containerimage.config.digest"] =
+                serde_json::json!(image.manifest.config.digest);
+        }
         let text = serde_json::to_string_pretty(&metadata).expect("the keys are texts");
         std::fs::write(path, text).with_context(|| format!("writing {}", path.display()))?;
     }

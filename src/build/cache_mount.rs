@@ -39,7 +39,8 @@ pub(super) struct CacheDirectory {
 }
 
 /// Takes the directory that `name` means, made by `fill` in an empty directory where it is
-/// new. `fill` returns the path of what becomes the directory.
+/// new. `fill` returns the path of what becomes the directory. `waits` is called before
+/// another step's end is waited for.
 ///
 /// # Errors
 /// [`Cancelled`] while it waits; those of `fill`; that the store cannot be written.
@@ -48,6 +49,7 @@ pub(super) fn take(
     cancel: &Cancel,
     name: &str,
     sharing: Sharing,
+    mut waits: impl FnMut(),
     fill: impl FnOnce(&Path) -> anyhow::Result<PathBuf>,
 ) -> anyhow::Result<CacheDirectory> {
     let all = store
@@ -70,6 +72,7 @@ pub(super) fn take(
             Ok(()) => return open(store, cancel, &dir, lock, fill),
             // Whoever copies it is soon done, and another directory would be empty.
             Err(TryLockError::WouldBlock) if sharing == Sharing::Locked || is_being_read(&dir)? => {
+                waits();
                 wait(cancel)?;
             }
             Err(TryLockError::WouldBlock) => {
@@ -275,9 +278,14 @@ mod tests {
     impl Fixture {
         fn take(&self, name: &str, sharing: Sharing) -> anyhow::Result<CacheDirectory> {
             let (uid, gid) = (rustix::process::getuid(), rustix::process::getgid());
-            take(&self.store, &Cancel::default(), name, sharing, |dir| {
-                subtree::empty(dir, 0o750, uid.as_raw(), gid.as_raw())
-            })
+            take(
+                &self.store,
+                &Cancel::default(),
+                name,
+                sharing,
+                || {},
+                |dir| subtree::empty(dir, 0o750, uid.as_raw(), gid.as_raw()),
+            )
         }
     }
 
@@ -314,9 +322,14 @@ mod tests {
         // Whoever wants it alone waits until the last one has left.
         let cancel = Cancel::default();
         cancel.cancel();
-        let refused = take(&fixture.store, &cancel, "a", Sharing::Locked, |_| {
-            panic!("it is there")
-        });
+        let refused = take(
+            &fixture.store,
+            &cancel,
+            "a",
+            Sharing::Locked,
+            || {},
+            |_| panic!("it is there"),
+        );
         assert!(refused.unwrap_err().is::<Cancelled>());
         let files = shared.files.clone();
         let waiting = std::thread::scope(|scope| {
@@ -335,6 +348,7 @@ mod tests {
             &Cancel::default(),
             "a",
             Sharing::Shared,
+            || {},
             |_| anyhow::bail!("no"),
         );
         assert_eq!(failed.unwrap_err().to_string(), "no");
@@ -384,7 +398,14 @@ mod tests {
         let cancel = Cancel::default();
         cancel.cancel();
         for sharing in [Sharing::Shared, Sharing::Private, Sharing::Locked] {
-            let refused = take(&fixture.store, &cancel, "a", sharing, |_| unreachable!());
+            let refused = take(
+                &fixture.store,
+                &cancel,
+                "a",
+                sharing,
+                || {},
+                |_| unreachable!(),
+            );
             assert!(refused.unwrap_err().is::<Cancelled>(), "{sharing:?}");
         }
         let shared = std::thread::scope(|scope| {
@@ -410,6 +431,7 @@ mod tests {
                 &Cancel::default(),
                 "a",
                 Sharing::Shared,
+                || {},
                 fill,
             )
             .unwrap()

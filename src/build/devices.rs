@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
-use crate::plan::{Device, Operation, Plan};
+use crate::plan::{Device, Joined, Operation};
 use crate::sandbox::cdi::{CdiError, Edits, Registry};
 
 /// Where devices are described, and who may have them.
@@ -46,7 +46,7 @@ pub(super) struct Devices {
 
 impl Devices {
     /// Reads the descriptions where a step of `plan` asks for a device.
-    pub(super) fn new(settings: DeviceSettings, plan: &Plan) -> Self {
+    pub(super) fn new(settings: DeviceSettings, plan: &Joined) -> Self {
         let is_needed = plan
             .steps
             .iter()

@@ -1,4 +1,4 @@
-//! Performs a [`Plan`]: runs its graph, independent steps in parallel.
+//! Performs a plan, or those of several platforms [`Joined`]: runs the graph, independent steps in parallel.
 //!
 //! Each step is a task that waits for the steps it needs. What a task gives is a
 //! `Filesystem`: a list of layers that may still be remote, or still being sealed.
@@ -19,6 +19,7 @@ mod push;
 mod remote;
 mod run;
 mod seal;
+mod slot;
 mod stat_cache;
 mod step;
 mod subtree;
@@ -32,7 +33,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use futures_util::FutureExt as _;
-use futures_util::future::{BoxFuture, Shared};
+use futures_util::future::{BoxFuture, Shared, try_join_all};
 use thiserror::Error;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
@@ -40,7 +41,7 @@ use tokio::task::JoinSet;
 use crate::context::BuildContext;
 use crate::image::{ImageLayer, Platform, Reference, Repository};
 use crate::layer::Compression;
-use crate::plan::{ContextId, MountKind, Operation, Plan, StepId};
+use crate::plan::{ContextId, Joined, MountKind, Operation, StepId};
 use crate::progress::{BuildEvent, Progress, millis};
 use crate::registry::{Client, RegistryError, Resolved};
 use crate::remote::Fetcher;
@@ -51,6 +52,7 @@ use crate::store::Store;
 
 use devices::Devices;
 use layer::{Filesystem, SharedError};
+use slot::Slots;
 
 pub(crate) use cache::{BlobSource, CacheBlob, CacheDocument, INLINE_KEY, PackedMounts, import};
 pub use cache::{CacheContents, CacheSource, Imported, Importing};
@@ -71,6 +73,28 @@ pub struct StepFailed {
     pub status: i32,
     /// The end of what it printed.
     pub tail: String,
+    /// What it was to run on, where this machine cannot run programs for that and the status
+    /// says that a program could not be run.
+    pub foreign: Option<Platform>,
+}
+
+impl StepFailed {
+    /// What to do about it.
+    pub(crate) fn hint(&self) -> Option<String> {
+        let platform = self.foreign.as_ref()?;
+        Some(format!(
+            "this machine cannot run programs for {platform}: {}",
+            foreign_hint(&platform.architecture)
+        ))
+    }
+}
+
+/// What to do where programs for an architecture cannot be run.
+pub fn foreign_hint(architecture: &str) -> String {
+    format!(
+        "register an emulator for {architecture} with binfmt_misc (such as Debian's qemu-user-static), \
+         or compile on this machine's platform: FROM --platform=$BUILDPLATFORM"
+    )
 }
 
 /// Where in the Dockerfile a failed step is: the context of its error.
@@ -107,8 +131,11 @@ pub struct Settings {
     pub sandbox: sandbox::Choice,
     /// The powers that this process has.
     pub world: World,
-    /// What the image is for.
-    pub platform: Platform,
+    /// How many RUN steps run at once, `--jobs`; 0: as many as the graph allows, within
+    /// reason.
+    pub jobs: usize,
+    /// The architectures, in Go's names, whose programs this machine cannot run.
+    pub foreign: BTreeSet<String>,
     /// Clamps times; seconds since 1970 UTC.
     pub epoch: Option<i64>,
     /// How new layers are compressed.
@@ -144,6 +171,17 @@ pub struct BaseImage {
 /// What a build made.
 #[derive(Debug)]
 pub struct Built {
+    /// What becomes an image, one for each of [`Joined::targets`].
+    pub images: Vec<BuiltImage>,
+    /// What there is to export to caches.
+    pub cache: CacheContents,
+    /// Bytes of layers that were sent, by where to.
+    pub uploaded_bytes: BTreeMap<Repository, u64>,
+}
+
+/// The layers of one image.
+#[derive(Debug)]
+pub struct BuiltImage {
     /// The image's layers, base first.
     pub layers: Vec<ImageLayer>,
     /// For each layer above the base's, in order, when it was made; RFC 3339.
@@ -152,12 +190,8 @@ pub struct Built {
     pub origins: Vec<Option<Origin>>,
     /// For each layer, whether this build made it.
     pub are_new: Vec<bool>,
-    /// Bytes of layers that were sent, by where to.
-    pub uploaded_bytes: BTreeMap<Repository, u64>,
     /// The files that the layers are together.
     pub files: Files,
-    /// What there is to export to caches.
-    pub cache: CacheContents,
 }
 
 /// The files of the image that was built, for who wants them and not the layers.
@@ -199,7 +233,8 @@ pub(crate) struct Engine {
     sandbox_choice: sandbox::Choice,
     world: World,
     sandbox: OnceLock<Result<Box<dyn Sandbox>, Arc<SandboxError>>>,
-    platform: Platform,
+    slots: Slots,
+    foreign: BTreeSet<String>,
     epoch: Option<i64>,
     keep_blobs: bool,
     secrets: Arc<Secrets>,
@@ -250,7 +285,7 @@ type StepFuture = Shared<BoxFuture<'static, Result<Filesystem, SharedError>>>;
 /// # Errors
 /// The first step that failed, with its place; the others are stopped and waited for.
 pub async fn build(
-    plan: &Plan,
+    plan: &Joined,
     settings: Settings,
     timings: Arc<Timings>,
 ) -> anyhow::Result<Built> {
@@ -325,20 +360,24 @@ pub async fn build(
         engine.finish_records(is_wanted).await;
         return Err(unshare(&error));
     }
-    let filesystem = match plan.result {
-        Some(StepId(result)) => futures[result].clone().await.map_err(|e| unshare(&e))?,
-        None => Filesystem::default(),
-    };
-    let layers = filesystem.names().await.map_err(|e| unshare(&e));
+    let mut filesystems = Vec::new();
+    for target in &plan.targets {
+        filesystems.push(match target.result {
+            Some(StepId(result)) => futures[result].clone().await.map_err(|e| unshare(&e))?,
+            None => Filesystem::default(),
+        });
+    }
+    let layers = try_join_all(filesystems.iter().map(Filesystem::names)).await;
+    let layers = layers.map_err(|e| unshare(&e));
     let uploaded = match &layers {
-        Ok(_) => engine.push.finish(&engine, &filesystem).await,
+        Ok(_) => engine.push.finish(&engine, &all(&filesystems)).await,
         Err(_) => Ok(BTreeMap::new()),
     };
     engine.push.abandon(&engine).await;
     engine.finish_records(!engine.cancel.is_cancelled()).await;
     let (layers, uploaded_bytes) = (layers?, uploaded?);
-    Ok(Built {
-        cache: engine.cache.contents(),
+    let images = layers.into_iter().zip(filesystems);
+    let images = images.map(|(layers, filesystem)| BuiltImage {
         created: filesystem
             .layers
             .iter()
@@ -351,9 +390,26 @@ pub async fn build(
             .collect(),
         are_new: filesystem.layers.iter().map(|l| l.is_new()).collect(),
         layers,
+        files: Files {
+            engine: Arc::clone(&engine),
+            filesystem,
+        },
+    });
+    Ok(Built {
+        images: images.collect(),
+        cache: engine.cache.contents(),
         uploaded_bytes,
-        files: Files { engine, filesystem },
     })
+}
+
+/// All layers of all images: what has to be sent.
+fn all(filesystems: &[Filesystem]) -> Filesystem {
+    let layers = filesystems
+        .iter()
+        .flat_map(|one| one.layers.iter().cloned());
+    Filesystem {
+        layers: layers.collect(),
+    }
 }
 
 /// An error that several steps saw, as one that can be returned.
@@ -391,7 +447,7 @@ impl std::error::Error for Shared_ {
 }
 
 /// The IDs of the cache mounts of steps that `--no-cache` does anew.
-fn forgotten_caches(plan: &Plan) -> BTreeSet<String> {
+fn forgotten_caches(plan: &Joined) -> BTreeSet<String> {
     let steps = plan.steps.iter().filter(|step| !step.use_cache);
     let runs = steps.filter_map(|step| match &step.operation {
         Operation::Run(run) => Some(run),
@@ -406,7 +462,7 @@ fn forgotten_caches(plan: &Plan) -> BTreeSet<String> {
 }
 
 /// Refuses what was not allowed before anything is pulled.
-fn check_devices(plan: &Plan, devices: &Devices) -> anyhow::Result<()> {
+fn check_devices(plan: &Joined, devices: &Devices) -> anyhow::Result<()> {
     for step in &plan.steps {
         if let Operation::Run(run) = &step.operation {
             let edits = devices.edits(&run.devices);
@@ -416,10 +472,12 @@ fn check_devices(plan: &Plan, devices: &Devices) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The numbers of the steps whose layers the result has.
-fn wanted(plan: &Plan) -> BTreeSet<usize> {
+/// The numbers of the steps whose layers the results have.
+fn wanted(plan: &Joined) -> BTreeSet<usize> {
     let parent = |id: &StepId| plan.steps[id.0].parent;
-    std::iter::successors(plan.result, parent)
+    let targets = plan.targets.iter();
+    targets
+        .flat_map(|target| std::iter::successors(target.result, parent))
         .map(|id| id.0 + 1)
         .collect()
 }
@@ -450,7 +508,8 @@ impl Engine {
             sandbox_choice: settings.sandbox,
             world: settings.world,
             sandbox: OnceLock::new(),
-            platform: settings.platform,
+            slots: Slots::new(settings.jobs),
+            foreign: settings.foreign,
             epoch: settings.epoch,
             keep_blobs: settings.keep_blobs,
             secrets: settings.secrets,

@@ -10,6 +10,7 @@ use anyhow::Context as _;
 use super::Engine;
 use super::cache_mount::{self, CacheDirectory, DETAIL};
 use super::content::{self, ContentManifest, Entry, Kind};
+use super::slot::Slot;
 use super::subtree::{self, SharedFiles, Subtree};
 use crate::confined;
 use crate::image::Digest;
@@ -46,8 +47,13 @@ pub(super) struct Mounts {
 
 impl Mounts {
     /// Makes everything that `run` mounts; `sources` are the filesystems of [`Run::sources`].
-    /// Blocking.
-    pub(super) fn prepare(engine: &Engine, run: &Run, sources: &[Source]) -> anyhow::Result<Self> {
+    /// While it waits for a cache, the step gives up its `slot`. Blocking.
+    pub(super) fn prepare(
+        engine: &Engine,
+        run: &Run,
+        sources: &[Source],
+        slot: &mut Slot,
+    ) -> anyhow::Result<Self> {
         let mut mounts = Self::default();
         mounts.filesystems.resize_with(sources.len(), || None);
         // Two steps that want the same caches take them in one order, and neither waits for
@@ -59,7 +65,7 @@ impl Mounts {
         caches.sort_by(|(a, _), (b, _)| a.cmp(b));
         for (name, mount) in caches {
             mounts
-                .take_cache(engine, name, mount, sources)
+                .take_cache(engine, name, mount, sources, slot)
                 .with_context(|| format!("--mount of a cache at {}", target(mount)))?;
         }
         let is_confined = run.security == Security::Sandbox;
@@ -238,6 +244,7 @@ impl Mounts {
         name: String,
         mount: &Mount,
         sources: &[Source],
+        slot: &mut Slot,
     ) -> anyhow::Result<()> {
         let MountKind::Cache {
             from,
@@ -274,7 +281,9 @@ impl Mounts {
                 .subtree
                 .write(dir)
         };
-        let cache = cache_mount::take(&engine.store, &engine.cancel, &name, *sharing, fill)?;
+        let (store, cancel) = (&engine.store, &engine.cancel);
+        let waits = || slot.release();
+        let cache = cache_mount::take(store, cancel, &name, *sharing, waits, fill)?;
         self.caches.insert(name, cache);
         Ok(())
     }

@@ -12,7 +12,7 @@ use tokio_util::io::SyncIoBridge;
 
 use super::layer::{Filesystem, Layer, SharedError};
 use super::{Engine, PushDenied, unshare};
-use crate::image::{Descriptor, ImageLayer, Reference, Repository};
+use crate::image::{Descriptor, Digest, ImageLayer, Reference, Repository};
 use crate::layer::{self, LayerCompression, Pool};
 use crate::progress::{BuildEvent, millis};
 use crate::registry::{BlobContent, PushedBlob, RegistryError};
@@ -32,6 +32,8 @@ pub(super) struct Pusher {
     /// The numbers of the steps whose layers the result has.
     wanted: BTreeSet<usize>,
     allowed: OnceCell<()>,
+    /// What was begun: steps of several platforms may make the same layer.
+    begun: std::sync::Mutex<BTreeSet<(Digest, Repository)>>,
     sending: tokio::sync::Semaphore,
     force_compression: bool,
     /// The number of uploads that began before their layer was complete.
@@ -59,6 +61,7 @@ impl Pusher {
             repositories: tags.iter().map(|tag| tag.repository().clone()).collect(),
             wanted,
             allowed: OnceCell::new(),
+            begun: std::sync::Mutex::default(),
             sending: tokio::sync::Semaphore::new(PARALLEL_PUSHES),
             tasks: std::sync::Mutex::default(),
         }
@@ -168,6 +171,14 @@ impl Pusher {
         engine.client.cancel_dropped_uploads().await;
     }
 
+    /// Whether nobody sends this blob there yet.
+    fn begins(&self, digest: &Digest, repository: &Repository) -> bool {
+        self.begun
+            .lock()
+            .expect("nothing panics while it holds this lock")
+            .insert((digest.clone(), repository.clone()))
+    }
+
     fn take_tasks(&self) -> JoinSet<anyhow::Result<(Repository, u64)>> {
         std::mem::take(
             &mut *self
@@ -189,6 +200,9 @@ async fn push(engine: &Arc<Engine>, layer: &Layer, repository: &Repository) -> a
     }
     let names = layer.names().await.map_err(|error| unshare(&error))?;
     let descriptor = engine.push.descriptor(engine, layer, &names).await?;
+    if !engine.push.begins(&descriptor.digest, repository) {
+        return Ok(0);
+    }
     let is_converted = descriptor.digest != names.descriptor.digest;
     // Elsewhere there is only what it was made of.
     let origin = layer.origin().filter(|_| !is_converted);

@@ -10,23 +10,29 @@ use anyhow::Context as _;
 use rustix::fs::Mode;
 
 use super::mounts::{Mounts, Source};
+use super::slot::Slot;
 use super::user::Accounts;
 use super::{Engine, StepFailed};
 use crate::confined::ConfinedDir;
-use crate::image::DEFAULT_PATH;
+use crate::image::{DEFAULT_PATH, Platform};
 use crate::plan::{Network, Run, Security, Ulimit};
 use crate::progress::{BuildEvent, Stream};
 use crate::rootfs::{MountPoint, Rootfs, Stack, Tree};
 use crate::sandbox::{self, MountSource, Outcome, Process};
 
-/// Runs `run` on top of `below`, with `sources` to mount, and returns the tree of what it
-/// changed. Blocking.
+/// The status of a step whose program is there and cannot be run.
+const NOT_EXECUTABLE: i32 = 126;
+
+/// Runs `run`, the step of this number for this platform, on top of `below`, with `sources` to
+/// mount, and returns the tree of what it changed. `slot` is free when the process has
+/// ended. Blocking.
 pub(super) fn run(
     engine: &Arc<Engine>,
     run: &Run,
-    step: usize,
+    (step, platform): (usize, &Platform),
     below: &Stack,
     sources: &[Source],
+    mut slot: Slot,
 ) -> anyhow::Result<Arc<Tree>> {
     let sandbox = engine.sandbox()?;
     let accounts = Accounts::read(below).context("reading the image's accounts")?;
@@ -39,7 +45,7 @@ pub(super) fn run(
     for what in &devices.left_out {
         engine.warn(format!("step {step}: RUN --device: {what}"));
     }
-    let mut mounts = Mounts::prepare(engine, run, sources)?;
+    let mut mounts = Mounts::prepare(engine, run, sources, &mut slot)?;
     // What a device brings wins.
     let mut step_mounts = std::mem::take(&mut mounts.mounts);
     step_mounts.extend(devices.mounts);
@@ -81,6 +87,7 @@ pub(super) fn run(
     rootfs.prepare_mount_points(&points)?;
     engine.timings.add("mount", mounting.elapsed());
 
+    slot.retake(&engine.cancel)?;
     let running = Instant::now();
     let mut tail = Tail::default();
     let say = |stream, bytes: &[u8]| {
@@ -104,6 +111,7 @@ pub(super) fn run(
     stdout.end(|bytes| say(Stream::Stdout, bytes));
     stderr.end(|bytes| say(Stream::Stderr, bytes));
     engine.timings.add("run", running.elapsed());
+    drop(slot);
     mounts.finish();
     match outcome {
         Ok(Outcome::Exited(0)) => {}
@@ -114,6 +122,9 @@ pub(super) fn run(
                 command: run.args.join(" "),
                 status,
                 tail: tail.text(),
+                foreign: (status == NOT_EXECUTABLE
+                    && engine.foreign.contains(&platform.architecture))
+                .then(|| platform.clone()),
             }
             .into());
         }

@@ -319,9 +319,9 @@ async fn run_cached(
     parent: &Filesystem,
     sources: &[Filesystem],
 ) -> anyhow::Result<(Filesystem, bool)> {
-    let number = beginning.number;
+    let (number, step) = (beginning.number, beginning.step);
     // The epoch clamps the times in the layer.
-    let what = (run, engine.platform.to_string(), engine.epoch);
+    let what = (run, step.platform.to_string(), engine.epoch);
     let definition = Definition::new("run", &what);
     let mut mounted = Vec::new();
     let mut reads = None;
@@ -362,7 +362,7 @@ async fn run_cached(
     beginning.tell();
     cached
         .or_make(engine, parent, || {
-            run_step(engine, number, run, parent, mounted)
+            run_step(engine, number, step, run, parent, mounted)
         })
         .await
 }
@@ -403,6 +403,7 @@ async fn look_up_layers(
 async fn run_step(
     engine: &Arc<Engine>,
     number: usize,
+    step: &Step,
     run: &plan::Run,
     parent: &Filesystem,
     sources: Vec<mounts::Source>,
@@ -417,9 +418,11 @@ async fn run_step(
         .await
         .map_err(|error| unshare(&error))?;
     engine.push.start(engine, number, parent);
+    let slot = engine.slots.take(&engine.cancel).await?;
     let (shared, what, lower) = (Arc::clone(engine), run.clone(), below.clone());
+    let platform = step.platform.clone();
     let tree = engine
-        .blocking(move || run::run(&shared, &what, number, &lower, &sources))
+        .blocking(move || run::run(&shared, &what, (number, &platform), &lower, &sources, slot))
         .await?;
     let sealing = seal::seal_tree(engine, &tree, below, parent);
     Ok(Layer::sealing(sealing, Some(tree), engine.now()))

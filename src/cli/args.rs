@@ -84,9 +84,13 @@ pub(super) struct BuildArgs {
           default_missing_value = "true", hide_possible_values = true, value_name = "BOOL")]
     pub force_compression: Option<bool>,
 
-    /// The platform to build for, such as linux/arm64 [env: DOCKER_DEFAULT_PLATFORM] [default: this machine's]
-    #[arg(long = "platform", value_name = "PLATFORM")]
+    /// The platforms to build for, such as linux/arm64; several give an index [env: DOCKER_DEFAULT_PLATFORM] [default: this machine's]
+    #[arg(long = "platform", value_name = "PLATFORM,…")]
     pub platforms: Vec<String>,
+
+    /// How many RUN steps run at once [env: SOCKLESS_JOBS] [default: 0, all that wait for nothing]
+    #[arg(long, value_name = "NUMBER")]
+    pub jobs: Option<usize>,
 
     /// A URL that is asked before registry HOST [env: SOCKLESS_REGISTRY_MIRROR, separated by commas]
     #[arg(long = "registry-mirror", value_name = "HOST=URL")]
@@ -156,8 +160,8 @@ pub(super) struct BuildArgs {
     #[arg(long = "label", value_name = "NAME=VALUE")]
     pub labels: Vec<String>,
 
-    /// Adds an annotation to the image's manifest; "manifest-descriptor:" in front adds it to
-    /// the manifest's entry in an index
+    /// Adds an annotation to the image's manifest; TYPE is manifest, manifest-descriptor,
+    /// index or index-descriptor, the first two perhaps with [PLATFORM]
     #[arg(long = "annotation", value_name = "[TYPE:]NAME=VALUE")]
     pub annotations: Vec<String>,
 

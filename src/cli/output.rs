@@ -137,6 +137,7 @@ struct Fields {
     dest: Option<String>,
     push: Option<bool>,
     tar: Option<bool>,
+    platform_split: Option<bool>,
     names: Vec<String>,
     annotations: Annotations,
     compression: CompressionText,
@@ -164,7 +165,10 @@ impl Wanted {
         };
         if output == "-" {
             let dest = PathBuf::from(output);
-            return Ok(Self::File(Output::Tar { dest }));
+            return Ok(Self::File(Output::Tar {
+                dest,
+                platform_split: None,
+            }));
         }
         let list = split_fields(output).map_err(|reason| malformed(reason.to_owned()))?;
         if let [path] = &list[..]
@@ -172,7 +176,10 @@ impl Wanted {
             && !path.contains('=')
         {
             let dest = PathBuf::from(path);
-            return Ok(Self::File(Output::Local { dest }));
+            return Ok(Self::File(Output::Local {
+                dest,
+                platform_split: None,
+            }));
         }
         let fields = Fields::read(output, &list)?;
         let kind = fields
@@ -233,9 +240,13 @@ impl Wanted {
                     compression,
                 })))
             }
-            "tar" => Ok(Self::File(Output::Tar { dest: file(dest) })),
+            "tar" => Ok(Self::File(Output::Tar {
+                dest: file(dest),
+                platform_split: fields.platform_split,
+            })),
             "local" => Ok(Self::File(Output::Local {
                 dest: directory(dest)?,
+                platform_split: fields.platform_split,
             })),
             "registry" | "image" if dest.is_some() => has_no("dest="),
             "registry" | "image" if fields.tar.is_some() => has_no("tar="),
@@ -288,7 +299,8 @@ impl Fields {
                     fields.of_files.get_or_insert(lower);
                     continue;
                 }
-                "platform-split" if !bool()? => {
+                "platform-split" => {
+                    fields.platform_split = Some(bool()?);
                     fields.of_files.get_or_insert(lower);
                     continue;
                 }
@@ -393,6 +405,7 @@ pub(super) fn split_fields(text: &str) -> Result<Vec<String>, &'static str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::image::{Platform, PlatformAnnotations};
 
     fn image(format: ImageFormat, dest: &str) -> ImageOutput {
         ImageOutput {
@@ -521,15 +534,32 @@ mod tests {
             annotations: Annotations::default(),
             compression: LayerCompression::default(),
         };
-        let tar = |dest: &str| Wanted::File(Output::Tar { dest: dest.into() });
-        let local = |dest: &str| Wanted::File(Output::Local { dest: dest.into() });
+        let tar = |dest: &str, platform_split| {
+            Wanted::File(Output::Tar {
+                dest: dest.into(),
+                platform_split,
+            })
+        };
+        let local = |dest: &str, platform_split| {
+            Wanted::File(Output::Local {
+                dest: dest.into(),
+                platform_split,
+            })
+        };
         for (output, expected) in [
-            ("-", tar("-")),
-            ("type=tar", tar("-")),
-            ("type=tar,dest=a.tar,platform-split=false", tar("a.tar")),
-            ("out", local("out")),
-            ("./a b", local("./a b")),
-            ("type=local,dest=out,mode=copy", local("out")),
+            ("-", tar("-", None)),
+            ("type=tar", tar("-", None)),
+            (
+                "type=tar,dest=a.tar,platform-split=false",
+                tar("a.tar", Some(false)),
+            ),
+            ("out", local("out", None)),
+            ("./a b", local("./a b", None)),
+            (
+                "type=local,dest=out,platform-split=true",
+                local("out", Some(true)),
+            ),
+            ("type=local,dest=out,mode=copy", local("out", None)),
             ("type=oci", file(OciArchive, "-")),
             ("type=oci,dest=a.tar", file(OciArchive, "a.tar")),
             ("dest=-,type=oci,tar=true", file(OciArchive, "-")),
@@ -561,9 +591,15 @@ mod tests {
                 .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
                 .collect()
         };
-        let annotations = Annotations {
-            manifest: pairs(&[("a.b", "1=2"), ("C", ""), ("d", "4")]),
+        let of_platform = PlatformAnnotations {
+            manifest: pairs(&[("d", "4")]),
             descriptor: pairs(&[("e", "5")]),
+        };
+        let platform = Platform::parse("linux/amd64").unwrap();
+        let annotations = Annotations {
+            manifest: pairs(&[("a.b", "1=2"), ("C", "")]),
+            platforms: [(platform, of_platform)].into(),
+            ..Annotations::default()
         };
         let output = "annotation.a.b=1=2,annotation-manifest.C=,annotation[linux/amd64].d=4,\
                       annotation-manifest-descriptor[linux/amd64].e=5";
@@ -604,8 +640,8 @@ mod tests {
                 "--output \"type=local,dest=a,mode=delete\": the field \"mode\" is not supported yet",
             ),
             (
-                "type=local,dest=a,platform-split=true",
-                "--output \"type=local,dest=a,platform-split=true\": the field \"platform-split\" is not supported yet",
+                "type=oci,platform-split=true",
+                "invalid --output \"type=oci,platform-split=true\": type=oci has no \"platform-split=\"",
             ),
             (
                 "type=tar,dest=a,attestation-prefix=x",
@@ -632,8 +668,8 @@ mod tests {
                 "invalid --output \"type=oci,push=true\": type=oci has no \"push=\"",
             ),
             (
-                "type=oci,annotation-index.a=b",
-                "invalid --output \"type=oci,annotation-index.a=b\": the field \"annotation-index.a=b\": an image for one platform has no index; use manifest or manifest-descriptor",
+                "type=oci,annotation-index[linux].a=b",
+                "invalid --output \"type=oci,annotation-index[linux].a=b\": the field \"annotation-index[linux].a=b\": an index has no platform",
             ),
             (
                 "type=oci,annotation.=b",

@@ -17,8 +17,9 @@ use super::values::{self, ValueError};
 use crate::context::{
     ContextError, ContextSource, DockerfileLocation, NamedContextError, NamedContexts,
 };
+use crate::dockerfile::parse_bool;
 use crate::image::{Annotations, Platform, PlatformError, Reference, ReferenceError};
-use crate::pipeline::{BuildRequest, DeviceSettings, LayerCompression};
+use crate::pipeline::{BuildRequest, DeviceSettings, LayerCompression, Output};
 use crate::plan::{self, Entitlement, Network, NoCache, RunSettings, Ulimit};
 use crate::registry::Reach;
 use crate::sandbox::{self, HostError, UlimitError, cdi};
@@ -29,6 +30,9 @@ const EPOCH_MAX: i64 = 253_402_300_799;
 
 /// The environment variable and build argument that sets every time.
 const EPOCH: &str = "SOURCE_DATE_EPOCH";
+
+/// The build argument that makes an index of the image for one platform.
+const MULTI_PLATFORM: &str = "BUILDKIT_MULTI_PLATFORM";
 
 /// A build and how it is shown.
 #[derive(Clone, Debug)]
@@ -95,9 +99,18 @@ pub(super) enum RequestError {
     /// `--platform` or `DOCKER_DEFAULT_PLATFORM`.
     #[error("--platform")]
     Platform(#[from] PlatformError),
-    /// More than one platform.
-    #[error("building for several platforms at once is not supported yet: got {0}")]
+    /// `BUILDKIT_MULTI_PLATFORM` is no boolean.
+    #[error("--build-arg {MULTI_PLATFORM}={0:?}: expected \"true\" or \"false\"")]
+    MultiPlatform(String),
+    /// It says that there is one platform, and there are several.
+    #[error("--build-arg {MULTI_PLATFORM} wants no index, but several platforms are built: {0}")]
     SeveralPlatforms(String),
+    /// Annotations of an index where there is none.
+    #[error("the annotation {0:?} is for an index, and an image for one platform has none")]
+    NoIndex(String),
+    /// `SOCKLESS_JOBS`.
+    #[error("environment variable SOCKLESS_JOBS is {0:?}: expected a number")]
+    Jobs(String),
     /// `--registry-mirror`.
     #[error("--registry-mirror for {host:?}: {reason}")]
     Mirror {
@@ -153,7 +166,9 @@ impl RequestError {
         match self {
             Self::Flag(flag) => flag.hint,
             Self::PushWithoutTag => Some("name the image with --tag REGISTRY/REPOSITORY:TAG"),
-            Self::SeveralPlatforms(_) => Some("run one build for each platform"),
+            Self::NoIndex(_) => Some(
+                "use manifest: or manifest-descriptor:, or --build-arg BUILDKIT_MULTI_PLATFORM=true",
+            ),
             Self::NoRoot => Some("choose a directory with --root DIR"),
             Self::Output(error) => error.hint(),
             Self::Cache(error) => error.hint(),
@@ -292,8 +307,7 @@ impl BuildSettings {
                     }
                     tags.extend(names);
                     push |= wanted;
-                    merge(&mut push_annotations.manifest, annotations.manifest)?;
-                    merge(&mut push_annotations.descriptor, annotations.descriptor)?;
+                    push_annotations = merge_all(push_annotations, annotations)?;
                 }
             }
         }
@@ -318,11 +332,14 @@ impl BuildSettings {
         }
         let mut build_args = build_args(&args.build_args, machine)?;
         let epoch = epoch(&mut build_args, machine)?;
-        let platform = platform(&args.platforms, machine)?;
         let mut cache_to = cache::targets(&args.cache_to)?;
         if is_inline_cache(&build_args) {
             cache_to.extend(cache::targets(&["type=inline".to_owned()])?);
         }
+        let platforms = platforms(&args.platforms, machine)?;
+        let multi_platform = multi_platform(&build_args, &platforms)?;
+        let mut platforms = platforms.into_iter();
+        let platform = platforms.next();
         let request = BuildRequest {
             context: context(&args.context)?,
             dockerfile: args.file.as_deref().map(dockerfile).transpose()?,
@@ -349,8 +366,11 @@ impl BuildSettings {
                     ulimits: ulimits(&args.ulimits)?,
                 },
                 platform_is_given: platform.is_some(),
+                multi_platform,
                 ..plan::Settings::new(platform.unwrap_or_else(Platform::host), Platform::host())
             },
+            further_platforms: platforms.collect(),
+            jobs: jobs(args.jobs, machine)?,
             epoch,
             registry: super::registry::options(
                 &args.registry_mirrors,
@@ -386,6 +406,7 @@ impl BuildSettings {
             iid_file: args.iid_file,
             metadata_file: args.metadata_file,
         };
+        check_index_annotations(&request)?;
         Ok(Self {
             without_output: !request.push && request.outputs.is_empty() && !nowhere,
             request,
@@ -404,6 +425,20 @@ fn is_inline_cache(build_args: &BTreeMap<String, String>) -> bool {
 }
 
 /// Joins what several outputs of one image say of it.
+fn merge_all(mut all: Annotations, more: Annotations) -> Result<Annotations, RequestError> {
+    merge(&mut all.manifest, more.manifest)?;
+    merge(&mut all.descriptor, more.descriptor)?;
+    merge(&mut all.index, more.index)?;
+    merge(&mut all.index_descriptor, more.index_descriptor)?;
+    for (platform, more) in more.platforms {
+        let own = all.platforms.entry(platform).or_default();
+        merge(&mut own.manifest, more.manifest)?;
+        merge(&mut own.descriptor, more.descriptor)?;
+    }
+    Ok(all)
+}
+
+/// Joins annotations of one thing.
 fn merge(
     all: &mut BTreeMap<String, String>,
     more: BTreeMap<String, String>,
@@ -557,10 +592,11 @@ fn epoch<E: Fn(&str) -> Option<OsString>>(
     Ok(Some(epoch))
 }
 
-fn platform<E: Fn(&str) -> Option<OsString>>(
+/// Each platform once, in the order in which they are given.
+fn platforms<E: Fn(&str) -> Option<OsString>>(
     flags: &[String],
     machine: &Machine<E>,
-) -> Result<Option<Platform>, RequestError> {
+) -> Result<Vec<Platform>, RequestError> {
     let flags = if flags.is_empty() {
         machine
             .var("DOCKER_DEFAULT_PLATFORM")?
@@ -569,15 +605,58 @@ fn platform<E: Fn(&str) -> Option<OsString>>(
     } else {
         flags.to_vec()
     };
-    let platforms = flags
-        .iter()
-        .flat_map(|flag| flag.split(','))
-        .map(|text| Platform::parse(text.trim()))
-        .collect::<Result<BTreeSet<_>, _>>()?;
-    let mut platforms = platforms.into_iter();
-    match (platforms.next(), platforms.next()) {
-        (platform, None) => Ok(platform),
-        (_, Some(_)) => Err(RequestError::SeveralPlatforms(flags.join(","))),
+    let mut platforms = Vec::new();
+    for text in flags.iter().flat_map(|flag| flag.split(',')) {
+        let platform = Platform::parse(text.trim())?;
+        if !platforms.contains(&platform) {
+            platforms.push(platform);
+        }
+    }
+    Ok(platforms)
+}
+
+/// Whether the result is an index: that of several platforms is, and the argument can ask for
+/// one of a single image.
+fn multi_platform(
+    build_args: &BTreeMap<String, String>,
+    platforms: &[Platform],
+) -> Result<bool, RequestError> {
+    let given = build_args.get(MULTI_PLATFORM);
+    let wanted = given
+        .filter(|text| !text.is_empty())
+        .map(|text| parse_bool(text).ok_or_else(|| RequestError::MultiPlatform(text.clone())));
+    match wanted.transpose()? {
+        Some(false) if platforms.len() > 1 => {
+            let platforms: Vec<_> = platforms.iter().map(Platform::to_string).collect();
+            Err(RequestError::SeveralPlatforms(platforms.join(", ")))
+        }
+        wanted => Ok(wanted.unwrap_or(platforms.len() > 1)),
+    }
+}
+
+/// Refuses annotations of an index where the result is none.
+fn check_index_annotations(request: &BuildRequest) -> Result<(), RequestError> {
+    let of_outputs = request.outputs.iter().filter_map(|output| match output {
+        Output::Image(output) => Some(&output.annotations),
+        Output::Tar { .. } | Output::Local { .. } => None,
+    });
+    let all = [&request.annotations, &request.push_annotations];
+    let mut all = all.into_iter().chain(of_outputs);
+    let of_index = all.find_map(|all| all.index.keys().chain(all.index_descriptor.keys()).next());
+    match of_index {
+        Some(name) if !request.plan.multi_platform => Err(RequestError::NoIndex(name.clone())),
+        _ => Ok(()),
+    }
+}
+
+fn jobs<E: Fn(&str) -> Option<OsString>>(
+    flag: Option<usize>,
+    machine: &Machine<E>,
+) -> Result<usize, RequestError> {
+    match (flag, machine.var("SOCKLESS_JOBS")?) {
+        (Some(jobs), _) => Ok(jobs),
+        (None, None) => Ok(0),
+        (None, Some(text)) => text.parse().map_err(|_| RequestError::Jobs(text)),
     }
 }
 
@@ -797,16 +876,53 @@ pub(super) mod tests {
             platform(&["--platform", "linux/arm64,linux/aarch64", "."]),
             "linux/arm64"
         );
+        let several: &[&str] = &[
+            "--platform",
+            "linux/s390x,linux/arm64",
+            "--platform",
+            "arm64,amd64",
+            ".",
+        ];
+        let request = convert(several, &[]).unwrap().request;
+        let texts = |platforms: &[Platform]| -> Vec<String> {
+            platforms.iter().map(Platform::to_string).collect()
+        };
+        assert_eq!(request.plan.platform.to_string(), "linux/s390x");
+        assert_eq!(
+            texts(&request.further_platforms),
+            ["linux/arm64", "linux/amd64"]
+        );
+        assert!(request.plan.multi_platform && request.plan.platform_is_given);
         check_error(
-            &[
-                "--platform",
-                "linux/amd64",
-                "--platform",
-                "linux/arm64",
-                ".",
-            ],
+            &[several, &["--build-arg", "BUILDKIT_MULTI_PLATFORM=0"][..]].concat(),
             &[],
-            "building for several platforms at once is not supported yet: got linux/amd64,linux/arm64",
+            "--build-arg BUILDKIT_MULTI_PLATFORM wants no index, but several platforms are built: linux/s390x, linux/arm64, linux/amd64",
+        );
+        check_error(
+            &[".", "--build-arg", "BUILDKIT_MULTI_PLATFORM=x"],
+            &[],
+            "--build-arg BUILDKIT_MULTI_PLATFORM=\"x\": expected \"true\" or \"false\"",
+        );
+        let one = ["--build-arg", "BUILDKIT_MULTI_PLATFORM=true", "."];
+        let request = convert(&one, &[]).unwrap().request;
+        assert!(request.plan.multi_platform && request.further_platforms.is_empty());
+        for annotation in ["--annotation=index:a=b", "-otype=oci,annotation-index.a=b"] {
+            check_error(
+                &[annotation, "."],
+                &[],
+                "the annotation \"a\" is for an index, and an image for one platform has none",
+            );
+            assert!(convert(&[&[annotation][..], &one].concat(), &[]).is_ok());
+        }
+        let jobs = |args: &[&str], env: &[(&str, &str)]| convert(args, env).unwrap().request.jobs;
+        let env = [("SOCKLESS_JOBS", "3")];
+        assert_eq!(jobs(&["."], &[]), 0);
+        assert_eq!(jobs(&["."], &env), 3);
+        assert_eq!(jobs(&["--jobs", "2", "."], &env), 2);
+        check_error(
+            &["."],
+            &[("SOCKLESS_JOBS", "all")],
+            "environment variable SOCKLESS_JOBS is \"all\": expected a number",
         );
         check_error(
             &["."],

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use thiserror::Error;
 
 use crate::dockerfile::parse_size;
-use crate::image::Annotations;
+use crate::image::{Annotations, Platform};
 use crate::pipeline::DeviceSettings;
 use crate::plan::Entitlement;
 
@@ -68,8 +68,8 @@ pub(super) fn annotations(flags: &[String]) -> Result<Annotations, ValueError> {
     Ok(all)
 }
 
-/// Adds the annotation `name` to what `kind` says: `manifest` or `manifest-descriptor`,
-/// perhaps with a platform in brackets behind it.
+/// Adds the annotation `name` to what `kind` says: `manifest`, `manifest-descriptor`, `index`
+/// or `index-descriptor`, the first two perhaps with a platform in brackets behind.
 ///
 /// # Errors
 /// What is wrong with `kind`.
@@ -79,16 +79,24 @@ pub(super) fn annotate(
     name: &str,
     value: &str,
 ) -> Result<(), &'static str> {
-    // One platform is built, so naming it changes nothing.
-    let kind = kind.split_once('[').map_or(kind, |(kind, _)| kind);
-    let target = match kind {
-        "manifest" => &mut all.manifest,
-        "manifest-descriptor" => &mut all.descriptor,
-        "index" | "index-descriptor" => {
-            return Err(
-                "an image for one platform has no index; use manifest or manifest-descriptor",
-            );
+    let (kind, platform) = match kind.split_once('[') {
+        None => (kind, None),
+        Some((kind, platform)) => {
+            let platform = platform.strip_suffix(']').unwrap_or_default();
+            let parsed = Platform::parse(platform);
+            (kind, Some(parsed.map_err(|_| NO_PLATFORM)?))
         }
+    };
+    let target = match (kind, platform) {
+        ("manifest", None) => &mut all.manifest,
+        ("manifest-descriptor", None) => &mut all.descriptor,
+        ("manifest", Some(platform)) => &mut all.platforms.entry(platform).or_default().manifest,
+        ("manifest-descriptor", Some(platform)) => {
+            &mut all.platforms.entry(platform).or_default().descriptor
+        }
+        ("index", None) => &mut all.index,
+        ("index-descriptor", None) => &mut all.index_descriptor,
+        ("index" | "index-descriptor", Some(_)) => return Err("an index has no platform"),
         _ => {
             return Err(
                 "unknown type: expected manifest, manifest-descriptor, index or index-descriptor",
@@ -98,6 +106,9 @@ pub(super) fn annotate(
     target.insert(name.to_owned(), value.to_owned());
     Ok(())
 }
+
+/// What is wrong with brackets that hold something else.
+const NO_PLATFORM: &str = "expected a platform in the brackets, such as [linux/arm64]";
 
 /// `--allow`; several may stand in one, separated by commas, but for `device=…`, which
 /// takes options of its own. Devices go to `devices`.
@@ -173,7 +184,8 @@ mod tests {
         let all = annotations(&flags(&[
             "a=1",
             "manifest:b=2",
-            "manifest,manifest-descriptor[linux/amd64]:c=d:e=f",
+            "manifest,manifest-descriptor[linux/x86_64]:c=d:e=f",
+            "index,index-descriptor:i=3",
         ]))
         .unwrap();
         let pair = |name: &str, value: &str| (name.to_owned(), value.to_owned());
@@ -181,14 +193,18 @@ mod tests {
             all.manifest,
             [pair("a", "1"), pair("b", "2"), pair("c", "d:e=f")].into()
         );
-        assert_eq!(all.descriptor, [pair("c", "d:e=f")].into());
+        assert_eq!(all.descriptor, BTreeMap::new());
+        assert_eq!(all.index, [pair("i", "3")].into());
+        assert_eq!(all.index_descriptor, [pair("i", "3")].into());
+        let own = &all.platforms[&Platform::parse("linux/amd64").unwrap()];
+        assert_eq!(own.descriptor, [pair("c", "d:e=f")].into());
+        assert_eq!((own.manifest.len(), all.platforms.len()), (0, 1));
         for (flag, reason) in [
             ("a", "expected NAME=VALUE"),
             ("manifest:=1", "the name is empty"),
-            (
-                "index:a=1",
-                "an image for one platform has no index; use manifest or manifest-descriptor",
-            ),
+            ("index[linux/amd64]:a=1", "an index has no platform"),
+            ("manifest[linux/]:a=1", NO_PLATFORM),
+            ("manifest[linux/amd64:a=1", NO_PLATFORM),
             (
                 "layer:a=1",
                 "unknown type: expected manifest, manifest-descriptor, index or index-descriptor",

@@ -1,15 +1,87 @@
-//! [`Files`]: everything in a root filesystem, in one list.
+//! [`Files`]: everything in a root filesystem, in one list; [`Root`]: those of several.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FileType, major, minor};
 
+use crate::image::Platform;
 use crate::rootfs::{
     Change, ChangeKind, Data, Entry, FileContent, FileSource, Metadata, Node, RootfsError, Stack,
     Time,
 };
+
+/// The files of one platform's image, and where they go.
+#[derive(Clone, Debug)]
+pub struct Root {
+    /// What the image is for.
+    pub platform: Platform,
+    /// Whether the files go to a directory named after it, and not to where all begins.
+    pub in_directory: bool,
+    /// The files.
+    pub stack: Stack,
+}
+
+/// The permissions of directories named after platforms, as in BuildKit.
+const DIRECTORY_MODE: u32 = 0o755;
+
+impl Root {
+    /// The directory: `linux/arm/v7` is `linux_arm_v7`.
+    fn directory(&self) -> Option<PathBuf> {
+        let name = self.platform.to_string().replace('/', "_");
+        self.in_directory.then(|| name.into())
+    }
+
+    /// All files, as [`files`] lists them, below the directory where they go to one. That
+    /// is dated `epoch`, or 1970, as in BuildKit.
+    pub(super) fn files(
+        &self,
+        epoch: Option<i64>,
+    ) -> impl Iterator<Item = Result<Change, RootfsError>> + use<> {
+        let directory = self.directory();
+        let entry = directory.clone().map(|path| {
+            let metadata = Metadata {
+                mode: DIRECTORY_MODE,
+                uid: 0,
+                gid: 0,
+                mtime: Time {
+                    seconds: epoch.unwrap_or(0),
+                    nanoseconds: 0,
+                },
+                xattrs: BTreeMap::new(),
+            };
+            let data = Data::Directory { opaque: false };
+            let kind = ChangeKind::Entry(Entry { metadata, data });
+            Ok(Change { path, kind })
+        });
+        let files = files(&self.stack, epoch).map(move |change| match (&directory, change) {
+            (Some(directory), Ok(change)) => Ok(below(directory, change)),
+            (_, change) => change,
+        });
+        entry.into_iter().chain(files)
+    }
+}
+
+/// Sorts by where the files go, which is the order of an archive.
+pub(super) fn sorted(roots: &[Root]) -> Vec<&Root> {
+    let mut sorted: Vec<&Root> = roots.iter().collect();
+    sorted.sort_by_key(|root| root.directory());
+    sorted
+}
+
+/// The change with its paths below `directory`.
+fn below(directory: &Path, mut change: Change) -> Change {
+    change.path = directory.join(&change.path);
+    if let ChangeKind::Entry(Entry {
+        data: Data::Hardlink(first),
+        ..
+    }) = &mut change.kind
+    {
+        *first = directory.join(&first);
+    }
+    change
+}
 
 /// Lists all files but the root itself, in the order of [`crate::rootfs::order`]: a
 /// directory, then what is in it, sorted by bytes. Of several names of one file, those

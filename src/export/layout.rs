@@ -15,7 +15,7 @@ use serde_json::{Map, Value, json};
 use super::ExportError;
 use super::file::{IsCancelled, parent_of, persist, temporary_in};
 use super::oci::{LAYOUT, NAME, REF_NAME, Source, blob_name, blobs, read_blob};
-use crate::image::{Descriptor, Image, MANIFEST_LIMIT_BYTES, MediaType, Reference};
+use crate::image::{Descriptor, ImageOrIndex, MANIFEST_LIMIT_BYTES, MediaType, Reference};
 use crate::io::LimitedReader;
 use crate::layout::Layout;
 use crate::store::Store;
@@ -33,7 +33,7 @@ const DEFAULT_TAG: &str = "latest";
 /// [`ExportError`]. A directory that was not there is not there then either; in one that
 /// was, complete blobs may have been added.
 pub fn image_layout(
-    image: &Image,
+    image: &ImageOrIndex,
     names: &[Reference],
     store: &Store,
     dest: &Path,
@@ -58,7 +58,7 @@ pub fn image_layout(
 }
 
 fn extend(
-    image: &Image,
+    image: &ImageOrIndex,
     names: &[Reference],
     store: &Store,
     dir: &Path,
@@ -158,7 +158,7 @@ fn read_index(path: &Path) -> Result<Map<String, Value>, ExportError> {
 
 /// One entry for each name of the image.
 fn entries<'n>(
-    image: &Image,
+    image: &ImageOrIndex,
     names: &'n [Reference],
 ) -> Vec<(Option<String>, &'n str, Descriptor)> {
     let named: Vec<(Option<String>, &str)> = if names.is_empty() {
@@ -171,7 +171,6 @@ fn entries<'n>(
     };
     let named = named.into_iter().map(|(name, tag)| {
         let mut descriptor = image.descriptor();
-        descriptor.platform = Some(image.config.platform.clone());
         let annotations = &mut descriptor.annotations;
         annotations.extend(name.clone().map(|name| (NAME.to_owned(), name)));
         annotations.insert(REF_NAME.to_owned(), tag.to_owned());
@@ -213,9 +212,9 @@ fn add(
 mod tests {
     use std::process::Command;
 
-    use super::super::testing::{Fixture, fixture, image_of, skip, tags};
+    use super::super::testing::{Fixture, fixture, image_of, index_of, one, skip, tags};
     use super::*;
-    use crate::image::Platform;
+    use crate::image::{Image, Platform};
 
     fn names_in(dir: &Path) -> Vec<(String, String, String)> {
         let index: Value =
@@ -249,7 +248,7 @@ mod tests {
         let other = image_of(&store, &["one", "three"]);
         let dest = dir.path().join("deep/layout");
         let write = |image: &Image, names: &[&str]| {
-            image_layout(image, &tags(names), &store, &dest, &|| false).unwrap();
+            image_layout(&one(image), &tags(names), &store, &dest, &|| false).unwrap();
         };
         let entry = |name: &str, tag: &str, image: &Image| {
             let digest = image.raw_manifest.digest.to_string();
@@ -310,7 +309,7 @@ mod tests {
     fn a_failure_changes_no_layout() {
         let Fixture { dir, store, image } = fixture();
         let layout = dir.path().join("layout");
-        let write = |image: &Image| image_layout(image, &[], &store, &layout, &|| false);
+        let write = |image: &Image| image_layout(&one(image), &[], &store, &layout, &|| false);
         let broken = image_of(&store, &["broken"]);
         let blob = store.blob_path(&broken.layers[0].descriptor.digest);
         let mut flipped = fs::read(&blob).unwrap();
@@ -350,7 +349,7 @@ mod tests {
         }
         let Fixture { dir, store, image } = fixture();
         let dest = dir.path().join("layout");
-        image_layout(&image, &tags(&["a:1"]), &store, &dest, &|| false).unwrap();
+        image_layout(&one(&image), &tags(&["a:1"]), &store, &dest, &|| false).unwrap();
         let output = Command::new("skopeo")
             .args(["inspect", &format!("oci:{}:1", dest.display())])
             .output()
@@ -359,5 +358,22 @@ mod tests {
         assert!(output.status.success(), "{stderr}");
         let inspected: Value = serde_json::from_slice(&output.stdout).unwrap();
         assert_eq!(inspected["Digest"], image.raw_manifest.digest.as_str());
+    }
+
+    #[test]
+    fn an_index_is_read_back_by_platform() {
+        let Fixture { dir, store, image } = fixture();
+        let both = index_of(&store, &image);
+        let dest = dir.path().join("layout");
+        image_layout(&both, &tags(&["h.io/a:1"]), &store, &dest, &|| false).unwrap();
+        let entry = ("h.io/a:1", "1", both.raw().digest.as_str());
+        let entry = (entry.0.to_owned(), entry.1.to_owned(), entry.2.to_owned());
+        assert_eq!(names_in(&dest), [entry]);
+        let layout = Layout::open(&dest).unwrap();
+        for (text, image) in ["linux/amd64", "linux/arm64"].iter().zip(both.images()) {
+            let platform = Platform::parse(text).unwrap();
+            let found = layout.resolve("1", None, &platform, &tags(&["x/y:1"])[0]);
+            assert_eq!(found.unwrap().raw.digest, image.raw_manifest.digest);
+        }
     }
 }

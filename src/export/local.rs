@@ -1,5 +1,6 @@
-//! `type=local`: the root filesystem as files in a directory.
+//! `type=local`: the root filesystem as files in a directory, or those of several platforms.
 
+use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
 use std::fs::{DirBuilder, File};
 use std::io;
@@ -14,10 +15,10 @@ use rustix::io::Errno;
 
 use super::ExportError;
 use super::file::IsCancelled;
-use super::files::files;
+use super::files::{Root, sorted};
 use crate::confined::{self, ConfinedDir};
 use crate::rootfs::{
-    Change, ChangeKind, Data, Entry, FileContent, FileSource, Metadata, Stack, copy_content,
+    Change, ChangeKind, Data, Entry, FileContent, FileSource, Metadata, copy_content,
 };
 
 /// The attribute that gives a program powers. A file that belongs to somebody else than in
@@ -46,7 +47,8 @@ pub fn check_directory(dest: &Path) -> Result<(), ExportError> {
     Ok(())
 }
 
-/// Writes all files of `stack` below the directory `dest`, which is made where it is missing.
+/// Writes all files of `roots` below the directory `dest`, which is made where it is missing.
+/// What several of them have under one name has to be a directory in all.
 ///
 /// As BuildKit does it: all belong to the user of this process; modes are those of the
 /// image, times too, in whole seconds, or all are the `epoch` (seconds since 1970 UTC);
@@ -57,16 +59,17 @@ pub fn check_directory(dest: &Path) -> Result<(), ExportError> {
 ///
 /// # Errors
 /// [`ExportError::Local`], naming the file; devices need root. [`ExportError::Rootfs`] where
-/// the image's files cannot be read.
+/// the image's files cannot be read. [`ExportError::SamePath`], before anything is written.
 ///
 /// <https://docs.docker.com/build/exporters/local-tar/>
 pub fn local(
-    stack: &Stack,
+    roots: &[Root],
     epoch: Option<i64>,
     dest: &Path,
     is_cancelled: IsCancelled<'_>,
 ) -> Result<LocalReport, ExportError> {
     check_directory(dest)?;
+    check_paths(roots)?;
     DirBuilder::new()
         .recursive(true)
         .mode(0o700)
@@ -79,7 +82,7 @@ pub fn local(
         made: 0,
         report: LocalReport::default(),
     };
-    for change in files(stack, epoch) {
+    for change in sorted(roots).iter().flat_map(|root| root.files(epoch)) {
         let Change { path, kind } = change.map_err(ExportError::Rootfs)?;
         let failed = |source| ExportError::Local {
             path: path.clone(),
@@ -99,6 +102,36 @@ pub fn local(
         .close_until(None)
         .map_err(ExportError::io("writing", dest))?;
     Ok(writer.report)
+}
+
+/// Whether roots that go to one directory have only directories in common.
+fn check_paths(roots: &[Root]) -> Result<(), ExportError> {
+    if roots.len() < 2 {
+        return Ok(());
+    }
+    let mut seen: HashMap<PathBuf, (bool, &Root)> = HashMap::new();
+    for root in roots {
+        for change in root.files(None) {
+            let Change { path, kind } = change.map_err(ExportError::Rootfs)?;
+            let is_dir = |kind: &ChangeKind| match kind {
+                ChangeKind::Entry(entry) => matches!(entry.data, Data::Directory { .. }),
+                ChangeKind::Removed => false,
+            };
+            let is_dir = is_dir(&kind);
+            match seen.get(&path) {
+                Some((was_dir, _)) if *was_dir && is_dir => {}
+                Some((_, first)) => {
+                    return Err(ExportError::SamePath {
+                        path,
+                        first: first.platform.clone(),
+                        second: root.platform.clone(),
+                    });
+                }
+                None => drop(seen.insert(path, (is_dir, root))),
+            }
+        }
+    }
+    Ok(())
 }
 
 struct Writer {
@@ -316,7 +349,8 @@ mod tests {
     use std::os::unix::fs::{MetadataExt as _, symlink};
 
     use super::*;
-    use crate::rootfs::{has_many_ids, in_worlds, tree_of};
+    use crate::export::testing::whole;
+    use crate::rootfs::{Stack, has_many_ids, in_worlds, tree_of};
 
     fn stack_of(lines: &[&str]) -> (tempfile::TempDir, Stack) {
         let (dir, tree) = tree_of(lines);
@@ -348,7 +382,7 @@ mod tests {
         let dest = out.path().join("new/out");
         // Twice: what is there is replaced.
         for _ in 0..2 {
-            let report = local(&stack, None, &dest, &|| false).unwrap();
+            let report = local(&whole(&stack), None, &dest, &|| false).unwrap();
             assert_eq!(report, LocalReport::default());
             let stat = |path: &str| fs::symlink_metadata(dest.join(path)).unwrap();
             assert_eq!(names(&dest), ["d", "e", "pipe"]);
@@ -365,7 +399,7 @@ mod tests {
             assert_eq!(target, Path::new("../../x"));
             assert_eq!(stat("pipe").mode(), 0o010_600);
         }
-        local(&stack, Some(7), &dest, &|| false).unwrap();
+        local(&whole(&stack), Some(7), &dest, &|| false).unwrap();
         assert_eq!(fs::metadata(dest.join("d/file")).unwrap().mtime(), 7);
         assert_eq!(fs::metadata(dest.join("d")).unwrap().mtime(), 7);
         // Nobody but root empties the directory without write permission otherwise.
@@ -394,7 +428,7 @@ mod tests {
         fs::create_dir_all(at("dir-too/deep")).unwrap();
         fs::write(at("old"), "old").unwrap();
         fs::hard_link(at("old"), at("another-name")).unwrap();
-        local(&stack, None, out.path(), &|| false).unwrap();
+        local(&whole(&stack), None, out.path(), &|| false).unwrap();
         let text = |path: &str| fs::read_to_string(at(path)).unwrap();
         assert_eq!(names(&at("both")), ["kept", "new"]);
         assert_eq!(text("kept"), "kept");
@@ -413,7 +447,7 @@ mod tests {
         fs::write(outside.path().join("canary"), "alive").unwrap();
         // The image's links lead out, and so do those that are there.
         let (_dir, first) = stack_of(&["777 canary -> ../canary", "777 dir -> .."]);
-        local(&first, None, &dest, &|| false).unwrap();
+        local(&whole(&first), None, &dest, &|| false).unwrap();
         symlink("../canary", dest.join("file")).unwrap();
         let (_dir, second) = stack_of(&[
             "644 canary = dead",
@@ -422,7 +456,7 @@ mod tests {
             "644 dir/other == canary",
             "644 file = dead",
         ]);
-        local(&second, None, &dest, &|| false).unwrap();
+        local(&whole(&second), None, &dest, &|| false).unwrap();
         assert_eq!(names(outside.path()), ["canary", "dest"]);
         let canary = outside.path().join("canary");
         assert_eq!(fs::read_to_string(&canary).unwrap(), "alive");
@@ -445,7 +479,7 @@ mod tests {
             }
             false
         };
-        let error = local(&stack, None, out.path(), &grow).unwrap_err();
+        let error = local(&whole(&stack), None, out.path(), &grow).unwrap_err();
         assert_eq!(
             format!("{:#}", anyhow::Error::new(error)),
             format!(
@@ -455,13 +489,13 @@ mod tests {
         );
         assert_eq!(names(out.path()), ["a"]);
 
-        let error = local(&stack, None, out.path(), &|| true).unwrap_err();
+        let error = local(&whole(&stack), None, out.path(), &|| true).unwrap_err();
         assert_eq!(
             format!("{:#}", anyhow::Error::new(error)),
             format!("writing \"a\" to {}: stopped", out.path().display())
         );
         let file = out.path().join("a");
-        let error = local(&stack, None, &file, &|| false).unwrap_err();
+        let error = local(&whole(&stack), None, &file, &|| false).unwrap_err();
         assert_eq!(
             format!("{:#}", anyhow::Error::new(error)),
             format!("writing {}: not a directory", file.display())
@@ -492,7 +526,7 @@ mod tests {
                 let has_user_attributes = set("user.a", b"1").is_ok();
                 let stack = Stack::new(vec![tree]);
                 let out = tempfile::tempdir().unwrap();
-                local(&stack, None, out.path(), &|| false).unwrap();
+                local(&whole(&stack), None, out.path(), &|| false).unwrap();
                 for path in ["d", "d/file"] {
                     let stat = fs::metadata(out.path().join(path)).unwrap();
                     let user = (rustix::process::geteuid(), rustix::process::getegid());
@@ -513,5 +547,49 @@ mod tests {
                 }
             },
         );
+    }
+
+    #[test]
+    fn platforms_have_directories_of_their_own_or_no_file_in_common() {
+        let platform = |text| crate::image::Platform::parse(text).unwrap();
+        let (_arm, arm) = stack_of(&["755 d/", "644 d/arm = a", "644 d/link == d/arm"]);
+        let (_amd, amd) = stack_of(&["755 d/", "644 d/amd = b"]);
+        let roots = |in_directory, second: &Stack| {
+            let root = |text, stack: &Stack| Root {
+                platform: platform(text),
+                in_directory,
+                stack: stack.clone(),
+            };
+            [root("linux/arm/v7", &arm), root("linux/amd64", second)]
+        };
+        let out = tempfile::tempdir().unwrap();
+        let listed = |dir: &str| {
+            let mut names: Vec<String> = fs::read_dir(out.path().join(dir))
+                .unwrap()
+                .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+                .collect();
+            names.sort();
+            names
+        };
+        let split = out.path().join("split");
+        local(&roots(true, &amd), None, &split, &|| false).unwrap();
+        assert_eq!(listed("split"), ["linux_amd64", "linux_arm_v7"]);
+        assert_eq!(listed("split/linux_amd64/d"), ["amd"]);
+        assert_eq!(listed("split/linux_arm_v7/d"), ["arm", "link"]);
+        let found = fs::metadata(split.join("linux_arm_v7")).unwrap();
+        assert_eq!((found.mode() & 0o7777, found.mtime()), (0o755, 0));
+
+        let merged = out.path().join("merged");
+        local(&roots(false, &amd), Some(7), &merged, &|| false).unwrap();
+        assert_eq!(listed("merged/d"), ["amd", "arm", "link"]);
+
+        let (_same, same) = stack_of(&["755 d/", "644 d/arm = a"]);
+        let refused = out.path().join("refused");
+        let error = local(&roots(false, &same), None, &refused, &|| false).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "\"d/arm\" is in the images for linux/arm/v7 and for linux/amd64, whose files are to be written to one directory"
+        );
+        assert!(!refused.exists());
     }
 }

@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
-use crate::image::Digest;
+use crate::image::{Digest, Platform};
 use crate::layer::LayerError;
 use crate::layout::LayoutError;
 use crate::rootfs::RootfsError;
@@ -28,6 +28,7 @@ use crate::store::StoreError;
 pub use self::tar::root_tar;
 pub use document::{LayoutBlob, has_blob, layout_document};
 pub use file::{IsCancelled, check_file};
+pub use files::Root;
 pub use layout::image_layout;
 pub use local::{LocalReport, check_directory, local};
 pub use oci::{ArchiveKind, image_archive};
@@ -76,6 +77,21 @@ pub enum ExportError {
         /// Why not.
         #[source]
         source: io::Error,
+    },
+    /// `docker load` reads one image.
+    #[error("an archive for docker load holds one image and no index of several")]
+    IndexForDocker,
+    /// Files of several platforms have one name, and go to one directory.
+    #[error(
+        "{path:?} is in the images for {first} and for {second}, whose files are to be written to one directory"
+    )]
+    SamePath {
+        /// The file, inside the images.
+        path: PathBuf,
+        /// What the one image is for.
+        first: Platform,
+        /// What the other one is for.
+        second: Platform,
     },
     /// The archive cannot be written.
     #[error("writing the archive")]

@@ -22,7 +22,7 @@ use serde::Serialize;
 
 use super::ExportError;
 use super::file::{IsCancelled, write_whole};
-use crate::image::{Descriptor, Digest, Image, Index, MediaType, Reference};
+use crate::image::{Descriptor, Digest, Image, ImageOrIndex, Index, MediaType, Reference};
 use crate::store::Store;
 
 /// The content of `oci-layout`.
@@ -51,20 +51,19 @@ pub(super) enum Source<'i> {
     Store(&'i Descriptor),
 }
 
-/// All blobs of an image by digest: one layer may be in it twice, and is named once.
-pub(super) fn blobs(image: &Image) -> BTreeMap<&Digest, Source<'_>> {
-    let mut blobs = BTreeMap::from([
-        (
-            &image.raw_manifest.digest,
-            Source::Bytes(&image.raw_manifest.bytes),
-        ),
-        (
-            &image.manifest.config.digest,
-            Source::Bytes(&image.config_bytes),
-        ),
-    ]);
-    for layer in &image.layers {
-        blobs.insert(&layer.descriptor.digest, Source::Store(&layer.descriptor));
+/// All blobs of an image, or of all images of an index, by digest: one layer may be in it
+/// twice, and is named once.
+pub(super) fn blobs(image: &ImageOrIndex) -> BTreeMap<&Digest, Source<'_>> {
+    let raw = image.raw();
+    let mut blobs = BTreeMap::from([(&raw.digest, Source::Bytes(&raw.bytes))]);
+    for image in image.images() {
+        let manifest = &image.raw_manifest;
+        blobs.insert(&manifest.digest, Source::Bytes(&manifest.bytes));
+        let config = &image.manifest.config.digest;
+        blobs.insert(config, Source::Bytes(&image.config_bytes));
+        for layer in &image.layers {
+            blobs.insert(&layer.descriptor.digest, Source::Store(&layer.descriptor));
+        }
     }
     blobs
 }
@@ -75,10 +74,10 @@ pub(super) fn blobs(image: &Image) -> BTreeMap<&Digest, Source<'_>> {
 /// complete, or not at all; what is no regular file, such as a pipe, is written as it is.
 ///
 /// # Errors
-/// [`ExportError`]; a damaged blob is `CopyBlob`.
+/// [`ExportError`]; a damaged blob is `CopyBlob`, an index for Docker `IndexForDocker`.
 pub fn image_archive(
     kind: ArchiveKind,
-    image: &Image,
+    image: &ImageOrIndex,
     names: &[Reference],
     store: &Store,
     dest: &Path,
@@ -91,11 +90,16 @@ pub fn image_archive(
 
 fn write_archive(
     kind: ArchiveKind,
-    image: &Image,
+    image: &ImageOrIndex,
     names: &[Reference],
     store: &Store,
     out: impl Write,
 ) -> Result<(), ExportError> {
+    let docker = match (kind, image) {
+        (ArchiveKind::Oci, _) => None,
+        (ArchiveKind::Docker, ImageOrIndex::Image(image)) => Some(DockerManifest::of(image, names)),
+        (ArchiveKind::Docker, ImageOrIndex::Index(_)) => return Err(ExportError::IndexForDocker),
+    };
     let mut tar = tar::Builder::new(out);
     append_directory(&mut tar, "blobs/")?;
     append_directory(&mut tar, "blobs/sha256/")?;
@@ -108,9 +112,8 @@ fn write_archive(
     }
     let index = serde_json::to_vec(&index(image, names)).expect("an index has only string keys");
     append(&mut tar, "index.json", &index)?;
-    if kind == ArchiveKind::Docker {
-        let manifest = [DockerManifest::of(image, names)];
-        let manifest = serde_json::to_vec(&manifest).expect("there are no maps in it");
+    if let Some(manifest) = docker {
+        let manifest = serde_json::to_vec(&[manifest]).expect("there are no maps in it");
         append(&mut tar, "manifest.json", &manifest)?;
     }
     append(&mut tar, "oci-layout", LAYOUT)?;
@@ -159,9 +162,8 @@ fn familiar(name: &Reference) -> String {
 }
 
 /// One entry a name, or one without.
-fn index(image: &Image, tags: &[Reference]) -> Index {
-    let mut unnamed = image.descriptor();
-    unnamed.platform = Some(image.config.platform.clone());
+fn index(image: &ImageOrIndex, tags: &[Reference]) -> Index {
+    let unnamed = image.descriptor();
     let manifests = if tags.is_empty() {
         vec![unnamed]
     } else {
@@ -269,7 +271,7 @@ mod tests {
     use std::fs;
     use std::process::Command;
 
-    use super::super::testing::{Fixture, fixture, skip, tags};
+    use super::super::testing::{Fixture, fixture, index_of, one, skip, tags};
     use super::*;
     use crate::image::validate::validate;
 
@@ -279,12 +281,12 @@ mod tests {
         store: &Store,
         dest: &Path,
     ) -> Result<(), ExportError> {
-        image_archive(ArchiveKind::Oci, image, names, store, dest, &|| false)
+        image_archive(ArchiveKind::Oci, &one(image), names, store, dest, &|| false)
     }
 
     fn written(kind: ArchiveKind, image: &Image, names: &[Reference], store: &Store) -> Vec<u8> {
         let mut bytes = Vec::new();
-        write_archive(kind, image, names, store, &mut bytes).unwrap();
+        write_archive(kind, &one(image), names, store, &mut bytes).unwrap();
         bytes
     }
 
@@ -470,5 +472,40 @@ mod tests {
             assert_eq!(inspected["Digest"], image.raw_manifest.digest.as_str());
             assert_eq!(inspected["Layers"].as_array().unwrap().len(), 3);
         }
+    }
+
+    #[test]
+    fn an_index_brings_all_its_images_once_each() {
+        let Fixture { dir, store, image } = fixture();
+        let both = index_of(&store, &image);
+        let dest = dir.path().join("out.tar");
+        let never = || false;
+        let names = tags(&["h.io/a:1"]);
+        image_archive(ArchiveKind::Oci, &both, &names, &store, &dest, &never).unwrap();
+        let (heads, contents) = read_back(&fs::read(&dest).unwrap());
+        // Of the two images' five layers two are the same, and one image has one twice.
+        let blobs = heads.iter().filter(|(name, ..)| name.len() > 70);
+        assert_eq!(blobs.count(), 1 + 2 * 2 + 3);
+        let index: Index = serde_json::from_slice(&contents["index.json"]).unwrap();
+        let [entry] = &index.manifests[..] else {
+            panic!("{index:?}");
+        };
+        assert_eq!(
+            (&entry.digest, &entry.media_type, &entry.platform),
+            (&both.raw().digest, &MediaType::INDEX, &None)
+        );
+        assert_eq!(entry.annotations[NAME], "h.io/a:1");
+        for image in both.images() {
+            let findings = validate(&image.raw_manifest, |descriptor: &Descriptor| {
+                let name = blob_name(&descriptor.digest);
+                Ok(Box::new(io::Cursor::new(contents[&name].clone())) as Box<dyn Read>)
+            });
+            assert!(findings.is_empty(), "{findings:?}");
+        }
+
+        let docker = dir.path().join("docker.tar");
+        let error = image_archive(ArchiveKind::Docker, &both, &[], &store, &docker, &never);
+        assert!(matches!(error, Err(ExportError::IndexForDocker)));
+        assert!(!docker.exists());
     }
 }

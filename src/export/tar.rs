@@ -1,14 +1,14 @@
-//! `type=tar`: the root filesystem in a tar.
+//! `type=tar`: the root filesystem in a tar, or those of several platforms.
 
 use std::path::Path;
 
 use super::ExportError;
 use super::file::{IsCancelled, write_whole};
-use super::files::files;
+use super::files::{Root, sorted};
 use crate::layer;
-use crate::rootfs::Stack;
 
-/// Writes all files of `stack` as a tar to `dest`; `-` is standard output.
+/// Writes all files of `roots` as a tar to `dest`; `-` is standard output. Each of several
+/// roots has to go to a directory of its own.
 ///
 /// Owners, modes, extended attributes, hard links and devices are those of the image. The
 /// order is that of paths, so the same files give the same bytes. Times are whole seconds;
@@ -18,13 +18,14 @@ use crate::rootfs::Stack;
 /// # Errors
 /// [`ExportError`].
 pub fn root_tar(
-    stack: &Stack,
+    roots: &[Root],
     epoch: Option<i64>,
     dest: &Path,
     is_cancelled: IsCancelled<'_>,
 ) -> Result<(), ExportError> {
     write_whole(dest, is_cancelled, |out| {
-        layer::write(files(stack, epoch), None, out).map_err(ExportError::RootTar)
+        let files = sorted(roots).into_iter().flat_map(|root| root.files(epoch));
+        layer::write(files, None, out).map_err(ExportError::RootTar)
     })
 }
 
@@ -34,7 +35,8 @@ mod tests {
     use std::process::Command;
 
     use super::*;
-    use crate::rootfs::tree_of;
+    use crate::export::testing::whole;
+    use crate::rootfs::{Stack, tree_of};
 
     #[test]
     fn gnu_tar_sees_what_the_image_has() {
@@ -50,9 +52,9 @@ mod tests {
         let out = tempfile::tempdir().unwrap();
         let dest = out.path().join("root.tar");
         let stack = Stack::new(vec![tree]);
-        root_tar(&stack, None, &dest, &|| false).unwrap();
+        root_tar(&whole(&stack), None, &dest, &|| false).unwrap();
         let first = fs::read(&dest).unwrap();
-        root_tar(&stack, None, &dest, &|| false).unwrap();
+        root_tar(&whole(&stack), None, &dest, &|| false).unwrap();
         assert!(first == fs::read(&dest).unwrap());
 
         let output = Command::new("tar")
@@ -78,6 +80,38 @@ mod tests {
                 format!("hrws--x--x {owner} 0 {time} d/same link to d/file"),
                 format!("lrwxrwxrwx {owner} 0 {time} d/soft -> ../x"),
                 format!("prw------- {owner} 0 {time} pipe"),
+            ]
+        );
+    }
+
+    #[test]
+    fn platforms_have_directories_of_their_own() {
+        let (_arm, arm) = tree_of(&["644 first = a", "644 same == first"]);
+        let (_amd, amd) = tree_of(&["644 only = b"]);
+        let root = |text, tree| Root {
+            platform: crate::image::Platform::parse(text).unwrap(),
+            in_directory: true,
+            stack: Stack::new(vec![tree]),
+        };
+        let roots = [root("linux/arm64", arm), root("linux/amd64", amd)];
+        let out = tempfile::tempdir().unwrap();
+        let dest = out.path().join("root.tar");
+        root_tar(&roots, None, &dest, &|| false).unwrap();
+        let bytes = fs::read(&dest).unwrap();
+        let mut archive = ::tar::Archive::new(&bytes[..]);
+        let entries = archive.entries().unwrap().map(|entry| {
+            let entry = entry.unwrap();
+            let link = entry.link_name().unwrap().unwrap_or_default();
+            format!("{} {}", entry.path().unwrap().display(), link.display())
+        });
+        assert_eq!(
+            entries.collect::<Vec<_>>(),
+            [
+                "linux_amd64/ ",
+                "linux_amd64/only ",
+                "linux_arm64/ ",
+                "linux_arm64/first ",
+                "linux_arm64/same linux_arm64/first",
             ]
         );
     }

@@ -3,10 +3,13 @@
 use std::path::Path;
 
 use crate::image::{
-    Annotations, Descriptor, DiffId, History, Image, ImageConfig, ImageLayer, MediaType, Platform,
-    Reference, assemble,
+    Annotations, Descriptor, DiffId, History, Image, ImageConfig, ImageLayer, ImageOrIndex,
+    MediaType, Platform, PlatformAnnotations, Reference, assemble, assemble_index,
 };
+use crate::rootfs::Stack;
 use crate::store::Store;
+
+use super::files::Root;
 
 pub(super) struct Fixture {
     pub(super) dir: tempfile::TempDir,
@@ -40,7 +43,30 @@ pub(super) fn image_of(store: &Store, texts: &[&str]) -> Image {
     });
     let mut config = ImageConfig::scratch(Platform::parse("linux/amd64").unwrap());
     config.history = vec![History::default(); texts.len()];
-    assemble(config, layers.collect(), Annotations::default())
+    assemble(config, layers.collect(), PlatformAnnotations::default())
+}
+
+/// The files of an image for one platform, which go to no directory of their own.
+pub(super) fn whole(stack: &Stack) -> [Root; 1] {
+    [Root {
+        platform: Platform::parse("linux/amd64").unwrap(),
+        in_directory: false,
+        stack: stack.clone(),
+    }]
+}
+
+pub(super) fn one(image: &Image) -> ImageOrIndex {
+    ImageOrIndex::Image(Box::new(image.clone()))
+}
+
+/// An index of `image`, for amd64, and of one for arm64 with a layer of its own and one of those.
+pub(super) fn index_of(store: &Store, image: &Image) -> ImageOrIndex {
+    let platform = |text| Platform::parse(text).unwrap();
+    let images = vec![
+        (platform("linux/amd64"), image.clone()),
+        (platform("linux/arm64"), image_of(store, &["arm", "two"])),
+    ];
+    ImageOrIndex::Index(assemble_index(images, &Annotations::default()))
 }
 
 pub(super) fn tags(names: &[&str]) -> Vec<Reference> {

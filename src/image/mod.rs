@@ -11,7 +11,10 @@ mod manifest;
 mod reference;
 pub mod validate;
 
-pub use assemble::{Annotations, Image, ImageLayer, assemble};
+pub use assemble::{
+    Annotations, Image, ImageIndex, ImageLayer, ImageOrIndex, PlatformAnnotations, assemble,
+    assemble_index, is_annotated,
+};
 pub use config::{
     CONFIG_LIMIT_BYTES, DEFAULT_PATH, Empty, Healthcheck, History, ImageConfig, RootfsDiffIds,
     RunConfig,

@@ -409,7 +409,7 @@ mod tests {
     use std::io::Write as _;
 
     use super::*;
-    use crate::image::{Annotations, History, Image, ImageLayer, assemble};
+    use crate::image::{History, Image, ImageLayer, PlatformAnnotations, assemble};
 
     fn gzip(bytes: &[u8]) -> Vec<u8> {
         let mut out = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
@@ -455,7 +455,7 @@ mod tests {
                 ..History::default()
             })
             .to_vec();
-        let image = assemble(config, layers, Annotations::default());
+        let image = assemble(config, layers, PlatformAnnotations::default());
         blobs.insert(
             image.manifest.config.digest.clone(),
             image.config_bytes.clone(),

@@ -9,13 +9,13 @@ use std::sync::Arc;
 use anyhow::Context as _;
 
 use super::images::Images;
-use super::{BuildRequest, contexts, fetcher, resolved_graph};
+use super::{BuildRequest, contexts, fetcher, resolved_graphs};
 use crate::call::{CheckResults, Outline, Targets};
 use crate::context::IgnoreRules;
 use crate::dockerfile::{self, Dockerfile};
 use crate::image::{ImageConfig, Platform};
 use crate::lint::{self, BaseNeed, CheckError, Facts, Lines, Report};
-use crate::plan::{self, ImageNeed, ImageSource, StageGraph};
+use crate::plan::{self, ImageNeed, ImageSource, Plan, StageGraph};
 use crate::progress::{BuildEvent, NoProgress, Progress};
 use crate::registry::Client;
 use crate::store::Store;
@@ -66,7 +66,7 @@ pub async fn ask(request: &BuildRequest, question: Question) -> anyhow::Result<A
     match (question, parsed) {
         (Question::Check, Ok(dockerfile)) => check(request, &dockerfile, &rules).await,
         (Question::Check, Err(error)) => {
-            let with = Known::new(request, &rules);
+            let with = Known::new(request, &rules, &request.plan.platform);
             let report = with.facts(&BTreeMap::new(), true, |facts| {
                 lint::check_broken(&error, facts)
             });
@@ -95,16 +95,23 @@ pub(super) fn check_build(
     request: &BuildRequest,
     dockerfile: &Dockerfile,
     rules: &IgnoreRules,
-    (graph, configs): (&StageGraph, &[ImageConfig]),
+    plans: &[(StageGraph, Plan)],
+    images: &Images,
     progress: &dyn Progress,
 ) -> anyhow::Result<()> {
-    let images = graph.stages.iter().filter_map(|node| match node.base {
-        plan::graph::Base::Image(image) => Some((node.index, configs.get(image.0)?.clone())),
-        _ => None,
-    });
-    let images = images.collect();
-    let with = Known::new(request, rules);
-    let report = with.facts(&images, false, |facts| lint::check(dockerfile, facts));
+    let mut report = Report::default();
+    for ((graph, _), settings) in plans.iter().zip(request.plans()) {
+        let bases = graph.stages.iter().filter_map(|node| match node.base {
+            plan::graph::Base::Image(image) => {
+                Some((node.index, images.config(graph.images.get(image.0)?)?))
+            }
+            _ => None,
+        });
+        let bases = bases.collect();
+        let with = Known::new(request, rules, &settings.platform);
+        let more = with.facts(&bases, false, |facts| lint::check(dockerfile, facts));
+        report = joined(report, more);
+    }
     for message in report.warnings(&dockerfile.name) {
         progress.event(BuildEvent::Warning { message });
     }
@@ -120,9 +127,22 @@ pub(super) fn check_build(
     lint_error.map_or(Ok(()), |error| Err(error.into()))
 }
 
+/// What is found for two platforms, once.
+fn joined(mut report: Report, more: Report) -> Report {
+    let own = report.violations.clone();
+    let new = more.violations.into_iter();
+    report
+        .violations
+        .extend(new.filter(|new| !own.contains(new)));
+    report.error_on_violation |= more.error_on_violation;
+    report.error = report.error.or(more.error);
+    report
+}
+
 /// What does not depend on the images.
 struct Known<'a> {
     request: &'a BuildRequest,
+    platform: &'a Platform,
     build_platform: Platform,
     rules: &'a IgnoreRules,
     /// The names of named contexts.
@@ -130,9 +150,10 @@ struct Known<'a> {
 }
 
 impl<'a> Known<'a> {
-    fn new(request: &'a BuildRequest, rules: &'a IgnoreRules) -> Self {
+    fn new(request: &'a BuildRequest, rules: &'a IgnoreRules, platform: &'a Platform) -> Self {
         Self {
             request,
+            platform,
             build_platform: Platform::host(),
             rules,
             contexts: (request.plan.contexts.iter())
@@ -159,7 +180,7 @@ impl<'a> Known<'a> {
             build_args: &self.request.plan.build_args,
             target,
             all_stages: may_be_all && target.is_none(),
-            platform: &self.request.plan.platform,
+            platform: self.platform,
             build_platform: &self.build_platform,
             contexts: &self.contexts,
             images,
@@ -173,14 +194,31 @@ async fn check(
     dockerfile: &Dockerfile,
     rules: &IgnoreRules,
 ) -> anyhow::Result<Answer> {
+    let mut images = Images::default();
+    let (mut report, mut error) = (Report::default(), None);
+    for settings in request.plans() {
+        let (more, why) = check_for(request, &settings, dockerfile, rules, &mut images).await;
+        report = joined(report, more);
+        error = error.or(why);
+    }
     let (name, text) = (&dockerfile.name, &dockerfile.text);
-    let with = Known::new(request, rules);
+    Ok(answer(name, text, &report, error))
+}
+
+/// What is found for one platform, and why there may be more.
+async fn check_for(
+    request: &BuildRequest,
+    settings: &plan::Settings,
+    dockerfile: &Dockerfile,
+    rules: &IgnoreRules,
+    images: &mut Images,
+) -> (Report, Option<anyhow::Error>) {
+    let with = Known::new(request, rules, &settings.platform);
     let none = BTreeMap::new();
     let needs = with.facts(&none, true, |facts| lint::bases(dockerfile, facts));
     // Where it is not known what is needed, the check says why.
     let needs = needs.unwrap_or_default();
-    let mut images = Images::default();
-    let bases = match bases(&mut images, request, dockerfile, &needs).await {
+    let bases = match bases(images, request, dockerfile, &needs).await {
         Ok(bases) => bases,
         Err((lines, error)) => {
             let mut report = with.facts(&none, true, |facts| {
@@ -188,16 +226,18 @@ async fn check(
             });
             let message = format!("{error:#}");
             report.error = Some(CheckError::Dockerfile { message, lines });
-            return Ok(answer(name, text, &report, Some(error)));
+            return (report, Some(error));
         }
     };
     let mut report = with.facts(&bases, true, |facts| lint::check(dockerfile, facts));
     let error = match &report.error {
-        Some(error) => Some(match error.in_dockerfile(name, text) {
-            Some(error) => error.into(),
-            None => error.clone().into(),
-        }),
-        None => match plan(request, dockerfile, images).await {
+        Some(error) => Some(
+            match error.in_dockerfile(&dockerfile.name, &dockerfile.text) {
+                Some(error) => error.into(),
+                None => error.clone().into(),
+            },
+        ),
+        None => match plan(request, settings, dockerfile, images).await {
             Err(error) => {
                 report.error = Some(match error.downcast_ref() {
                     Some(error) => CheckError::of_dockerfile(error),
@@ -208,23 +248,21 @@ async fn check(
             Ok(()) => report.lint_error().map(Into::into),
         },
     };
-    Ok(answer(name, text, &report, error))
+    (report, error)
 }
 
 /// Plans the target: what the checks do not look at may be wrong all the same.
 async fn plan(
     request: &BuildRequest,
+    settings: &plan::Settings,
     dockerfile: &Dockerfile,
-    mut images: Images,
+    images: &mut Images,
 ) -> anyhow::Result<()> {
-    let settings = &request.plan;
-    let graph = resolved_graph(request, dockerfile, settings, &mut images, || {
-        client(request)
-    })
-    .await?;
-    let configs = graph.images.iter().filter_map(|need| images.config(need));
-    let configs: Vec<_> = configs.collect();
-    plan::lower(dockerfile, &graph, settings, &configs)?;
+    let settings = std::slice::from_ref(settings);
+    let graphs = resolved_graphs(request, dockerfile, settings, images, || client(request));
+    for (graph, settings) in graphs.await?.iter().zip(settings) {
+        plan::lower(dockerfile, graph, settings, &images.configs(graph)?)?;
+    }
     Ok(())
 }
 
@@ -243,7 +281,7 @@ async fn outline(
     dockerfile: &Dockerfile,
     rules: &IgnoreRules,
 ) -> anyhow::Result<Answer> {
-    let with = Known::new(request, rules);
+    let with = Known::new(request, rules, &request.plan.platform);
     let in_dockerfile = |error: CheckError| -> anyhow::Error {
         match error.in_dockerfile(&dockerfile.name, &dockerfile.text) {
             Some(error) => error.into(),

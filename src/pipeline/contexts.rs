@@ -16,7 +16,7 @@ use crate::context::{
     OpenedContext, SourceInput,
 };
 use crate::dockerfile::parse_bool;
-use crate::plan::{ContextId, CopyFrom, MountFrom, MountKind, Operation, Plan};
+use crate::plan::{ContextId, CopyFrom, MountFrom, MountKind, Operation, Step};
 use crate::remote::{Fetcher, git};
 use crate::secret::RedactedUrl;
 use crate::store::Store;
@@ -116,18 +116,18 @@ pub(super) fn check_named(request: &BuildRequest) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Opens the named contexts that the steps of `plan` read.
+/// Opens the named contexts that `steps` read.
 ///
 /// # Errors
 /// Any; the chain names the context.
 pub(super) async fn open_named(
     request: &BuildRequest,
-    plan: &Plan,
+    steps: &[Step],
     store: &Store,
     fetcher: &Fetcher,
 ) -> anyhow::Result<BTreeMap<ContextId, Arc<BuildContext>>> {
     let mut opened = BTreeMap::new();
-    for id in plan.steps.iter().flat_map(|step| reads(&step.operation)) {
+    for id in steps.iter().flat_map(|step| reads(&step.operation)) {
         let Some((name, context)) = id.named(&request.plan.contexts) else {
             continue;
         };

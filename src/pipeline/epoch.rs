@@ -8,6 +8,7 @@ use url::Url;
 use super::{BuildRequest, contexts};
 use crate::context::NamedContext;
 use crate::dockerfile::Dockerfile;
+use crate::failure::{Failure, Kind};
 use crate::layer::{Limits, archive};
 use crate::plan::{self, CopySource, SOURCE_DATE_EPOCH, SourceDate};
 use crate::remote::{Fetcher, git, http};
@@ -18,18 +19,34 @@ use crate::store::Store;
 ///
 /// The date of a repository is the commit's, and that of a URL its `Last-Modified`, else the
 /// time of the newest file where it is an archive; directories and images have none.
-/// `main` is that of the main context.
+/// `main` is that of the main context. All platforms have one date.
 ///
 /// # Errors
-/// A value that means nothing; whatever goes wrong when the source is fetched.
+/// A value that means nothing, or another thing for each platform; whatever goes wrong when
+/// the source is fetched.
 pub(super) async fn resolve(
     request: &BuildRequest,
-    settings: &mut plan::Settings,
+    platforms: &mut [plan::Settings],
     dockerfile: &Dockerfile,
     main: Option<i64>,
     (store, fetcher): (&Store, &Fetcher),
 ) -> anyhow::Result<Option<i64>> {
-    let Some(from) = plan::source_date(dockerfile, settings)? else {
+    let mut said = Vec::new();
+    for settings in &*platforms {
+        said.push(plan::source_date(dockerfile, settings)?);
+    }
+    let differs = |(at, other): &(usize, &Option<SourceDate>)| **other != said[0] && *at > 0;
+    if let Some((at, _)) = said.iter().enumerate().find(differs) {
+        let [first, other] = [0, at].map(|at| &platforms[at].platform);
+        anyhow::bail!(
+            Failure::new(
+                Kind::Dockerfile,
+                format!("{SOURCE_DATE_EPOCH} is from another place for {other} than for {first}"),
+            )
+            .with_hint("build these platforms one after the other")
+        );
+    }
+    let Some(Some(from)) = said.into_iter().next() else {
         return Ok(request.epoch);
     };
     let date = match &from {
@@ -37,7 +54,7 @@ pub(super) async fn resolve(
         SourceDate::Seconds(seconds) => Some(*seconds),
         SourceDate::MainContext => main,
         SourceDate::NamedContext(name) => {
-            let mut contexts = settings.contexts.iter();
+            let mut contexts = request.plan.contexts.iter();
             let found = contexts.find(|(known, _)| known == name);
             let date = match found {
                 Some((_, NamedContext::Url(url))) => of_url(url, None, store, fetcher).await,
@@ -54,13 +71,15 @@ pub(super) async fn resolve(
             .with_context(|| format!("{SOURCE_DATE_EPOCH} of the stage that it names"))?,
     };
     let text = date.map_or_else(String::new, |seconds| seconds.to_string());
-    if let Some(given) = settings.build_args.get_mut(SOURCE_DATE_EPOCH) {
-        given.clone_from(&text);
-        if text.is_empty() {
-            settings.build_args.remove(SOURCE_DATE_EPOCH);
+    for settings in platforms {
+        if let Some(given) = settings.build_args.get_mut(SOURCE_DATE_EPOCH) {
+            given.clone_from(&text);
+            if text.is_empty() {
+                settings.build_args.remove(SOURCE_DATE_EPOCH);
+            }
         }
+        settings.source_date = Some(text.clone());
     }
-    settings.source_date = Some(text);
     Ok(date)
 }
 

@@ -7,7 +7,7 @@ use super::BuildRequest;
 use crate::context::NamedContext;
 use crate::image::{ImageConfig, Reference};
 use crate::layout::Layout;
-use crate::plan::{ContextId, ImageNeed, ImageSource};
+use crate::plan::{ContextId, ImageNeed, ImageSource, StageGraph};
 use crate::registry::{Client, Resolved};
 
 /// Images that are resolved already.
@@ -26,6 +26,16 @@ impl Images {
     /// Its config.
     pub(super) fn config(&self, need: &ImageNeed) -> Option<ImageConfig> {
         self.get(need).map(|resolved| resolved.config.clone())
+    }
+
+    /// The configs of all images of `graph`, in their order.
+    ///
+    /// # Errors
+    /// One was not resolved.
+    pub(super) fn configs(&self, graph: &StageGraph) -> anyhow::Result<Vec<ImageConfig>> {
+        let needs = graph.images.iter();
+        let configs = needs.map(|need| self.config(need).context("an image was not resolved"));
+        configs.collect()
     }
 
     /// Resolves those of `needs` that are not here. An error comes with the index of its need.

@@ -6,12 +6,13 @@ use std::sync::Arc;
 use anyhow::Context as _;
 
 use super::{
-    BuildRequest, ImageFormat, ImageOutput, LayerCompression, Output, fetch_missing,
+    BuildRequest, ImageFormat, ImageOutput, Joined, LayerCompression, Output, fetch_missing,
     first_compression,
 };
 use crate::build::{Files, Origin};
-use crate::export::{self, ArchiveKind, LocalReport};
-use crate::image::{self, Annotations, Image, Reference};
+use crate::export::{self, ArchiveKind, LocalReport, Root};
+use crate::failure::{Failure, Kind};
+use crate::image::{self, Annotations, Image, ImageLayer, ImageOrIndex, Platform, Reference};
 use crate::layer::{self, Pool};
 use crate::progress::{BuildEvent, Progress};
 use crate::registry::Client;
@@ -23,18 +24,30 @@ pub(super) struct Exporter<'b> {
     pub(super) request: &'b BuildRequest,
     pub(super) client: &'b Client,
     pub(super) store: &'b Arc<Store>,
-    pub(super) image: &'b Image,
-    pub(super) origins: &'b [Option<Origin>],
-    /// For each layer, whether this build made it.
-    pub(super) are_new: &'b [bool],
-    pub(super) files: &'b Files,
+    /// One for each platform.
+    pub(super) made: &'b [Made],
     pub(super) epoch: Option<i64>,
     pub(super) progress: &'b dyn Progress,
     pub(super) cancel: &'b Cancel,
 }
 
+/// The image that was built for one platform.
+pub(super) struct Made {
+    pub(super) platform: Platform,
+    /// Without annotations, which each output has its own.
+    pub(super) image: Image,
+    pub(super) origins: Vec<Option<Origin>>,
+    /// For each layer, whether this build made it.
+    pub(super) are_new: Vec<bool>,
+    pub(super) files: Files,
+}
+
 /// Refuses what cannot be written, before anything is built.
 pub(super) fn check(request: &BuildRequest) -> anyhow::Result<()> {
+    let refuse = |what: &str| {
+        let failure = Failure::new(Kind::Configuration, what);
+        Err(failure.with_hint("use type=oci, or build one platform at a time"))
+    };
     for output in &request.outputs {
         match output {
             Output::Image(ImageOutput {
@@ -42,8 +55,24 @@ pub(super) fn check(request: &BuildRequest) -> anyhow::Result<()> {
                 dest,
                 ..
             })
-            | Output::Local { dest } => export::check_directory(dest)?,
-            Output::Image(ImageOutput { dest, .. }) | Output::Tar { dest } => {
+            | Output::Local { dest, .. } => export::check_directory(dest)?,
+            Output::Image(ImageOutput { format, dest, .. }) => {
+                if *format == ImageFormat::DockerArchive && request.plan.multi_platform {
+                    refuse(
+                        "type=docker: an archive for docker load holds one image and no index of several platforms",
+                    )?;
+                }
+                export::check_file(dest)?;
+            }
+            Output::Tar {
+                dest,
+                platform_split,
+            } => {
+                if *platform_split == Some(false) && !request.further_platforms.is_empty() {
+                    refuse(
+                        "type=tar,platform-split=false: the files of several platforms cannot be in one directory of a tar",
+                    )?;
+                }
                 export::check_file(dest)?;
             }
         }
@@ -51,23 +80,62 @@ pub(super) fn check(request: &BuildRequest) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// `image` with further annotations, which change its manifest.
-fn annotated(image: &Image, more: &Annotations) -> Image {
-    if *more == Annotations::default() {
-        return image.clone();
-    }
-    let mut all = Annotations {
-        manifest: image.manifest.annotations.clone(),
-        descriptor: image.descriptor_annotations.clone(),
+/// Refuses annotations for platforms that nothing is built for.
+pub(super) fn check_platforms(request: &BuildRequest, plan: &Joined) -> anyhow::Result<()> {
+    let of_outputs = request.outputs.iter().filter_map(|output| match output {
+        Output::Image(output) => Some(&output.annotations),
+        Output::Tar { .. } | Output::Local { .. } => None,
+    });
+    let all = [&request.annotations, &request.push_annotations];
+    let mut named = (all.into_iter().chain(of_outputs)).flat_map(|all| all.platforms.keys());
+    let is_built = |platform: &Platform| {
+        let mut targets = plan.targets.iter();
+        targets.any(|target| image::is_annotated(&target.platform, platform))
     };
-    all.manifest.extend(more.manifest.clone());
-    all.descriptor.extend(more.descriptor.clone());
-    image::assemble(image.config.clone(), image.layers.clone(), all)
+    if let Some(other) = named.find(|platform| !is_built(platform)) {
+        let targets = plan.targets.iter();
+        let targets: Vec<_> = targets.map(|target| target.platform.to_string()).collect();
+        anyhow::bail!(Failure::new(
+            Kind::Configuration,
+            format!(
+                "an annotation is for the platform {other}, but what is built is for {}",
+                targets.join(", ")
+            )
+        ));
+    }
+    Ok(())
+}
+
+/// What an output with these annotations and the layers of each image has: an image, or an
+/// index of all.
+fn annotated(
+    request: &BuildRequest,
+    made: &[Made],
+    layers: Vec<Vec<ImageLayer>>,
+    more: &Annotations,
+) -> ImageOrIndex {
+    let annotations = request.annotations.with(more);
+    let images = made.iter().zip(layers).map(|(one, layers)| {
+        let config = one.image.config.clone();
+        let image = image::assemble(config, layers, annotations.of(&one.platform));
+        (one.platform.clone(), image)
+    });
+    let mut images: Vec<_> = images.collect();
+    match images.pop() {
+        Some((_, only)) if images.is_empty() && !request.plan.multi_platform => {
+            ImageOrIndex::Image(Box::new(only))
+        }
+        last => {
+            images.extend(last);
+            ImageOrIndex::Index(image::assemble_index(images, &annotations))
+        }
+    }
 }
 
 impl Exporter<'_> {
-    /// The image whose digests the build reports: as it is pushed, or as the last file has it.
-    pub(super) async fn reported(&self) -> anyhow::Result<Image> {
+    /// The image or index whose digests the build reports: as it is pushed, or as the last
+    /// file has it.
+    pub(super) async fn reported(&self) -> anyhow::Result<ImageOrIndex> {
         let request = self.request;
         let mut outputs = request.outputs.iter().rev();
         let last = outputs.find_map(|output| match output {
@@ -78,23 +146,39 @@ impl Exporter<'_> {
         let (annotations, compression) = last.filter(|_| !request.push).unwrap_or(pushed);
         let is_written = request.push || last.is_some();
         if !is_written {
-            return Ok(annotated(self.image, annotations));
+            return Ok(self.as_made(annotations));
         }
-        let image = self.compressed(compression).await?;
-        Ok(annotated(&image, annotations))
+        let layers = self.compressed(compression).await?;
+        Ok(annotated(request, self.made, layers, annotations))
     }
 
-    /// The image with its layers compressed as `wanted`, which converts those that are not.
-    async fn compressed(&self, wanted: LayerCompression) -> anyhow::Result<Image> {
+    /// What an output with these annotations has, with the layers as they were made.
+    fn as_made(&self, annotations: &Annotations) -> ImageOrIndex {
+        let layers = self.made.iter().map(|one| one.image.layers.clone());
+        annotated(self.request, self.made, layers.collect(), annotations)
+    }
+
+    /// The layers of each image compressed as `wanted`, which converts those that are not.
+    async fn compressed(&self, wanted: LayerCompression) -> anyhow::Result<Vec<Vec<ImageLayer>>> {
+        let mut all = Vec::new();
+        for one in self.made {
+            all.push(self.converted(one, wanted).await?);
+        }
+        Ok(all)
+    }
+
+    async fn converted(
+        &self,
+        one: &Made,
+        wanted: LayerCompression,
+    ) -> anyhow::Result<Vec<ImageLayer>> {
         let made = first_compression(self.request);
-        let mut layers = self.image.layers.clone();
-        let mut is_other = false;
-        for ((layer, origin), is_new) in layers.iter_mut().zip(self.origins).zip(self.are_new) {
+        let mut layers = one.image.layers.clone();
+        for ((layer, origin), is_new) in layers.iter_mut().zip(&one.origins).zip(&one.are_new) {
             let made = is_new.then_some(made);
             if !wanted.converts(made, &layer.descriptor.media_type) {
                 continue;
             }
-            is_other = true;
             let (store, diff_id) = (Arc::clone(self.store), layer.diff_id.clone());
             let compression = wanted.compression;
             if let Some(known) = layer::converted(&diff_id, compression, &store) {
@@ -117,58 +201,69 @@ impl Exporter<'_> {
                 .flatten();
             layer.descriptor = converted.context(what)?;
         }
-        if !is_other {
-            return Ok(self.image.clone());
-        }
-        let annotations = Annotations {
-            manifest: self.image.manifest.annotations.clone(),
-            descriptor: self.image.descriptor_annotations.clone(),
-        };
-        Ok(image::assemble(
-            self.image.config.clone(),
-            layers,
-            annotations,
-        ))
+        Ok(layers)
     }
 
     /// Writes all outputs, one after the other.
     pub(super) async fn write_all(&self) -> anyhow::Result<()> {
         for output in &self.request.outputs {
+            let none = Annotations::default();
+            let epoch = self.epoch;
             let (dest, image) = match output {
                 Output::Image(output) => (&output.dest, self.write_image(output).await?),
-                Output::Tar { dest } => {
-                    let epoch = self.epoch;
-                    let stack = self.files.stack().await?;
+                Output::Tar {
+                    dest,
+                    platform_split,
+                } => {
+                    let roots = self.roots(*platform_split).await?;
                     self.blocking(dest, move |dest, is_cancelled| {
-                        export::root_tar(&stack, epoch, dest, is_cancelled)
+                        export::root_tar(&roots, epoch, dest, is_cancelled)
                     })
                     .await?;
-                    (dest, self.image.clone())
+                    (dest, self.as_made(&none))
                 }
-                Output::Local { dest } => {
-                    let epoch = self.epoch;
-                    let stack = self.files.stack().await?;
+                Output::Local {
+                    dest,
+                    platform_split,
+                } => {
+                    let roots = self.roots(*platform_split).await?;
                     let report = self.blocking(dest, move |dest, is_cancelled| {
-                        export::local(&stack, epoch, dest, is_cancelled)
+                        export::local(&roots, epoch, dest, is_cancelled)
                     });
                     self.warn(dest, &report.await?);
-                    (dest, self.image.clone())
+                    (dest, self.as_made(&none))
                 }
             };
             self.progress.event(BuildEvent::Published {
                 reference: dest.display().to_string(),
-                digest: image.raw_manifest.digest.clone(),
+                digest: image.raw().digest.clone(),
                 uploaded_bytes: 0,
             });
         }
         Ok(())
     }
 
-    async fn write_image(&self, output: &ImageOutput) -> anyhow::Result<Image> {
-        let image = self.compressed(output.compression).await?;
-        let image = annotated(&image, &output.annotations);
-        let layers = image.layers.iter().zip(self.origins);
-        fetch_missing(self.client, self.store, layers).await?;
+    /// The files of all platforms.
+    async fn roots(&self, platform_split: Option<bool>) -> anyhow::Result<Vec<Root>> {
+        let in_directory = platform_split.unwrap_or(self.request.plan.multi_platform);
+        let mut roots = Vec::new();
+        for one in self.made {
+            roots.push(Root {
+                platform: one.platform.clone(),
+                in_directory,
+                stack: one.files.stack().await?,
+            });
+        }
+        Ok(roots)
+    }
+
+    async fn write_image(&self, output: &ImageOutput) -> anyhow::Result<ImageOrIndex> {
+        let layers = self.compressed(output.compression).await?;
+        let image = annotated(self.request, self.made, layers, &output.annotations);
+        for (image, one) in image.images().iter().zip(self.made) {
+            let layers = image.layers.iter().zip(&one.origins);
+            fetch_missing(self.client, self.store, layers).await?;
+        }
         let mut names = self.request.tags.clone();
         let further = output.names.iter().filter(|name| !names.contains(name));
         let further: Vec<Reference> = further.cloned().collect();

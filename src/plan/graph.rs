@@ -212,6 +212,8 @@ struct Builder<'a> {
     /// Those of `args` that `ARG` declared.
     declared: Environment,
     images: Vec<ImageNeed>,
+    /// The platforms of stages, as far as they are known.
+    platforms: BTreeMap<usize, Platform>,
     /// The named contexts that were found.
     contexts: BTreeSet<ContextId>,
     problems: Vec<Problem>,
@@ -225,6 +227,7 @@ impl<'a> Builder<'a> {
             args: platform_args(dockerfile, settings),
             declared: Environment::new(),
             images: Vec::new(),
+            platforms: BTreeMap::new(),
             contexts: BTreeSet::new(),
             problems: Vec::new(),
         };
@@ -330,7 +333,7 @@ impl<'a> Builder<'a> {
         known: &dyn Fn(&ImageNeed) -> Option<ImageConfig>,
     ) -> StageNode {
         let stage = &self.dockerfile.stages[index];
-        let platform = self.platform(stage);
+        let platform = self.platform(index);
         if let Some(name) = &stage.name
             && let Some(context) = self.context_named(&name.raw, name.span, &platform)
         {
@@ -346,7 +349,7 @@ impl<'a> Builder<'a> {
         for expression in self.triggers(base, known) {
             match dockerfile::parse_trigger(&expression) {
                 Ok(instruction) => {
-                    let reads = self.reads(index, &instruction, &platform, Some(stage.base.span));
+                    let reads = self.reads(index, &instruction, Some(stage.base.span));
                     instructions.push(StageInstruction {
                         instruction,
                         trigger: Some(expression),
@@ -365,7 +368,7 @@ impl<'a> Builder<'a> {
         }
         for instruction in &stage.instructions {
             instructions.push(StageInstruction {
-                reads: self.reads(index, instruction, &platform, None),
+                reads: self.reads(index, instruction, None),
                 instruction: instruction.clone(),
                 trigger: None,
             });
@@ -401,14 +404,15 @@ impl<'a> Builder<'a> {
     }
 
     /// What an instruction reads. `from` is where problems point for one that stands in no
-    /// line of the file.
+    /// line of the file. Images are those for what is built, whatever the stage's platform is,
+    /// as in BuildKit.
     fn reads(
         &mut self,
         stage: usize,
         instruction: &Instruction,
-        platform: &Platform,
         from: Option<Span>,
     ) -> Vec<Option<Base>> {
+        let platform = &self.settings.platform;
         let problems = support::refused(instruction, &self.settings.allowed);
         self.problems
             .extend(problems.into_iter().map(|problem| match from {
@@ -433,7 +437,34 @@ impl<'a> Builder<'a> {
         }
     }
 
-    fn platform(&mut self, stage: &Stage) -> Platform {
+    /// The platform of a stage: that of the stage that it starts from, whatever it says
+    /// itself, as in BuildKit; else its own.
+    fn platform(&mut self, index: usize) -> Platform {
+        let stages = &self.dockerfile.stages;
+        let own = self.own_platform(&stages[index]);
+        // What is wrong with other stages is told where those are looked at.
+        let problems = self.problems.len();
+        let mut above = vec![index];
+        let platform = loop {
+            let stage = above.last().copied().unwrap_or(index);
+            if let Some(known) = self.platforms.get(&stage) {
+                break known.clone();
+            }
+            let name = self.expand(&stages[stage].base);
+            match name.and_then(|name| self.stage_named(&name, stage)) {
+                Some(base) => above.push(base),
+                None if stage == index => break own,
+                None => break self.own_platform(&stages[stage]),
+            }
+        };
+        self.problems.truncate(problems);
+        for stage in above {
+            self.platforms.insert(stage, platform.clone());
+        }
+        platform
+    }
+
+    fn own_platform(&mut self, stage: &Stage) -> Platform {
         let Some(word) = &stage.platform else {
             return self.settings.platform.clone();
         };

@@ -2,7 +2,7 @@
 //!
 //! Texts of history entries are BuildKit's, because tools compare them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 
 use super::graph::{Base, StageNode, error, platform_args, trigger_problem};
@@ -15,7 +15,7 @@ use super::text::{
 use super::{
     ContextId, Copy, CopyDefinition, CopyFrom, CopySource, Device, ImageId, ImageSource,
     MakeDirectory, Mount, MountFrom, MountKind, Network, NoCache, Operation, Plan, Run, Security,
-    Settings, StageGraph, Step, StepId,
+    Settings, StageGraph, Step, StepId, Unused,
 };
 use crate::dockerfile::expand::{expand_text, expand_word, expand_words};
 use crate::dockerfile::{
@@ -103,10 +103,11 @@ pub fn lower(
     if !lowering.problems.is_empty() {
         return Err(error(dockerfile, lowering.problems));
     }
-    lowering.warnings.extend(lowering.unused_args());
-    lowering.warnings.extend(lowering.special_args());
-    lowering.warnings.extend(lowering.unused_contexts());
     lowering.warnings.extend(lowering.windows_paths());
+    let unused = Unused {
+        args: lowering.unused_args(),
+        contexts: lowering.unused_contexts(),
+    };
     let state = lowering
         .states
         .remove(&graph.target)
@@ -120,13 +121,31 @@ pub fn lower(
         config.platform = normal;
     }
     config.config.labels.extend(settings.labels.clone());
+    let platform = if settings.platform_is_given {
+        described(&settings.platform, &config.platform)
+    } else {
+        config.platform.clone()
+    };
     Ok(Plan {
+        platform,
         steps: lowering.steps,
         result: state.step,
         config,
         history: state.history,
         warnings: lowering.warnings,
+        unused,
     })
+}
+
+/// What an index says that the image is for: what was asked for, and the version of Windows
+/// that its base has, as in BuildKit.
+fn described(asked: &Platform, image: &Platform) -> Platform {
+    let mut platform = asked.clone();
+    if platform.os == "windows" && image.os == platform.os {
+        let version = platform.os_version.take();
+        platform.os_version = version.or_else(|| image.os_version.clone());
+    }
+    platform
 }
 
 /// What the image is marked with: what was asked for, whatever its base says of itself. Where
@@ -159,12 +178,21 @@ struct Lowering<'a> {
 struct Current<'a> {
     node: &'a StageNode,
     state: State,
-    /// The steps of this stage and the texts of their names.
-    steps: Vec<(StepId, String)>,
+    /// The steps of this stage.
+    steps: Vec<NamedStep>,
     /// Where a problem points for instructions that are not in the file: triggers.
     trigger_of: Option<Span>,
     /// Whether steps may be looked up in the cache.
     use_cache: bool,
+}
+
+/// A step whose name is settled when its stage has all its steps.
+struct NamedStep {
+    step: StepId,
+    /// `->arm64`, where it makes something for another platform than it runs on.
+    cross: String,
+    /// Its instruction.
+    text: String,
 }
 
 type Lowered = Result<(), Problem>;
@@ -192,7 +220,9 @@ impl<'a> Lowering<'a> {
             }
         };
         if let Some(step) = state.step {
-            steps.push((step, stage.original.clone()));
+            let text = stage.original.clone();
+            let cross = String::new();
+            steps.push(NamedStep { step, cross, text });
         }
         // Triggers run once: in the stages right on top of the image.
         state.image.config.on_build = None;
@@ -277,7 +307,13 @@ impl<'a> Lowering<'a> {
                 let is_new = !self.image_steps.contains_key(&image);
                 let step = self.image_step(image, span);
                 if is_new {
-                    self.steps[step.0].name = format!("FROM {}", self.image_name(image));
+                    let name = self.image_name(image);
+                    self.steps[step.0].name = if self.settings.multi_platform {
+                        let platform = &self.graph.images[image.0].platform;
+                        format!("[{platform}] FROM {name}")
+                    } else {
+                        format!("FROM {name}")
+                    };
                 }
                 Some(step)
             }
@@ -317,13 +353,15 @@ impl<'a> Lowering<'a> {
             },
             source_step: None,
         });
-        let step = self.push(None, span, true, operation);
+        let platform = self.settings.platform.clone();
+        let step = self.push(None, span, platform, true, operation);
         self.steps[step.0].name = format!("[context {}] load files", self.context_name(context));
         self.context_steps.insert(context, step);
         step
     }
 
-    /// `[build 2/5] RUN make`; without a name where there is one stage only.
+    /// `[build 2/5] RUN make`; without a name where there is one stage only, and with the
+    /// platform in front where there may be several: `[linux/arm64 build 2/5] RUN make`.
     fn name_steps(&mut self, current: &Current<'_>, name: Option<&Word>) {
         let label = match name {
             Some(name) => format!("{} ", name.raw),
@@ -331,16 +369,44 @@ impl<'a> Lowering<'a> {
             None => String::new(),
         };
         let total = current.steps.len();
-        for (number, (step, text)) in current.steps.iter().enumerate() {
+        for (number, named) in current.steps.iter().enumerate() {
+            let NamedStep { step, cross, text } = named;
+            let platform = if self.settings.multi_platform {
+                format!("{}{cross} ", current.node.platform)
+            } else {
+                String::new()
+            };
             let step = &mut self.steps[step.0];
             if step.name.is_empty() {
-                step.name = format!("[{label}{}/{total}] {text}", number + 1);
+                step.name = format!("[{platform}{label}{}/{total}] {text}", number + 1);
             }
         }
     }
 
-    /// Says which values of `--build-arg` no `ARG` takes, of triggers neither, and nothing else uses.
-    fn unused_args(&self) -> Option<String> {
+    /// What names of steps say of the platform that they compile for, as in BuildKit: the
+    /// stage knows of it by the arguments that it declares.
+    fn cross(&self, current: &Current<'_>) -> String {
+        let declared = |wanted: &str| {
+            let mut variables = current.state.env.iter();
+            variables.any(|(name, _)| name == wanted)
+        };
+        let (on, target) = (&current.node.platform, &self.settings.platform);
+        let knows_os = declared("TARGETPLATFORM") || declared("TARGETOS");
+        if knows_os && target.os != on.os {
+            return format!("->{target}");
+        }
+        let knows = knows_os || declared("TARGETARCH");
+        if !knows || target.os != on.os || target.architecture == on.architecture {
+            return String::new();
+        }
+        match &target.variant {
+            Some(variant) => format!("->{}/{variant}", target.architecture),
+            None => format!("->{}", target.architecture),
+        }
+    }
+
+    /// Which values of `--build-arg` no `ARG` takes, of triggers neither, and nothing else uses.
+    fn unused_args(&self) -> BTreeSet<String> {
         let stages = self.dockerfile.stages.iter().flat_map(|s| &s.instructions);
         let instructions = self.dockerfile.global_args.iter().chain(stages);
         let written: Vec<&str> = instructions
@@ -365,24 +431,18 @@ impl<'a> Lowering<'a> {
                 || SPECIAL_ARGS.contains(&name.as_str())
         };
         let given = self.settings.build_args.keys();
-        let unused: Vec<&str> = given
-            .filter(|name| !is_used(name))
-            .map(String::as_str)
-            .collect();
-        let list = unused.join(", ");
-        (!unused.is_empty()).then(|| format!("build arguments that no ARG takes: {list}"))
+        given.filter(|name| !is_used(name)).cloned().collect()
     }
 
-    /// Says which named contexts stand in for nothing.
-    fn unused_contexts(&self) -> Option<String> {
+    /// Which named contexts stand in for nothing.
+    fn unused_contexts(&self) -> BTreeSet<String> {
         let named = self.settings.contexts.iter().enumerate();
         let unused =
             named.filter(|(index, _)| !self.graph.contexts.contains(&ContextId(index + 1)));
         // One that is for another platform is not meant here.
         let names = unused.map(|(_, (name, _))| name);
-        let names: Vec<&str> = names.filter(|name| !name.contains("::")).collect();
-        (!names.is_empty())
-            .then(|| format!("named contexts that nothing uses: {}", names.join(", ")))
+        let names = names.filter(|name| !name.contains("::"));
+        names.map(str::to_owned).collect()
     }
 
     /// Says that images for Windows are made by the rules of Linux.
@@ -393,27 +453,12 @@ impl<'a> Lowering<'a> {
         })
     }
 
-    /// Says which arguments that ask for something of the builder have no effect.
-    fn special_args(&self) -> Vec<String> {
-        let is_on = |name: &str| {
-            let value = self.settings.build_args.get(name);
-            value.is_some_and(|value| !matches!(value.as_str(), "" | "0" | "false"))
-        };
-        let notes = [(
-            "BUILDKIT_MULTI_PLATFORM",
-            "the result is one image, not an index",
-        )];
-        let notes = notes.iter().filter(|(name, _)| is_on(name));
-        notes
-            .map(|(name, note)| format!("--build-arg {name} has no effect: {note}"))
-            .collect()
-    }
-
     fn image_step(&mut self, image: ImageId, span: Span) -> StepId {
         if let Some(step) = self.image_steps.get(&image) {
             return *step;
         }
-        let step = self.push(None, span, true, Operation::Image(image));
+        let platform = self.graph.images[image.0].platform.clone();
+        let step = self.push(None, span, platform, true, Operation::Image(image));
         self.image_steps.insert(image, step);
         step
     }
@@ -422,6 +467,7 @@ impl<'a> Lowering<'a> {
         &mut self,
         parent: Option<StepId>,
         span: Span,
+        platform: Platform,
         use_cache: bool,
         operation: Operation,
     ) -> StepId {
@@ -430,6 +476,7 @@ impl<'a> Lowering<'a> {
             parent,
             name: String::new(),
             place,
+            platform,
             use_cache,
             operation,
         });
@@ -439,9 +486,12 @@ impl<'a> Lowering<'a> {
     /// Adds a step on top of the stage's filesystem.
     fn step(&mut self, current: &mut Current<'_>, instruction: &Instruction, operation: Operation) {
         let span = current.trigger_of.unwrap_or(instruction.span);
-        let step = self.push(current.state.step, span, current.use_cache, operation);
+        let (parent, platform) = (current.state.step, current.node.platform.clone());
+        let cross = self.cross(current);
+        let step = self.push(parent, span, platform, current.use_cache, operation);
         current.state.step = Some(step);
-        current.steps.push((step, instruction.original.clone()));
+        let text = instruction.original.clone();
+        current.steps.push(NamedStep { step, cross, text });
     }
 
     fn warn(&mut self, span: Span, message: &str) {

@@ -6,6 +6,7 @@
 
 mod epoch;
 pub mod graph;
+mod join;
 pub mod lower;
 pub mod mode;
 mod mounts;
@@ -24,6 +25,7 @@ use crate::image::{History, ImageConfig, Platform};
 
 pub use epoch::{SOURCE_DATE_EPOCH, SourceDate, source_date};
 pub use graph::{ImageNeed, ImageSource, StageGraph, graph};
+pub use join::{Joined, Target, join};
 pub use lower::lower;
 
 /// What the user gave beside the Dockerfile.
@@ -38,6 +40,9 @@ pub struct Settings {
     /// Whether somebody asked for `platform`. Where nobody did, the image is for what its base
     /// is for, which `FROM --platform` can choose.
     pub platform_is_given: bool,
+    /// Whether the result is an index, with this platform's image or among others; names of
+    /// steps say the platform then.
+    pub multi_platform: bool,
     /// What this machine is.
     pub build_platform: Platform,
     /// `--label`: labels that win over those of the Dockerfile.
@@ -63,6 +68,7 @@ impl Settings {
             target: None,
             platform,
             platform_is_given: true,
+            multi_platform: false,
             build_platform,
             labels: BTreeMap::new(),
             contexts: NamedContexts::default(),
@@ -119,7 +125,7 @@ pub struct RunSettings {
 }
 
 /// One `--ulimit`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Ulimit {
     /// Such as `nofile`.
     pub name: String,
@@ -152,9 +158,11 @@ pub struct StepId(pub usize);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ImageId(pub usize);
 
-/// A directed acyclic graph of the steps that produce filesystems.
+/// A directed acyclic graph of the steps that produce filesystems, for one platform.
 #[derive(Clone, Debug)]
 pub struct Plan {
+    /// What the image is for, as an index says it.
+    pub platform: Platform,
     /// The steps; each comes after those that it needs.
     pub steps: Vec<Step>,
     /// The step whose filesystem is the image's; absent for a `scratch` without layers.
@@ -166,6 +174,18 @@ pub struct Plan {
     pub history: Vec<History>,
     /// What is surely not meant but stops nothing: `file:line:column: …`.
     pub warnings: Vec<String>,
+    /// What was given and nothing of this plan uses. Another platform's plan may use it, so
+    /// [`join()`] says it.
+    pub unused: Unused,
+}
+
+/// What was given on the command line and has no effect.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Unused {
+    /// Names of `--build-arg`.
+    pub args: BTreeSet<String>,
+    /// Names of `--build-context`.
+    pub contexts: BTreeSet<String>,
 }
 
 /// One node of the plan: something that produces a filesystem.
@@ -177,6 +197,8 @@ pub struct Step {
     pub name: String,
     /// `file:line:column` of its instruction.
     pub place: String,
+    /// What a process of it runs on: the platform of its stage.
+    pub platform: Platform,
     /// Whether it may be looked up in the cache.
     pub use_cache: bool,
     /// What it does.
@@ -195,7 +217,7 @@ impl Step {
 }
 
 /// What a step does.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Operation {
     /// The layers of a base image; adds no layer of its own.
     Image(ImageId),
@@ -208,7 +230,7 @@ pub enum Operation {
 }
 
 /// `RUN`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Run {
     /// The program and its arguments.
     pub args: Vec<String>,
@@ -243,7 +265,7 @@ pub struct Run {
 }
 
 /// `RUN --network`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Network {
     /// Outbound connections.
     #[default]
@@ -255,7 +277,7 @@ pub enum Network {
 }
 
 /// `RUN --security`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Security {
     /// The default capabilities.
     #[default]
@@ -265,7 +287,7 @@ pub enum Security {
 }
 
 /// `RUN --device`: a device by its name of the Container Device Interface.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Device {
     /// `vendor/class=device`, or a class.
     pub name: String,
@@ -274,7 +296,7 @@ pub struct Device {
 }
 
 /// Something mounted while a step runs. Nothing of it is in the layer.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Mount {
     /// Where: absolute, without `.` and `..`. Absent only for a secret that is a variable alone.
     pub target: Option<String>,
@@ -283,7 +305,7 @@ pub struct Mount {
 }
 
 /// What is mounted.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum MountKind {
     /// Files of a context, a stage or an image.
     Bind {
@@ -356,7 +378,7 @@ pub enum MountKind {
 }
 
 /// What happens when several steps want one cache mount.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Sharing {
     /// They have it together.
     #[default]
@@ -368,7 +390,7 @@ pub enum Sharing {
 }
 
 /// Where the files of a mount are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum MountFrom {
     /// Nowhere: an empty filesystem.
     Scratch,
@@ -379,7 +401,7 @@ pub enum MountFrom {
 }
 
 /// `COPY` or `ADD`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Copy {
     /// Where sources that are paths are.
     pub from: CopyFrom,
@@ -390,7 +412,7 @@ pub struct Copy {
 }
 
 /// Where `COPY` takes files from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum CopyFrom {
     /// A build context.
     Context(ContextId),
@@ -399,7 +421,7 @@ pub enum CopyFrom {
 }
 
 /// The part of `COPY` that is its definition.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct CopyDefinition {
     /// What is copied, in the order of the Dockerfile.
     pub sources: Vec<CopySource>,
@@ -422,7 +444,7 @@ pub struct CopyDefinition {
 }
 
 /// One source of `COPY` or `ADD`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum CopySource {
     /// A path, possibly with wildcards, relative to the source's root.
     Path(String),
@@ -452,7 +474,7 @@ pub enum CopySource {
 }
 
 /// `--chmod`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Chmod {
     /// All permission bits at once.
     Mode(u32),
@@ -461,7 +483,7 @@ pub enum Chmod {
 }
 
 /// `WORKDIR`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct MakeDirectory {
     /// Absolute.
     pub path: String,

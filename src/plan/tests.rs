@@ -7,6 +7,7 @@ use crate::dockerfile::{self, DockerfileError};
 use crate::image::{Platform, Reference};
 
 /// A Dockerfile with everything that planning it takes.
+#[derive(Clone)]
 struct Case {
     text: String,
     settings: Settings,
@@ -86,6 +87,26 @@ impl Case {
     fn plan(&self) -> Plan {
         self.try_plan()
             .unwrap_or_else(|error| panic!("{}\n{error}", self.text))
+    }
+
+    /// What is told of it.
+    fn warnings(&self) -> Vec<String> {
+        self.joined(&["linux/arm64"]).warnings
+    }
+
+    /// The plans for all of `platforms` as one; with one, for that of the settings.
+    fn joined(&self, platforms: &[&str]) -> Joined {
+        let several = platforms.len() > 1;
+        let plans = platforms.iter().map(|platform| {
+            let mut case = self.clone();
+            case.settings.multi_platform = several;
+            if several {
+                case.settings.platform = Platform::parse(platform).unwrap();
+            }
+            let (_, graph) = case.graph().unwrap();
+            (graph, case.plan())
+        });
+        join(plans.collect())
     }
 
     /// One line for each step.
@@ -483,12 +504,10 @@ fn some_arguments_are_for_the_builder() {
         "(ARG BUILDKIT_SBOM_SCAN_STAGE=true)",
         "RUN |1 BUILDKIT_SBOM_SCAN_STAGE=true /bin/sh -c x # buildkit",
     ]);
-    let warnings = |name: &str, value: &str| case("FROM base").arg(name, value).plan().warnings;
+    let warnings = |name: &str, value: &str| case("FROM base").arg(name, value).warnings();
     assert_eq!(
         warnings("BUILDKIT_MULTI_PLATFORM", "true"),
-        [
-            "--build-arg BUILDKIT_MULTI_PLATFORM has no effect: the result is one image, not an index"
-        ]
+        [] as [String; 0]
     );
     assert_eq!(warnings("BUILDKIT_INLINE_CACHE", "1"), [] as [String; 0]);
 }
@@ -730,7 +749,7 @@ fn build_arguments_that_nothing_takes_are_named() {
         let case = names
             .iter()
             .fold(case(text), |case, name| case.arg(name, "amd64"));
-        case.plan().warnings
+        case.warnings()
     };
     assert_eq!(given("FROM base\nARG A B"), [] as [String; 0]);
     // A stage that is not built takes it all the same.
@@ -978,7 +997,7 @@ fn what_has_no_effect_is_told() {
     let mut unused = case("FROM base AS a\nCOPY --from=used x y\nFROM base");
     unused.settings.contexts =
         NamedContexts::parse(["used=./a", "late=./b", "base::linux/386=./c"]).unwrap();
-    let warnings = |case: &Case| case.plan().warnings;
+    let warnings = |case: &Case| case.warnings();
     assert_eq!(
         warnings(&unused),
         ["named contexts that nothing uses: late, used"]
@@ -1232,5 +1251,109 @@ fn texts_that_grow_without_end_are_refused_where_they_do() {
     ]);
     case(&format!("{four}{}", "RUN x\n".repeat(100))).problems(&[
         "Dockerfile:82:1: the variables of all steps and the history are longer than 256 MiB up to here",
+    ]);
+}
+
+#[test]
+fn equal_steps_of_several_platforms_are_one() {
+    let text = "FROM --platform=$BUILDPLATFORM base AS tools\nRUN make tools\n\
+                FROM tools AS cross\nARG TARGETARCH\nRUN make\n\
+                FROM base\nCOPY --from=tools a b\nCOPY --from=cross a c\nRUN check";
+    let joined = case(text).joined(&["linux/amd64", "linux/arm/v7"]);
+    let lines = joined.steps.iter().enumerate().map(|(number, step)| {
+        let parent = step.parent.map_or("-".to_owned(), |id| id.0.to_string());
+        let sources: Vec<usize> = step.sources().iter().map(|id| id.0).collect();
+        let Step { name, platform, .. } = step;
+        format!("{number} on {parent} {sources:?} {platform}: {name}")
+    });
+    assert_eq!(
+        lines.collect::<Vec<_>>(),
+        [
+            "0 on - [] linux/amd64: [linux/amd64 tools 1/2] FROM --platform=$BUILDPLATFORM base AS tools",
+            "1 on 0 [] linux/amd64: [linux/amd64 tools 2/2] RUN make tools",
+            "2 on 1 [] linux/amd64: [linux/amd64 cross 2/2] RUN make",
+            "3 on 0 [1] linux/amd64: [linux/amd64 stage-2 2/4] COPY --from=tools a b",
+            "4 on 3 [2] linux/amd64: [linux/amd64 stage-2 3/4] COPY --from=cross a c",
+            "5 on 4 [] linux/amd64: [linux/amd64 stage-2 4/4] RUN check",
+            "6 on 1 [] linux/amd64: [linux/amd64->arm/v7 cross 2/2] RUN make",
+            "7 on - [] linux/arm/v7: [linux/arm/v7 stage-2 1/4] FROM base",
+            "8 on 7 [1] linux/arm/v7: [linux/arm/v7 stage-2 2/4] COPY --from=tools a b",
+            "9 on 8 [6] linux/arm/v7: [linux/arm/v7 stage-2 3/4] COPY --from=cross a c",
+            "10 on 9 [] linux/arm/v7: [linux/arm/v7 stage-2 4/4] RUN check",
+        ]
+    );
+    let images: Vec<String> = (joined.images.iter())
+        .map(|need| need.platform.to_string())
+        .collect();
+    assert_eq!(images, ["linux/amd64", "linux/arm/v7"]);
+    let targets: Vec<_> = (joined.targets.iter())
+        .map(|target| (target.platform.to_string(), target.result.map(|id| id.0)))
+        .collect();
+    assert_eq!(
+        targets,
+        [
+            ("linux/amd64".to_owned(), Some(5)),
+            ("linux/arm/v7".to_owned(), Some(10)),
+        ]
+    );
+}
+
+#[test]
+fn what_runs_on_another_platform_is_another_step_and_what_only_copies_is_not() {
+    let steps = |text: &str| {
+        let joined = case(text).joined(&["linux/amd64", "linux/arm64"]);
+        let result = joined.targets.iter().map(|t| t.result.map(|id| id.0));
+        (joined.steps.len(), result.collect::<Vec<_>>())
+    };
+    assert_eq!(steps("FROM scratch\nCOPY a b"), (1, vec![Some(0), Some(0)]));
+    assert_eq!(
+        steps("FROM scratch\nCOPY a b\nRUN [\"b\"]"),
+        (3, vec![Some(1), Some(2)])
+    );
+    // Also in one plan.
+    let twice = "FROM base AS a\nRUN x\nFROM base AS b\nRUN x\nFROM scratch\n\
+                 COPY --from=a / /\nCOPY --from=b / /b";
+    assert_eq!(case(twice).joined(&["linux/amd64"]).steps.len(), 4);
+    // But not what the cache may have and what it may not.
+    let mut filtered = case(twice);
+    filtered.settings.no_cache = NoCache::Stages(["a".to_owned()].into());
+    assert_eq!(filtered.joined(&["linux/amd64"]).steps.len(), 5);
+}
+
+#[test]
+fn platforms_warn_once_and_only_of_what_none_uses() {
+    let mut both = case("FROM base AS a\nFROM base\nCOPY a b c\nCOPY --from=late x y");
+    both.settings.contexts =
+        NamedContexts::parse(["late=./a", "late::linux/arm64=./b", "none=./c"]).unwrap();
+    assert_eq!(
+        both.joined(&["linux/amd64", "linux/arm64"]).warnings,
+        [
+            "Dockerfile:3:10: several sources and a destination without a trailing slash: unless it is a directory, the last file wins",
+            "named contexts that nothing uses: none",
+        ]
+    );
+}
+
+#[test]
+fn a_stage_has_the_platform_of_the_stage_below_it() {
+    let platforms = |text: &str| {
+        let (_, graph) = case(text).graph().unwrap();
+        let stages = graph.stages.iter().map(|node| node.platform.to_string());
+        let images = graph.images.iter().map(|need| need.platform.to_string());
+        (stages.collect::<Vec<_>>(), images.collect::<Vec<_>>())
+    };
+    let chain = "FROM --platform=linux/386 base AS a\nFROM a AS b\nFROM --platform=linux/s390x b\n\
+                 COPY --from=image x y";
+    // What is copied from is for what is built, as in BuildKit.
+    assert_eq!(
+        platforms(chain),
+        (
+            vec!["linux/386".to_owned(); 3],
+            vec!["linux/arm64".to_owned(), "linux/386".to_owned()]
+        )
+    );
+    // What is wrong is told once, where it stands.
+    case("FROM --platform=x/y/z/z base AS a\nFROM a").problems(&[
+        "Dockerfile:1:17: invalid platform \"x/y/z/z\": expected OS/ARCHITECTURE[/VARIANT], such as \"linux/arm64\"",
     ]);
 }

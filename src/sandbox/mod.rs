@@ -33,6 +33,7 @@
 mod bwrap;
 pub mod cdi;
 mod choose;
+mod emulation;
 mod enter;
 mod error;
 mod hosts;
@@ -56,6 +57,7 @@ use serde::{Deserialize, Serialize};
 use crate::progress::Stream;
 
 pub use choose::{choose, hidden_command};
+pub use emulation::cannot_run;
 pub use error::{Refusal, SandboxError};
 pub use hosts::{HOST_GATEWAY, HostError, parse_extra_host};
 pub use limits::{Ulimit, UlimitError};

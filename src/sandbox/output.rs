@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags};
+use tokio::sync::Notify;
 
 use super::OutputSink;
 use super::wire::{Failure, Report, receive_report};
@@ -14,6 +15,8 @@ use crate::progress::Stream;
 #[derive(Clone, Debug, Default)]
 pub struct Cancel {
     inner: Arc<Mutex<State>>,
+    /// Wakes the tasks that wait for it.
+    notify: Arc<Notify>,
 }
 
 #[derive(Debug, Default)]
@@ -36,6 +39,18 @@ impl Cancel {
         for waker in state.wakers.drain(..).filter_map(|waker| waker.upgrade()) {
             // Cannot fail: the counter is far from its limit and the file is open.
             let _ = rustix::io::write(&*waker, &1_u64.to_ne_bytes());
+        }
+        drop(state);
+        self.notify.notify_waiters();
+    }
+
+    /// Waits until it is used.
+    pub async fn cancelled(&self) {
+        let mut notified = std::pin::pin!(self.notify.notified());
+        // From here on it is woken, so that nothing is missed between the two.
+        notified.as_mut().enable();
+        if !self.is_cancelled() {
+            notified.await;
         }
     }
 

@@ -47,6 +47,8 @@ mod modules;
 mod mounts;
 /// `--output`: archives, layouts, directories.
 mod outputs;
+/// Several platforms in one build, and how many steps run at once.
+mod platforms;
 /// What README says of settings is what the program has.
 mod readme;
 /// Registries: credentials, transport, what is sent and what is not.

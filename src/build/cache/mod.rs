@@ -34,7 +34,7 @@ use serde_json::Value;
 use super::layer::{Layer, Origin};
 use super::{Engine, Timings};
 use crate::image::{Descriptor, ImageLayer, RawManifest, Repository};
-use crate::plan::Plan;
+use crate::plan::Joined;
 use crate::store::Store;
 
 pub use import::{CacheSource, Imported, Importing};
@@ -80,7 +80,7 @@ pub(super) struct Hit {
 impl Cache {
     pub(super) fn new(
         importing: Importing,
-        plan: &Plan,
+        plan: &Joined,
         wanted: BTreeSet<usize>,
         forgotten: BTreeSet<String>,
     ) -> Self {

@@ -30,7 +30,7 @@ use super::{BaseImage, Engine, Settings, seal};
 use crate::image::{Descriptor, DiffId, Digest, ImageLayer, Repository, chain_id};
 use crate::layer::{LayerError, is_too_long};
 use crate::layout::Layout;
-use crate::plan::{Operation, Plan};
+use crate::plan::{Joined, Operation};
 use crate::rootfs::{self, LayerForm, LayerView, Listing, Stack, Tree};
 use crate::store::GrowingBlob;
 
@@ -91,7 +91,7 @@ pub(super) struct Shared {
 
 impl Shared {
     /// Looks through what `plan` will do.
-    pub(super) fn new(plan: &Plan, settings: &Settings) -> Self {
+    pub(super) fn new(plan: &Joined, settings: &Settings) -> Self {
         let read = read_steps(plan, settings.reads_files);
         let images = read.iter().filter_map(|index| {
             let Operation::Image(image) = &plan.steps.get(*index)?.operation else {
@@ -122,10 +122,11 @@ impl Shared {
 
 /// The indices of the steps whose filesystem some step mounts or copies from, perhaps with
 /// more layers on top; `reads_result`: the result's too.
-fn read_steps(plan: &Plan, reads_result: bool) -> BTreeSet<usize> {
+fn read_steps(plan: &Joined, reads_result: bool) -> BTreeSet<usize> {
     let mut read = BTreeSet::new();
     if reads_result {
-        read.extend(plan.result.map(|id| id.0));
+        let results = plan.targets.iter().filter_map(|target| target.result);
+        read.extend(results.map(|id| id.0));
     }
     // Each step comes after those that it needs.
     for (index, step) in plan.steps.iter().enumerate().rev() {
