@@ -243,6 +243,13 @@ pub static SETTINGS: &[Setting] = &[
         "The store. Absent: `/var/lib/sockless` as root, else `$XDG_DATA_HOME/sockless` or `~/.local/share/sockless`.",
     ),
     setting(
+        "store_limit",
+        "SOCKLESS_STORE_LIMIT",
+        "",
+        SIZE,
+        "How much disk the store may take, without the job database. Beyond, each build ends by removing what was not used for longest. Absent: no limit.",
+    ),
+    setting(
         "database",
         "SOCKLESS_DATABASE",
         "",
@@ -430,6 +437,8 @@ pub struct BuildConfig {
     pub sandbox: sandbox::Choice,
     /// Whether sources may come from servers without public addresses.
     pub private_sources: bool,
+    /// How much disk the store may take, in bytes.
+    pub store_limit: Option<u64>,
 }
 
 /// How jobs run.
@@ -661,6 +670,7 @@ impl BuildConfig {
                 "false" => Some(false),
                 _ => None,
             })?,
+            store_limit: values.parsed("store_limit", size)?,
         })
     }
 
@@ -1157,6 +1167,7 @@ mod tests {
         let config = load(file, &[]).unwrap();
         assert_eq!(config.branches, ["main", "develop"]);
         assert_eq!(config.jobs.concurrent, 2);
+        assert_eq!(config.build.store_limit, None);
         assert!(config.root.is_absolute() && config.root.ends_with("data"));
         let env = [
             ("SOCKLESS_BRANCHES", "trunk, next"),

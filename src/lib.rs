@@ -33,7 +33,7 @@
 //! | [`image`] | values of the image specification | files, network |
 //! | [`context`] | what COPY and ADD may see | images |
 //! | [`session`] | secrets and SSH agents lent to steps | steps, mounts |
-//! | [`store`] | blobs, trees and records on disk | registries |
+//! | [`store`] | blobs, trees and records on disk, and how long they stay | registries |
 //! | [`registry`] | the distribution protocol | layers' content |
 //! | [`remote`] | files and git repositories of other servers | images, Dockerfiles |
 //! | [`layout`] | an image in a directory of this machine → manifest, config, blobs | layers' content |
@@ -64,6 +64,7 @@
 //! - Same inputs, same bytes: sorted listings, sorted maps in anything serialised, times
 //!   clamped to one given epoch, no host names or paths in output.
 //! - Whatever has a name in the store is complete; whatever is unfinished is in its `tmp/`.
+//!   What a build has looked up there stays until that build ends, whoever prunes.
 //! - Names that somebody else chose are resolved through [`confined`] or the root
 //!   filesystem's own view, never by joining texts.
 //!

@@ -19,6 +19,11 @@ fn main() -> ExitCode {
         },
         Invocation::Call(build) => cli::ask(*build),
         Invocation::Serve(config) => cli::serve(config.as_deref()),
+        // Unpacked layers belong to whom the namespace has, and only there can be removed.
+        Invocation::Store(command) => match prepare(false) {
+            Ok(_) => cli::store(*command),
+            Err(error) => cli::report(&error),
+        },
         Invocation::Version => cli::print_version(),
     };
     code.into()

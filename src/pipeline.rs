@@ -5,6 +5,7 @@ mod cache;
 mod contexts;
 mod epoch;
 mod images;
+mod limit;
 mod outputs;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -16,6 +17,7 @@ use anyhow::Context as _;
 use futures_util::future::try_join_all;
 
 use images::Images;
+use limit::LimitedStore;
 
 use crate::build::{self, BaseImage, BuiltImage, CacheContents, Cancelled, Origin, Timings};
 use crate::context::{ContextSource, DockerfileLocation};
@@ -86,6 +88,8 @@ pub struct BuildRequest {
     pub sandbox: sandbox::Choice,
     /// The store's directory.
     pub root: PathBuf,
+    /// `--store-limit`: how much disk the store may take, in bytes.
+    pub store_limit: Option<u64>,
     /// `--iidfile`: where the image's digest is written.
     pub iid_file: Option<PathBuf>,
     /// `--metadata-file`: where a JSON object about the result is written.
@@ -188,7 +192,11 @@ pub async fn build(
 ) -> anyhow::Result<BuildResult> {
     let started = Instant::now();
     let timings = Arc::new(Timings::default());
-    let result = run(&request, world, &progress, &cancel, &timings).await;
+    let mut limited = None;
+    let result = run(&request, world, &progress, &cancel, &timings, &mut limited).await;
+    if let Some(limited) = limited {
+        limited.end(&*progress, &cancel, &timings).await;
+    }
     timings.add("total", started.elapsed());
     progress.event(BuildEvent::Finished {
         success: result.is_ok(),
@@ -208,10 +216,14 @@ async fn run(
     progress: &Arc<dyn Progress>,
     cancel: &Cancel,
     timings: &Arc<Timings>,
+    limited: &mut Option<LimitedStore>,
 ) -> anyhow::Result<BuildResult> {
     check_result_files(request)?;
     outputs::check(request)?;
     let store = Arc::new(Store::open(&request.root)?);
+    *limited = request
+        .store_limit
+        .map(|limit| LimitedStore::begin(&store, limit));
     let client = Client::new(request.registry.clone())?;
     let importing = build::import(
         &client,

@@ -58,18 +58,25 @@ pub(super) fn take(
     let mut number = 0;
     loop {
         let dir = all.join(number.to_string());
-        fs::create_dir_all(&dir).with_context(|| format!("creating {}", dir.display()))?;
-        if number == 0 && !all.join("name").exists() {
-            store.write_file(&all.join("name"), name.as_bytes())?;
-        }
         let path = dir.join("lock");
-        let lock = lock_file(&path)?;
-        let locked = match sharing {
-            Sharing::Shared => lock.try_lock_shared(),
-            Sharing::Private | Sharing::Locked => lock.try_lock(),
-        };
+        // Whoever prunes would otherwise remove what is here and not locked yet.
+        let (lock, locked) = store.while_nothing_is_removed(|| {
+            fs::create_dir_all(&dir).with_context(|| format!("creating {}", dir.display()))?;
+            if number == 0 && !all.join("name").exists() {
+                store.write_file(&all.join("name"), name.as_bytes())?;
+            }
+            let lock = lock_file(&path)?;
+            let locked = match sharing {
+                Sharing::Shared => lock.try_lock_shared(),
+                Sharing::Private | Sharing::Locked => lock.try_lock(),
+            };
+            anyhow::Ok((lock, locked))
+        })?;
         match locked {
-            Ok(()) => return open(store, cancel, &dir, lock, fill),
+            Ok(()) => {
+                store.touch(&path);
+                return open(store, cancel, &dir, lock, fill);
+            }
             // Whoever copies it is soon done, and another directory would be empty.
             Err(TryLockError::WouldBlock) if sharing == Sharing::Locked || is_being_read(&dir)? => {
                 waits();

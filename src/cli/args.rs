@@ -30,6 +30,14 @@ pub(super) enum Command {
     Build(Box<BuildArgs>),
     /// Builds and pushes images when a webhook says so
     Serve(ServeArgs),
+    /// Removes what builds have kept and no running build uses
+    Prune(super::store::PruneArgs),
+    /// Says how much disk the store takes
+    Du(super::store::DuArgs),
+    /// Lists the steps that the cache has
+    Ls(super::store::LsArgs),
+    /// Looks after the store
+    Store(super::store::StoreArgs),
     /// Prints the version and what it was built for
     Version,
 }
@@ -114,6 +122,11 @@ pub(super) struct BuildArgs {
     /// [default: /var/lib/sockless as root, else $XDG_DATA_HOME/sockless]
     #[arg(long, value_name = "DIR")]
     pub root: Option<PathBuf>,
+
+    /// How much disk the store may take, such as 20GB; beyond, the build ends by removing what
+    /// was not used for longest [env: SOCKLESS_STORE_LIMIT]
+    #[arg(long, value_name = "SIZE")]
+    pub store_limit: Option<String>,
 
     /// How progress is shown, on standard error [env: BUILDKIT_PROGRESS] [default: auto]
     #[arg(long, value_name = "STYLE")]

@@ -14,6 +14,7 @@ mod report;
 mod request;
 mod run;
 mod signal;
+mod store;
 mod unsupported;
 mod values;
 
@@ -28,6 +29,7 @@ use request::{BuildSettings, Machine, RequestError};
 
 pub use report::report;
 pub use run::{ask, build, die_with_parent, print_version, serve};
+pub use store::{StoreCommand, store};
 
 /// What the command line asks for, validated.
 #[derive(Debug)]
@@ -38,6 +40,8 @@ pub enum Invocation {
     Call(Box<Build>),
     /// `sockless serve` with its configuration file.
     Serve(Option<std::path::PathBuf>),
+    /// `sockless prune`, `du`, `ls`, `store`.
+    Store(Box<StoreCommand>),
     /// `sockless version`.
     Version,
 }
@@ -104,12 +108,20 @@ pub fn parse(
         unsupported::check(build).map_err(|flag| refuse(flag.into()))?;
     }
     let cli = Cli::from_arg_matches(&matches).map_err(ParseError::Usage)?;
+    let machine = Machine {
+        env,
+        is_root: request::is_root(),
+    };
+    let of_store = |command: Result<StoreCommand, RequestError>| {
+        let command = command.map_err(refuse)?;
+        Ok(Invocation::Store(Box::new(command)))
+    };
     match cli.command {
+        Command::Prune(args) => of_store(StoreCommand::prune(args, &machine)),
+        Command::Du(args) => of_store(StoreCommand::du(args, &machine)),
+        Command::Ls(args) => of_store(StoreCommand::ls(args, &machine)),
+        Command::Store(args) => of_store(StoreCommand::store(args, &machine)),
         Command::Build(args) => {
-            let machine = Machine {
-                env,
-                is_root: request::is_root(),
-            };
             let settings = BuildSettings::from_args(*args, &machine).map_err(refuse)?;
             let build = Box::new(Build { settings });
             Ok(match build.settings.call {

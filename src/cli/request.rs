@@ -122,6 +122,11 @@ pub(super) enum RequestError {
     /// `--insecure-registry`.
     #[error("--insecure-registry {0:?}: expected HOST[:PORT] with a dot, a port or \"localhost\"")]
     InsecureRegistry(String),
+    /// `prune --filter`.
+    #[error(
+        "--filter {0:?}: expected until=DURATION such as until=24h, type=tree, blob, step, http or mount, or id=PREFIX"
+    )]
+    Filter(String),
     /// `SOURCE_DATE_EPOCH`.
     #[error("{EPOCH} {0:?}: expected seconds since 1970 from 0 to {EPOCH_MAX}")]
     Epoch(String),
@@ -241,7 +246,22 @@ impl<E: Fn(&str) -> Option<OsString>> Machine<E> {
         }
     }
 
-    fn root(&self, flag: Option<&Path>) -> Result<PathBuf, RequestError> {
+    /// `--store-limit`; 0 is none, as for all of Docker's limits.
+    fn store_limit(&self, flag: Option<String>) -> Result<Option<u64>, RequestError> {
+        const VARIABLE: &str = "SOCKLESS_STORE_LIMIT";
+        let limit = match flag {
+            Some(text) => Some(values::bytes("--store-limit", &text)?),
+            None => {
+                let text = self.var(VARIABLE)?;
+                text.map(|text| values::bytes(VARIABLE, &text))
+                    .transpose()?
+            }
+        };
+        Ok(limit.filter(|limit| *limit > 0))
+    }
+
+    /// The store's directory.
+    pub(super) fn root(&self, flag: Option<&Path>) -> Result<PathBuf, RequestError> {
         let dir = |name| {
             (self.env)(name)
                 .filter(|value| !value.is_empty())
@@ -403,6 +423,7 @@ impl BuildSettings {
                     .into(),
             },
             root: machine.root(args.root.as_deref())?,
+            store_limit: machine.store_limit(args.store_limit)?,
             iid_file: args.iid_file,
             metadata_file: args.metadata_file,
         };
@@ -1037,6 +1058,24 @@ pub(super) mod tests {
             NoCache::Stages(["a".to_owned(), "b".to_owned()].into())
         );
         assert_eq!(plan.contexts.iter().count(), 1);
+    }
+
+    #[test]
+    fn the_store_may_have_a_limit() {
+        let limit = |args: &[&str], env: &[(&str, &str)]| {
+            let args = [args, &["."]].concat();
+            convert(&args, env).unwrap().request.store_limit
+        };
+        let variable = [("SOCKLESS_STORE_LIMIT", "1.5g")];
+        assert_eq!(limit(&[], &[]), None);
+        assert_eq!(limit(&["--store-limit", "20GB"], &variable), Some(20 << 30));
+        assert_eq!(limit(&[], &variable), Some(3 << 29));
+        assert_eq!(limit(&["--store-limit=0"], &variable), None);
+        check_error(
+            &["--store-limit", "much", "."],
+            &[],
+            "--store-limit \"much\": expected a number of bytes, such as 67108864, 64m or 1g",
+        );
     }
 
     #[test]

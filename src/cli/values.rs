@@ -31,6 +31,9 @@ pub(super) enum ValueError {
     /// A size.
     #[error("--shm-size {0:?}: expected a number of bytes, such as 67108864, 64m or 1g")]
     Size(String),
+    /// A size that a flag or variable of this name gives.
+    #[error("{0} {1:?}: expected a number of bytes, such as 67108864, 64m or 1g")]
+    Bytes(&'static str, String),
 }
 
 /// `--label`: a later one of a name wins; without `=` the value is empty.
@@ -156,6 +159,11 @@ fn allow_device(text: &str, devices: &mut DeviceSettings) -> Option<()> {
 /// `--shm-size`, as Docker takes it.
 pub(super) fn size(text: &str) -> Result<u64, ValueError> {
     parse_size(text).ok_or_else(|| ValueError::Size(text.to_owned()))
+}
+
+/// The number of bytes that the flag or variable `name` gives, as Docker takes sizes.
+pub(super) fn bytes(name: &'static str, text: &str) -> Result<u64, ValueError> {
+    parse_size(text).ok_or_else(|| ValueError::Bytes(name, text.to_owned()))
 }
 
 #[cfg(test)]

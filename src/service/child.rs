@@ -73,6 +73,9 @@ pub(crate) fn arguments(config: &ServiceConfig, root: &Path, prepared: &Prepared
     for file in &config.build.ca_files {
         flag("registry-ca", file.into());
     }
+    if let Some(limit) = config.build.store_limit {
+        flag("store-limit", limit.to_string().into());
+    }
     // Whoever writes the Dockerfile shall not read what this machine can.
     if !config.build.private_sources {
         arguments.push("--public-sources-only".into());
@@ -267,6 +270,7 @@ mod tests {
         config.build.mirrors = vec!["docker.io=https://m.example".to_owned()];
         config.build.insecure = vec!["r.example:5000".to_owned()];
         config.build.ca_files = vec![PathBuf::from("/ca.pem")];
+        config.build.store_limit = Some(5 << 30);
         let prepared = Prepared {
             context: PathBuf::from("/job/context"),
             dockerfile: PathBuf::from("/job/context/Dockerfile"),
@@ -282,6 +286,7 @@ mod tests {
             "--registry-mirror=docker.io=https://m.example",
             "--insecure-registry=r.example:5000",
             "--registry-ca=/ca.pem",
+            "--store-limit=5368709120",
             "--public-sources-only",
             "--push",
             "--die-with-parent",

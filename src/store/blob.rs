@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use tempfile::NamedTempFile;
 
 use super::growing::{Grower, GrowingBlob};
-use super::{Store, StoreError};
+use super::{Store, StoreError, blob_name, inventory};
 use crate::image::{Digest, Hasher};
 use crate::io::HashingWriter;
 
@@ -59,7 +59,7 @@ impl Store {
         Ok(writer.commit(None)?.0)
     }
 
-    /// Opens a blob for reading with verification.
+    /// Opens a blob for reading with verification. It stays until this process ends.
     ///
     /// # Errors
     /// [`StoreError::Io`]; a blob that is not there is `NotFound`.
@@ -70,7 +70,13 @@ impl Store {
             let size = file.metadata()?.len();
             Ok((file, size))
         };
-        let (file, size) = open(&path).map_err(StoreError::io("opening", &path))?;
+        let (file, size) = {
+            let mut looking = self.holds.look()?;
+            let opened = open(&path).map_err(StoreError::io("opening", &path))?;
+            looking.hold(&blob_name(digest))?;
+            inventory::touch(&path);
+            opened
+        };
         Ok(BlobReader {
             file,
             path,
@@ -107,7 +113,8 @@ impl BlobWriter<'_> {
         Ok(growing)
     }
 
-    /// Names the blob by its digest and returns that and the size in bytes.
+    /// Names the blob by its digest and returns that and the size in bytes. It stays until
+    /// this process ends.
     ///
     /// # Errors
     /// [`StoreError::Damaged`] where `want` is given and is not the digest;
@@ -123,6 +130,8 @@ impl BlobWriter<'_> {
             });
         }
         let path = self.store.blob_path(&got);
+        let mut looking = self.store.holds.look()?;
+        looking.hold(&blob_name(&got))?;
         file.persist(&path)
             .map_err(|e| StoreError::io("naming", &path)(e.error))?;
         if let Some(grower) = self.grower {

@@ -2,28 +2,58 @@
 //!
 //! ```text
 //! $SOCKLESS_ROOT
-//! ├── version             "1\n"
+//! ├── version             "2\n"
+//! ├── boot.json           in which boot of the machine the store was last used, and when
+//! ├── lock                shared while something is looked up, exclusive while something is removed
 //! ├── blobs/sha256/<hex>  compressed layers, configs, manifests
-//! ├── trees/<hex>/        unpacked layers, named by diff ID
+//! ├── trees/<hex>/files/  unpacked layers, named by diff ID; info.json beside has what is known
 //! ├── trees/<hex>.chain/  those that depend on the layers below, named by chain ID
 //! ├── cache/steps/<definition>/<inputs>.json
 //! ├── cache/listings/<hex>  what a layer has without its contents, named by diff ID
 //! ├── cache/http/<url>.json  what servers said about files that are blobs now
+//! ├── cache/listings/<hex>   what is in a layer, named by diff ID
+//! ├── cache/contents/<hex>   what a step read, named by its digest
+//! ├── cache/conversions/<name>.json  how a layer was compressed anew
 //! ├── cache/stat/<context>   digests of the files of contexts, as long as they stay as they are
+//! ├── cache/mounts/<hex>/<number>/  directories of `RUN --mount=type=cache`
 //! ├── jobs/               the service's database
 //! └── tmp/<random>/       everything unfinished, one locked directory per process
+//!     tmp/<random>.holds  what that process uses, locked too
 //! ```
 //!
 //! Whatever has a name outside `tmp/` is complete: it was written to `tmp/` on the
 //! same file system and renamed. Nothing is synced, so that holds for the death of a
 //! process, not of the machine: a blob that a power loss tore is found by its length
-//! when it is looked up and by its digest when it is read. A process that
+//! when it is looked up and by its digest when it is read, and a tree that may be torn is
+//! removed (`boot.rs`). A process that
 //! dies leaves its directory in `tmp/`, whose lock the kernel released with it; the
 //! next `open` removes it. It is the directory itself that is locked: a lock file could be
 //! the first thing that an interrupted removal takes away, and nobody would finish it.
+//!
+//! # Use
+//!
+//! Every look-up ([`Store::has_blob_of`], [`Store::open_blob`], [`Store::find_tree`],
+//! [`Store::touch`]) records when it was: as the access time of the blob's or record's own
+//! file, of a tree's `info.json`, and of a cache mount's `lock`, set by `utimensat(2)`. The
+//! modification time of the same file is when the thing was made. No file of its own is
+//! written, no index has to be kept, and two processes cannot disagree; mounts with
+//! `noatime` make no difference, because the kernel does not choose the time. Reading a
+//! file may set it too, which is use. The times inside a tree belong to its layer.
+//!
+//! What was looked up stays until the process ends or says [`Store::release`]
+//! (`hold.rs`). [`Store::prune`] removes the least recently used of the rest.
 
 mod blob;
+mod boot;
 mod growing;
+mod hold;
+mod inventory;
+mod prune;
+mod size;
+#[cfg(test)]
+mod tests;
+mod tree;
+mod verify;
 
 use std::fs::{self, File, TryLockError};
 use std::io;
@@ -34,17 +64,27 @@ use thiserror::Error;
 use crate::confined;
 use crate::image::{Descriptor, DiffId, Digest};
 
+use boot::Moment;
+use hold::Holds;
+
 pub use blob::{BlobReader, BlobWriter};
 pub use growing::{GivenUp, GrowingBlob, Growth};
+pub use inventory::{Kind, Object};
+pub use prune::{PruneOptions, Pruned};
+pub use verify::Finding;
 
-/// The layout's version; a store with another one is refused.
-const VERSION: &str = "1\n";
+/// The layout's version; a store with another one is refused. 2: trees have their files in
+/// a directory, and an info file beside it.
+const VERSION: &str = "2\n";
 
 /// A store, opened by this process.
 #[derive(Debug)]
 pub struct Store {
     root: PathBuf,
     tmp: PathBuf,
+    holds: Holds,
+    /// Since the machine was started; see [`Moment::boot`].
+    boot: String,
     /// Held as long as the store is open; says that `tmp` is in use.
     _lock: File,
 }
@@ -108,8 +148,15 @@ impl Store {
     /// dead processes left in `tmp/`.
     ///
     /// # Errors
-    /// [`StoreError::Version`] for a store of another version; [`StoreError::Io`].
+    /// [`StoreError::Version`] for a store of another version, which is left as it is;
+    /// [`StoreError::Io`].
     pub fn open(root: &Path) -> Result<Self, StoreError> {
+        Self::open_at(root, Moment::now())
+    }
+
+    /// [`Store::open`] at a moment in the life of the machine.
+    fn open_at(root: &Path, now: Moment) -> Result<Self, StoreError> {
+        let is_new = !check_version(root)?;
         for dir in ["blobs/sha256", "trees", "cache/steps", "jobs", "tmp"] {
             let dir = root.join(dir);
             fs::create_dir_all(&dir).map_err(StoreError::io("creating", &dir))?;
@@ -117,15 +164,53 @@ impl Store {
         let root = root
             .canonicalize()
             .map_err(StoreError::io("resolving", root))?;
-        check_version(&root)?;
         let (tmp, lock) = own_tmp(&root.join("tmp"))?;
         let store = Self {
+            holds: Holds::new(&root, &tmp)?,
             root,
             tmp,
+            boot: now.boot.clone(),
             _lock: lock,
         };
+        if is_new {
+            store.write_file(&store.root.join("version"), VERSION.as_bytes())?;
+        }
+        let last = Moment::read(&store.boot_path());
+        if last.as_ref().is_none_or(|last| last.boot != now.boot) {
+            store.settle_after_restart(&now, last.as_ref())?;
+        }
+        store.note_use(&now, last.as_ref())?;
         store.remove_garbage();
         Ok(store)
+    }
+
+    /// Opens the store at `root` if there is one.
+    ///
+    /// # Errors
+    /// As [`Store::open`].
+    pub fn open_existing(root: &Path) -> Result<Option<Self>, StoreError> {
+        if check_version(root)? {
+            Self::open(root).map(Some)
+        } else {
+            Ok(None)
+        }
+    }
+
+    fn boot_path(&self) -> PathBuf {
+        self.root.join("boot.json")
+    }
+
+    /// Writes down that the store is in use, unless that was done a moment ago.
+    fn note_use(&self, now: &Moment, last: Option<&Moment>) -> Result<(), StoreError> {
+        let is_known = last.is_some_and(|last| {
+            last.boot == now.boot
+                && now.seconds < last.seconds.saturating_add(boot::EXACTNESS_SECONDS)
+        });
+        if is_known {
+            return Ok(());
+        }
+        let bytes = serde_json::to_vec(now).expect("a moment has only string keys");
+        self.write_file(&self.boot_path(), &bytes)
     }
 
     /// The store's directory.
@@ -155,71 +240,62 @@ impl Store {
         self.root.join("blobs/sha256").join(digest.hex())
     }
 
-    /// Whether the blob is here.
+    /// Whether the blob is here. Then it stays until this process ends.
     pub fn has_blob(&self, digest: &Digest) -> bool {
-        self.blob_path(digest).is_file()
+        self.look_up_blob(digest, |_| true)
     }
 
     /// Whether the blob is here, and as long as `descriptor` says: after a crash of the
-    /// machine it may not be.
+    /// machine it may not be. Then it stays until this process ends.
     pub fn has_blob_of(&self, descriptor: &Descriptor) -> bool {
-        let found = fs::metadata(self.blob_path(&descriptor.digest));
-        found.is_ok_and(|found| found.is_file() && found.len() == descriptor.size)
+        self.look_up_blob(&descriptor.digest, |bytes| bytes == descriptor.size)
     }
 
-    /// Where the tree of the layer `diff_id` is, or would be.
-    pub fn tree_path(&self, diff_id: &DiffId) -> PathBuf {
-        self.root.join("trees").join(diff_id.digest().hex())
-    }
-
-    /// Whether the layer's tree is here.
-    pub fn has_tree(&self, diff_id: &DiffId) -> bool {
-        self.tree_path(diff_id).is_dir()
-    }
-
-    /// Where the tree of the topmost layer of `chain` is, or would be, if that layer cannot
-    /// be unpacked without those below it, or if the tree has more than the layer: what a
-    /// step left as it was below.
-    pub fn chained_tree_path(&self, chain: &Digest) -> PathBuf {
-        self.root
-            .join("trees")
-            .join(format!("{}.chain", chain.hex()))
-    }
-
-    /// Gives the complete directory `from` (in [`Store::tmp`]) its name as the tree of `diff_id`.
-    ///
-    /// Where another process was faster, its tree stays, and `from` until the store is dropped.
-    ///
-    /// # Errors
-    /// [`StoreError::Io`].
-    pub fn adopt_tree(&self, from: &Path, diff_id: &DiffId) -> Result<PathBuf, StoreError> {
-        self.adopt(from, self.tree_path(diff_id))
-    }
-
-    /// Like [`Store::adopt_tree`], for [`Store::chained_tree_path`].
-    ///
-    /// # Errors
-    /// [`StoreError::Io`].
-    pub fn adopt_chained_tree(&self, from: &Path, chain: &Digest) -> Result<PathBuf, StoreError> {
-        self.adopt(from, self.chained_tree_path(chain))
-    }
-
-    fn adopt(&self, from: &Path, to: PathBuf) -> Result<PathBuf, StoreError> {
-        match fs::rename(from, &to) {
-            Ok(()) => Ok(to),
-            Err(error)
-                if matches!(
-                    error.raw_os_error(),
-                    Some(libc_errno::EEXIST | libc_errno::ENOTEMPTY)
-                ) =>
-            {
-                // An identical tree is there. An open overlay may still use `from`,
-                // which goes on working: removed files live as long as they are open,
-                // but directory entries do not, so leave it to the end of the process.
-                Ok(to)
+    fn look_up_blob(&self, digest: &Digest, is_long_enough: impl Fn(u64) -> bool) -> bool {
+        let path = self.blob_path(digest);
+        let look_up = || {
+            let mut looking = self.holds.look()?;
+            let found = fs::metadata(&path);
+            if !found.is_ok_and(|found| found.is_file() && is_long_enough(found.len())) {
+                return Ok(false);
             }
-            Err(error) => Err(StoreError::io("naming the tree", &to)(error)),
-        }
+            looking.hold(&blob_name(digest))?;
+            inventory::touch(&path);
+            Ok::<_, StoreError>(true)
+        };
+        look_up().unwrap_or_else(|error| {
+            // As good as not there: it could disappear before it is used.
+            let error = causes(&error);
+            tracing::warn!(%digest, error, "a blob in the store cannot be used");
+            false
+        })
+    }
+
+    /// Records that the record at `path` (below the root) was used now.
+    pub fn touch(&self, path: &Path) {
+        inventory::touch(path);
+    }
+
+    /// Does `work` while nothing is removed from the store. It has to be short: whoever
+    /// removes waits for it. It must not look anything else up.
+    ///
+    /// # Errors
+    /// Those of `work`; [`StoreError::Io`].
+    pub fn while_nothing_is_removed<T, E: From<StoreError>>(
+        &self,
+        work: impl FnOnce() -> Result<T, E>,
+    ) -> Result<T, E> {
+        let _looking = self.holds.look()?;
+        work()
+    }
+
+    /// Lets go of everything that was looked up: what is used from now on has to be
+    /// looked up again.
+    ///
+    /// # Errors
+    /// [`StoreError::Io`].
+    pub fn release(&self) -> Result<(), StoreError> {
+        self.holds.release()
     }
 
     /// Where the listing of the layer `diff_id` is, or would be.
@@ -258,53 +334,132 @@ impl Store {
     /// # Errors
     /// [`StoreError::Io`].
     pub fn write_file(&self, path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
+        let mut file = self.unnamed_file(path, bytes)?;
+        let mut attempts = 0;
+        loop {
+            if let Some(parent) = path.parent() {
+                fs::create_dir_all(parent).map_err(StoreError::io("creating", parent))?;
+            }
+            match file.persist(path) {
+                Ok(_) => return Ok(()),
+                // Whoever prunes has just found the directory empty.
+                Err(error) if error.error.kind() == io::ErrorKind::NotFound && attempts < 10 => {
+                    file = error.file;
+                    attempts += 1;
+                }
+                Err(error) => return Err(StoreError::io("naming", path)(error.error)),
+            }
+        }
+    }
+
+    /// Replaces the file `name` in `dir`, keeping its times. Where `dir` was removed
+    /// meanwhile, there is nothing to replace.
+    fn replace_in(&self, dir: &Path, name: &str, bytes: &[u8]) -> Result<(), StoreError> {
+        let path = dir.join(name);
+        let file = self.unnamed_file(&path, bytes)?;
+        if let Ok(found) = fs::symlink_metadata(&path) {
+            inventory::copy_times(&found, file.as_file())
+                .map_err(StoreError::io("writing", &path))?;
+        }
+        match file.persist(&path) {
+            Err(error) if error.error.kind() != io::ErrorKind::NotFound => {
+                Err(StoreError::io("naming", &path)(error.error))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// A file in `tmp/` with what `path` is going to have.
+    fn unnamed_file(
+        &self,
+        path: &Path,
+        bytes: &[u8],
+    ) -> Result<tempfile::NamedTempFile, StoreError> {
         use io::Write;
         let mut file = tempfile::NamedTempFile::new_in(&self.tmp)
             .map_err(StoreError::io("creating a file in", &self.tmp))?;
         file.write_all(bytes)
             .map_err(StoreError::io("writing", path))?;
-        if let Some(parent) = path.parent() {
-            fs::create_dir_all(parent).map_err(StoreError::io("creating", parent))?;
-        }
-        file.persist(path)
-            .map_err(|e| StoreError::io("naming", path)(e.error))?;
-        Ok(())
+        Ok(file)
     }
 
-    /// Removes directories in `tmp/` whose owner is dead. Failures are left for the next time.
-    fn remove_garbage(&self) {
-        let Ok(entries) = fs::read_dir(self.root.join("tmp")) else {
-            return;
+    /// Removes what is in `tmp/` and whose owner is dead. Failures are left for the next
+    /// time; gives what is left, with why.
+    fn remove_garbage(&self) -> Vec<(PathBuf, io::Error)> {
+        let mut left = Vec::new();
+        let tmp = self.root.join("tmp");
+        let entries = match fs::read_dir(&tmp) {
+            Ok(entries) => entries,
+            Err(error) => return vec![(tmp, error)],
         };
+        let mut has_holds = false;
         for dir in entries
             .flatten()
             .map(|e| e.path())
             .filter(|p| *p != self.tmp)
         {
-            let Ok(lock) = File::open(&dir) else {
+            if hold::is_holds(&dir) {
+                has_holds |= File::open(&dir).is_ok_and(|file| file.try_lock().is_ok());
                 continue;
+            }
+            let removed = match File::open(&dir) {
+                Err(error) => Err(error),
+                Ok(lock) => match lock.try_lock() {
+                    Ok(()) if dir.is_dir() => remove_tree(&dir),
+                    Ok(()) => fs::remove_file(&dir),
+                    Err(TryLockError::WouldBlock) => Ok(()),
+                    Err(TryLockError::Error(error)) => Err(error),
+                },
             };
-            match lock.try_lock() {
-                Ok(()) => {
-                    if let Err(error) = remove_tree(&dir) {
-                        tracing::debug!(dir = %dir.display(), %error, "garbage stays");
-                    }
+            match removed {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    tracing::debug!(dir = %dir.display(), %error, "garbage stays");
+                    left.push((dir, error));
                 }
-                Err(TryLockError::WouldBlock) => {}
-                Err(TryLockError::Error(error)) => {
-                    tracing::debug!(dir = %dir.display(), %error, "cannot test the lock");
-                }
+                _ => {}
             }
         }
+        if has_holds {
+            // Under the lock under which they are made and locked.
+            let removed = self.holds.remove().and_then(|removing| removing.held(&tmp));
+            if let Err(error) = removed {
+                tracing::debug!(error = causes(&error), "garbage stays");
+            }
+        }
+        left
     }
 }
 
 impl Drop for Store {
     fn drop(&mut self) {
+        let last = Moment::read(&self.boot_path());
+        let now = Moment {
+            seconds: Moment::now().seconds,
+            boot: self.boot.clone(),
+        };
+        if let Err(error) = self.note_use(&now, last.as_ref()) {
+            tracing::debug!(error = causes(&error), "the use of the store is not noted");
+        }
         if let Err(error) = remove_tree(&self.tmp) {
             tracing::debug!(dir = %self.tmp.display(), %error, "tmp stays for the next build to remove");
         }
     }
+}
+
+/// An error and its causes on one line, for the log.
+fn causes(error: &StoreError) -> String {
+    let mut text = error.to_string();
+    let mut cause = std::error::Error::source(error);
+    while let Some(inner) = cause {
+        text = format!("{text}: {inner}");
+        cause = inner.source();
+    }
+    text
+}
+
+/// What names a blob for [`hold`].
+fn blob_name(digest: &Digest) -> String {
+    format!("blob {}", digest.hex())
 }
 
 /// Removes `dir` and everything in it, never what is mounted there.
@@ -315,22 +470,16 @@ pub fn remove_tree(dir: &Path) -> io::Result<()> {
     confined::remove_tree(dir)
 }
 
-fn check_version(root: &Path) -> Result<(), StoreError> {
+/// Whether there is a store at `root`, of this version; false where there is none.
+fn check_version(root: &Path) -> Result<bool, StoreError> {
     let path = root.join("version");
     match fs::read_to_string(&path) {
-        Ok(found) if found == VERSION => Ok(()),
+        Ok(found) if found == VERSION => Ok(true),
         Ok(found) => Err(StoreError::Version {
             root: root.to_owned(),
             found,
         }),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            let tmp = tempfile::NamedTempFile::new_in(root)
-                .map_err(StoreError::io("creating a file in", root))?;
-            fs::write(tmp.path(), VERSION).map_err(StoreError::io("writing", &path))?;
-            tmp.persist(&path)
-                .map_err(|e| StoreError::io("naming", &path)(e.error))?;
-            Ok(())
-        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
         Err(error) => Err(StoreError::io("reading", &path)(error)),
     }
 }
@@ -356,59 +505,5 @@ fn own_tmp(parent: &Path) -> Result<(PathBuf, File), StoreError> {
                 return Err(StoreError::io("locking", &dir)(error));
             }
         }
-    }
-}
-
-/// The two numbers for "there is something there" of `rename(2)`; `io::ErrorKind` splits them.
-mod libc_errno {
-    pub(super) const EEXIST: i32 = rustix::io::Errno::EXIST.raw_os_error();
-    pub(super) const ENOTEMPTY: i32 = rustix::io::Errno::NOTEMPTY.raw_os_error();
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_dead_process_leaves_nothing_and_a_live_one_keeps_its_things() {
-        let dir = tempfile::tempdir().unwrap();
-        let live = Store::open(dir.path()).unwrap();
-        fs::write(live.tmp().join("half"), "x").unwrap();
-        let dead = dir.path().join("tmp/build-dead");
-        fs::create_dir_all(dead.join("sub")).unwrap();
-
-        let second = Store::open(dir.path()).unwrap();
-        assert!(!dead.exists());
-        assert!(live.tmp().join("half").exists());
-        let tmp = live.tmp().to_owned();
-        drop(live);
-        assert!(!tmp.exists());
-        drop(second);
-        assert_eq!(fs::read_dir(dir.path().join("tmp")).unwrap().count(), 0);
-    }
-
-    #[test]
-    fn a_store_of_another_version_is_refused() {
-        let dir = tempfile::tempdir().unwrap();
-        fs::write(dir.path().join("version"), "99\n").unwrap();
-        let error = Store::open(dir.path()).unwrap_err();
-        assert!(matches!(error, StoreError::Version { found, .. } if found == "99\n"));
-    }
-
-    #[test]
-    fn the_first_of_two_identical_trees_stays() {
-        let dir = tempfile::tempdir().unwrap();
-        let store = Store::open(dir.path()).unwrap();
-        let diff_id = DiffId::from_uncompressed(Digest::of(b"layer"));
-        for name in ["first", "second"] {
-            let tree = store.tmp_dir("tree-").unwrap();
-            fs::write(tree.join(name), "").unwrap();
-            assert_eq!(
-                store.adopt_tree(&tree, &diff_id).unwrap(),
-                store.tree_path(&diff_id)
-            );
-        }
-        assert!(store.tree_path(&diff_id).join("first").exists());
-        assert!(!store.tree_path(&diff_id).join("second").exists());
     }
 }

@@ -9,7 +9,8 @@
 //! Variables: `SOCKLESS_TEST_BIN` (the program, instead of the one that Cargo built),
 //! `SOCKLESS_TEST_CACHE` (where base images are kept between runs, instead of `target/fixtures`),
 //! `SOCKLESS_TEST_REGISTRY` (`HOST:PORT` of a plain registry for machines without
-//! `docker-registry`), `SOCKLESS_TEST_DEBIAN_MIRROR`; those of [`conformance`] stand there.
+//! `docker-registry`), `SOCKLESS_TEST_DEBIAN_MIRROR`,
+//! `SOCKLESS_TEST_SEED` (what [`soak`] kills); those of [`conformance`] stand there.
 
 // Tests are where processes are started, and where text is printed for whoever reads the run.
 #![allow(clippy::disallowed_methods, clippy::print_stderr)]
@@ -61,7 +62,11 @@ mod scenario;
 mod service;
 /// SSH agents and keys, as OpenSSH's own programs see them.
 mod session;
+/// 200 builds on one store, killed at random.
+mod soak;
 /// Contexts, ADD and dates from servers and repositories.
 mod sources;
 /// Where COPY and ADD have their files from: servers, contexts that change, our own images.
 mod sources_add;
+/// What the store has and gives up: `prune`, `du`, `ls`, `store verify`.
+mod store;

@@ -150,8 +150,11 @@ pub(in crate::build) fn look_up(
             return None;
         }
     };
-    let is_it = record.is_of(definition, key);
-    (is_it && store.has_blob_of(&record.descriptor)).then_some(record)
+    if !record.is_of(definition, key) || !store.has_blob_of(&record.descriptor) {
+        return None;
+    }
+    store.touch(&path);
+    Some(record)
 }
 
 /// Records what the step made, under each of its keys.

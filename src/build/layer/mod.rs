@@ -16,7 +16,7 @@ mod read;
 
 use std::collections::{BTreeSet, HashMap};
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -277,14 +277,13 @@ impl Layer {
         let layers = &engine.layers;
         // The layers below have other chains, so nobody waits for each other.
         let _chain = layers.flight(format!("chain {chain}")).await;
-        if let Some(path) = known_tree(engine, &names, &chain) {
+        if let Some(path) = engine.store.find_tree(&names.diff_id, &chain)? {
             return open_tree(&path);
         }
         let store = Arc::clone(&engine.store);
         let unpacked = {
             let _layer = layers.flight(format!("layer {}", names.diff_id)).await;
-            let path = store.tree_path(&names.diff_id);
-            if path.is_dir() {
+            if let Some(path) = store.find_tree(&names.diff_id, &chain)? {
                 return open_tree(&path);
             }
             let unpacked = self.read(engine, &names, UNPACK).await?;
@@ -321,7 +320,8 @@ impl Layer {
         // Trees of somebody who has these owners.
         if engine.check_world().is_ok() {
             let chain = chain_of(below, &names.diff_id).await.map_err(Arc::new)?;
-            if known_tree(engine, &names, &chain).is_some() {
+            let known = engine.store.find_tree(&names.diff_id, &chain);
+            if known.map_err(|error| Arc::new(error.into()))?.is_some() {
                 return Ok(LayerForm::Tree(self.tree(engine, below).await?));
             }
         }
@@ -350,15 +350,6 @@ impl Layer {
 
 fn is_too_long_error(error: &(dyn std::error::Error + 'static)) -> bool {
     error.downcast_ref::<LayerError>().is_some_and(is_too_long)
-}
-
-/// The layer's tree, where the store has it: on its own, or on the layers that it lies on.
-fn known_tree(engine: &Engine, names: &ImageLayer, chain: &Digest) -> Option<PathBuf> {
-    let known = [
-        engine.store.tree_path(&names.diff_id),
-        engine.store.chained_tree_path(chain),
-    ];
-    known.into_iter().find(|path| path.is_dir())
 }
 
 fn open_tree(path: &Path) -> anyhow::Result<Arc<Tree>> {

@@ -266,8 +266,11 @@ impl Engine {
         let path = self.store.listing_path(diff_id);
         let bytes = std::fs::read(&path).ok()?;
         let listing = Listing::from_bytes(&bytes);
-        if listing.is_none() {
-            tracing::warn!(path = %path.display(), "an unreadable listing is made anew");
+        match listing {
+            Some(_) => self.store.touch(&path),
+            None => {
+                tracing::warn!(path = %path.display(), "an unreadable listing is made anew");
+            }
         }
         listing
     }

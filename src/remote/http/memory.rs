@@ -106,10 +106,11 @@ impl Memory {
     pub(super) async fn load(&self) -> Option<Record> {
         let (store, path) = (self.store.clone(), self.path.clone());
         let load = move || {
-            let record: Record = serde_json::from_slice(&std::fs::read(path).ok()?).ok()?;
+            let record: Record = serde_json::from_slice(&std::fs::read(&path).ok()?).ok()?;
             let whole = record.version == Record::VERSION
                 && matches!(store.verify_blob(&record.digest), Ok(true));
-            whole.then_some(record)
+            whole.then(|| store.touch(&path))?;
+            Some(record)
         };
         tokio::task::spawn_blocking(load).await.ok().flatten()
     }
