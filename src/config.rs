@@ -22,6 +22,7 @@ use thiserror::Error;
 use url::Url;
 
 use crate::image::Reference;
+use crate::rootfs;
 use crate::sandbox;
 use crate::secret::Secret;
 
@@ -227,6 +228,13 @@ pub static SETTINGS: &[Setting] = &[
         "auto",
         "auto, bwrap, runc or crun",
         "What runs the steps, as `--sandbox` of `sockless build`.",
+    ),
+    setting(
+        "rootfs",
+        "SOCKLESS_ROOTFS",
+        "auto",
+        "auto, overlay or copy",
+        "How the steps' root filesystems are made, as `--rootfs` of `sockless build`.",
     ),
     setting(
         "private_sources",
@@ -435,6 +443,8 @@ pub struct BuildConfig {
     pub docker_config: Option<PathBuf>,
     /// What runs the steps.
     pub sandbox: sandbox::Choice,
+    /// How root filesystems are made.
+    pub rootfs: rootfs::Choice,
     /// Whether sources may come from servers without public addresses.
     pub private_sources: bool,
     /// How much disk the store may take, in bytes.
@@ -665,6 +675,12 @@ impl BuildConfig {
                 "crun" => Some(sandbox::Choice::Crun),
                 _ => None,
             })?,
+            rootfs: values.required("rootfs", |text| match text {
+                "auto" => Some(rootfs::Choice::Auto),
+                "overlay" => Some(rootfs::Choice::Overlay),
+                "copy" => Some(rootfs::Choice::Copy),
+                _ => None,
+            })?,
             private_sources: values.required("private_sources", |text| match text {
                 "true" => Some(true),
                 "false" => Some(false),
@@ -681,6 +697,15 @@ impl BuildConfig {
             sandbox::Choice::Bwrap => "bwrap",
             sandbox::Choice::Runc => "runc",
             sandbox::Choice::Crun => "crun",
+        }
+    }
+
+    /// The value of `--rootfs`.
+    pub fn rootfs_name(&self) -> &'static str {
+        match self.rootfs {
+            rootfs::Choice::Auto => "auto",
+            rootfs::Choice::Overlay => "overlay",
+            rootfs::Choice::Copy => "copy",
         }
     }
 }

@@ -33,6 +33,7 @@ use crate::plan::{self, ContextId, ImageNeed, ImageSource, Joined, Operation, St
 use crate::progress::{BuildEvent, Progress};
 use crate::registry::{self, BlobContent, Client};
 use crate::remote::Fetcher;
+pub use crate::rootfs::Choice as RootfsChoice;
 use crate::sandbox::{self, Cancel, World};
 use crate::session::{Secrets, SshAgents};
 use crate::store::Store;
@@ -86,6 +87,8 @@ pub struct BuildRequest {
     pub cache_to: Vec<CacheTarget>,
     /// Which sandbox runs the steps.
     pub sandbox: sandbox::Choice,
+    /// How root filesystems are made.
+    pub rootfs: RootfsChoice,
     /// The store's directory.
     pub root: PathBuf,
     /// `--store-limit`: how much disk the store may take, in bytes.
@@ -307,6 +310,7 @@ async fn run(
         fetcher,
         images,
         sandbox: request.sandbox,
+        rootfs: request.rootfs,
         world,
         jobs: request.jobs,
         foreign,

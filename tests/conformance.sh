@@ -3,6 +3,8 @@
 #
 #   tests/conformance.sh [BEGINNING]...      only the cases whose names begin so
 #
+# SOCKLESS_ROOTFS=copy runs the steps on copies instead of overlay mounts.
+#
 # Runs as whoever starts it, with and without root. The exit status says whether all passed; what a
 # row has no room for is in target/conformance.log.
 set -euo pipefail

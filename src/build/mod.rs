@@ -27,6 +27,7 @@ mod unpack;
 mod user;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
@@ -45,7 +46,7 @@ use crate::plan::{ContextId, Joined, MountKind, Operation, StepId};
 use crate::progress::{BuildEvent, Progress, millis};
 use crate::registry::{Client, RegistryError, Resolved};
 use crate::remote::Fetcher;
-use crate::rootfs::Stack;
+use crate::rootfs::{self, Rootfs, Stack};
 use crate::sandbox::{self, Cancel, Sandbox, SandboxError, UsernsError, World};
 use crate::session::{Secrets, SshAgents};
 use crate::store::Store;
@@ -129,6 +130,8 @@ pub struct Settings {
     pub images: Vec<BaseImage>,
     /// Which sandbox runs the steps.
     pub sandbox: sandbox::Choice,
+    /// How root filesystems are made.
+    pub rootfs: rootfs::Choice,
     /// The powers that this process has.
     pub world: World,
     /// How many RUN steps run at once, `--jobs`; 0: as many as the graph allows, within
@@ -231,8 +234,10 @@ pub(crate) struct Engine {
     fetcher: Arc<Fetcher>,
     images: Vec<BaseImage>,
     sandbox_choice: sandbox::Choice,
+    rootfs_choice: rootfs::Choice,
     world: World,
     sandbox: OnceLock<Result<Box<dyn Sandbox>, Arc<SandboxError>>>,
+    backend: OnceLock<rootfs::Backend>,
     slots: Slots,
     foreign: BTreeSet<String>,
     epoch: Option<i64>,
@@ -506,8 +511,10 @@ impl Engine {
             fetcher: settings.fetcher,
             images: settings.images,
             sandbox_choice: settings.sandbox,
+            rootfs_choice: settings.rootfs,
             world: settings.world,
             sandbox: OnceLock::new(),
+            backend: OnceLock::new(),
             slots: Slots::new(settings.jobs),
             foreign: settings.foreign,
             epoch: settings.epoch,
@@ -564,6 +571,36 @@ impl Engine {
             Ok(sandbox) => Ok(sandbox.as_ref()),
             Err(error) => Err(SandboxUnavailable(Arc::clone(error)).into()),
         }
+    }
+
+    /// A root filesystem of `stack` in the empty directory `scratch` of the store. The way is
+    /// chosen when the first is needed. Blocking.
+    fn rootfs(&self, stack: &Stack, scratch: &Path) -> anyhow::Result<Rootfs> {
+        let chosen = match self.backend.get() {
+            Some(chosen) => *chosen,
+            None => {
+                let trial = self.store.tmp_dir("overlay-")?;
+                *self.backend.get_or_init(|| {
+                    let (chosen, refusal) = rootfs::choose(self.rootfs_choice, &trial);
+                    if chosen == rootfs::Backend::Copy {
+                        let mut message = "RUN steps work on copies of their layers".to_owned();
+                        if let Some(refusal) = refusal {
+                            let refusal = anyhow::Error::new(refusal);
+                            message += &format!(", as no overlay can be mounted ({refusal:#})");
+                        }
+                        self.progress.event(BuildEvent::Environment { message });
+                    }
+                    chosen
+                })
+            }
+        };
+        let rootfs = chosen.open(stack, scratch)?;
+        for path in rootfs.left_out() {
+            self.warn(format!(
+                "the device {path:?} cannot be made here: this step does not see it, the image keeps it"
+            ));
+        }
+        Ok(rootfs)
     }
 
     /// Whether layers can be unpacked with their owners, and mounted.

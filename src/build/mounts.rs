@@ -229,7 +229,7 @@ impl Mounts {
                     .with_context(|| format!("{source:?} not found in {STAGE}"))?;
                 let mounted = match self.filesystems[index].take() {
                     Some(mounted) => mounted,
-                    None => Rootfs::mount(stack, &self.temporary(engine, "mount-")?)?,
+                    None => engine.rootfs(stack, &self.temporary(engine, "mount-")?)?,
                 };
                 let path = mounted.path().join(node.path());
                 self.filesystems[index] = Some(mounted);

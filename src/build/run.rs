@@ -17,7 +17,7 @@ use crate::confined::ConfinedDir;
 use crate::image::{DEFAULT_PATH, Platform};
 use crate::plan::{Network, Run, Security, Ulimit};
 use crate::progress::{BuildEvent, Stream};
-use crate::rootfs::{MountPoint, Rootfs, Stack, Tree};
+use crate::rootfs::{MountPoint, Stack, Tree};
 use crate::sandbox::{self, MountSource, Outcome, Process};
 
 /// The status of a step whose program is there and cannot be run.
@@ -53,7 +53,7 @@ pub(super) fn run(
     let mut user = account.user;
     user.groups.extend(&devices.groups);
     let scratch = engine.store.tmp_dir("step-")?;
-    let mut rootfs = Rootfs::mount(below, &scratch)?;
+    let mut rootfs = engine.rootfs(below, &scratch)?;
     let process = Process {
         rootfs: rootfs.path().to_owned(),
         args: run.args.iter().map(Into::into).collect(),

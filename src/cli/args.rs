@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 
+use crate::pipeline::RootfsChoice;
 use crate::sandbox;
 
 /// The whole command line.
@@ -117,6 +118,10 @@ pub(super) struct BuildArgs {
     /// What runs the steps [env: SOCKLESS_SANDBOX] [default: auto]
     #[arg(long, value_name = "SANDBOX")]
     pub sandbox: Option<SandboxArg>,
+
+    /// How the steps' root filesystems are made [env: SOCKLESS_ROOTFS] [default: auto]
+    #[arg(long, value_name = "ROOTFS")]
+    pub rootfs: Option<RootfsArg>,
 
     /// Where everything is kept between builds [env: SOCKLESS_ROOT]
     /// [default: /var/lib/sockless as root, else $XDG_DATA_HOME/sockless]
@@ -262,6 +267,27 @@ impl From<SandboxArg> for sandbox::Choice {
             SandboxArg::Bwrap => Self::Bwrap,
             SandboxArg::Runc => Self::Runc,
             SandboxArg::Crun => Self::Crun,
+        }
+    }
+}
+
+/// `--rootfs`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum RootfsArg {
+    /// Overlay mounts where they work, else copies
+    Auto,
+    /// Overlay mounts of the kernel
+    Overlay,
+    /// A copy of the image for each step
+    Copy,
+}
+
+impl From<RootfsArg> for RootfsChoice {
+    fn from(arg: RootfsArg) -> Self {
+        match arg {
+            RootfsArg::Auto => Self::Auto,
+            RootfsArg::Overlay => Self::Overlay,
+            RootfsArg::Copy => Self::Copy,
         }
     }
 }

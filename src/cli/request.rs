@@ -8,7 +8,7 @@ use std::sync::Arc;
 use clap::ValueEnum;
 use thiserror::Error;
 
-use super::args::{BuildArgs, NetworkArg, ProgressArg, SandboxArg};
+use super::args::{BuildArgs, NetworkArg, ProgressArg, RootfsArg, SandboxArg};
 use super::cache::{self, CacheError};
 use super::call::{CallError, CallSettings};
 use super::output::{CompressionText, OutputError, Wanted};
@@ -422,6 +422,13 @@ impl BuildSettings {
                     .unwrap_or(SandboxArg::Auto)
                     .into(),
             },
+            rootfs: match args.rootfs {
+                Some(rootfs) => rootfs.into(),
+                None => machine
+                    .choice::<RootfsArg>("SOCKLESS_ROOTFS")?
+                    .unwrap_or(RootfsArg::Auto)
+                    .into(),
+            },
             root: machine.root(args.root.as_deref())?,
             store_limit: machine.store_limit(args.store_limit)?,
             iid_file: args.iid_file,
@@ -702,6 +709,7 @@ pub(super) mod tests {
 
     use super::*;
     use crate::cli::args::{Cli, Command};
+    use crate::pipeline::RootfsChoice;
     use crate::sandbox::Choice;
 
     pub(in crate::cli) fn convert(
@@ -742,6 +750,7 @@ pub(super) mod tests {
         assert_eq!(request.plan.platform, Platform::host());
         assert_eq!(request.epoch, None);
         assert_eq!(request.sandbox, Choice::Auto);
+        assert_eq!(request.rootfs, RootfsChoice::Auto);
         assert_eq!(request.root, Path::new("/home/u/.local/share/sockless"));
         assert_eq!(settings.progress, ProgressArg::Auto);
         assert!(settings.without_output && !settings.print_image_id);
@@ -951,6 +960,18 @@ pub(super) mod tests {
             "environment variable SOCKLESS_SANDBOX is \"docker\": \
              expected one of \"auto\", \"bwrap\", \"runc\", \"crun\"",
         );
+        check_error(
+            &["."],
+            &[("SOCKLESS_ROOTFS", "vfs")],
+            "environment variable SOCKLESS_ROOTFS is \"vfs\": \
+             expected one of \"auto\", \"overlay\", \"copy\"",
+        );
+        let rootfs = |args: &[&str]| {
+            let settings = convert(args, &[("SOCKLESS_ROOTFS", "copy")]);
+            settings.unwrap().request.rootfs
+        };
+        assert_eq!(rootfs(&["."]), RootfsChoice::Copy);
+        assert_eq!(rootfs(&["--rootfs", "overlay", "."]), RootfsChoice::Overlay);
         let settings = convert(
             &["."],
             &[("SOCKLESS_SANDBOX", "crun"), ("BUILDKIT_PROGRESS", "plain")],

@@ -368,7 +368,7 @@ mod tests {
 
     use super::super::testing::{THEN, has_many_ids, in_worlds, line, tree_of};
     use super::*;
-    use crate::rootfs::Rootfs;
+    use crate::rootfs::Backend;
 
     const BASE: &[&str] = &[
         "755 etc/",
@@ -395,16 +395,18 @@ mod tests {
         fs::File::open(path).unwrap().set_modified(then()).unwrap();
     }
 
-    /// Does `act` in the base, mounted, and compares what came of it.
-    fn check(act: impl FnOnce(&Path), want: &[&str]) {
+    /// Does `act` in the base, mounted and copied, and compares what came of it.
+    fn check(act: impl Fn(&Path), want: &[&str]) {
         let (_base, base) = tree_of(BASE);
         let lower = Stack::new(vec![base]);
-        let scratch = tempfile::tempdir().unwrap();
-        let rootfs = Rootfs::mount(&lower, scratch.path()).unwrap();
-        act(rootfs.path());
-        let upper = Tree::open(&rootfs.finish().unwrap().upper).unwrap();
-        let got: Vec<String> = changes(&upper, &lower).map(|c| line(c.unwrap())).collect();
-        assert_eq!(got, want);
+        for backend in [Backend::Overlay, Backend::Copy] {
+            let scratch = tempfile::tempdir().unwrap();
+            let rootfs = backend.open(&lower, scratch.path()).unwrap();
+            act(rootfs.path());
+            let upper = Tree::open(&rootfs.finish().unwrap().upper).unwrap();
+            let got: Vec<String> = changes(&upper, &lower).map(|c| line(c.unwrap())).collect();
+            assert_eq!(got, want, "{backend:?}");
+        }
     }
 
     #[test]

@@ -4,12 +4,13 @@
 //! devices 0/0, opaque directories carry `user.overlay.opaque=y`. A [`Stack`] is a
 //! list of trees looked at as one filesystem, without mounting anything; a [`LayerView`]
 //! is the same where only a [`Listing`] of a layer may be there. A
-//! [`Rootfs`] is a mounted, writable one; what was changed in it is a new tree, and
+//! [`Rootfs`] is a writable one; what was changed in it is a new tree, and
 //! [`changes`] says what that tree does to the stack below it. [`materialize()`] is the
 //! way back, from a list of changes to a tree.
 //!
-//! Overlay filesystems are mounted with `userxattr`, by root too, so that a tree is the
-//! same whoever made it. Fall-backs for hosts without overlay mounts are not here.
+//! A [`Backend`] makes root filesystems: by overlay mounts, or by copies where none can be
+//! mounted. Overlay filesystems are mounted with `userxattr`, by root too, so that a tree is
+//! the same whoever made it.
 //!
 //! A tree's root directory is no entry of its layer. Its mode in an image is always
 //! 0755, whatever the directory on disk has, as containerd's overlay snapshotter does
@@ -19,12 +20,14 @@
 //! <https://github.com/opencontainers/image-spec/blob/main/layer.md#representing-changes>
 //! <https://docs.kernel.org/filesystems/overlayfs.html>
 
+mod backend;
 mod change;
 mod diff;
 mod inherit;
 pub(crate) mod listing;
 mod materialize;
 mod overlay;
+mod plain;
 mod stack;
 mod stubs;
 #[cfg(test)]
@@ -37,6 +40,7 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
+pub use backend::{Backend, Choice, Rootfs, choose};
 pub use change::{
     Change, ChangeKind, Data, Entry, FileContent, FileSource, Metadata, OpenFile, OpenReader, Time,
     order,
@@ -46,7 +50,7 @@ pub use inherit::inherit_metadata;
 pub use listing::Listing;
 pub(crate) use materialize::copy as copy_content;
 pub use materialize::materialize;
-pub use overlay::{Changed, Rootfs};
+pub use overlay::Changed;
 pub use stack::{LayerForm, LayerView, Node, Stack};
 pub use stubs::MountPoint;
 #[cfg(test)]
@@ -196,12 +200,13 @@ mod tests {
     }
 
     /// Does one thing in `root`. What is impossible, such as a directory in a file, is
-    /// left undone.
-    fn act(dice: &mut Dice, root: &Path) {
+    /// left undone, and says why.
+    fn act(dice: &mut Dice, root: &Path) -> std::io::Result<()> {
         let (path, other) = (dice.path(root), dice.path(root));
         let mode = [0o755, 0o700, 0o4711, 0o1777, 0o640, 0o0][dice.roll(6) as usize];
         let time = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000_000 + dice.roll(3));
-        let text = "x".repeat(dice.roll(3) as usize);
+        let length = dice.roll(3);
+        let text = "x".repeat(length as usize);
         let attribute = ["user.a", "user.b", "security.capability"][dice.roll(3) as usize];
         // `cap_chown=ep` of revision 2.
         let mut value = vec![1, 0, 0, 2, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
@@ -211,60 +216,48 @@ mod tests {
         let without_waiting = i32::try_from(rustix::fs::OFlags::NONBLOCK.bits()).unwrap();
         let mut options = fs::OpenOptions::new();
         options.custom_flags(without_waiting);
-        match dice.roll(19) {
+        match dice.roll(21) {
             0 | 1 => {
-                let file = options.write(true).create(true).truncate(true).open(&path);
-                drop(file.and_then(|mut file| file.write_all(text.as_bytes())));
+                let options = options.write(true).create(true).truncate(true);
+                options.open(&path)?.write_all(text.as_bytes())
             }
-            2 | 3 => drop(fs::create_dir_all(&path)),
-            4 => drop(fs::remove_file(&path)),
-            5 => drop(fs::remove_dir_all(&path)),
+            2 | 3 => fs::create_dir_all(&path),
+            4 => fs::remove_file(&path),
+            5 => fs::remove_dir_all(&path),
             6 => {
                 // Leaves an opaque directory where there was one below.
-                drop(fs::remove_dir_all(&path));
-                drop(fs::create_dir(&path));
+                let _ = fs::remove_dir_all(&path);
+                fs::create_dir(&path)
             }
-            7 => drop(fs::rename(&path, &other)),
-            8 => drop(symlink(other.strip_prefix(root).unwrap(), &path)),
-            9 => drop(fs::hard_link(&path, &other)),
-            10 if !is_link => drop(fs::set_permissions(&path, fs::Permissions::from_mode(mode))),
-            11 if has_many_ids() => drop(lchown(&path, Some(mode % 7), Some(mode % 5))),
-            12 if !is_link => {
-                // Opened for reading, a file is not copied up by that.
-                drop(
-                    options
-                        .read(true)
-                        .open(&path)
-                        .and_then(|file| file.set_modified(time)),
-                );
+            7 => fs::rename(&path, &other),
+            8 => symlink(other.strip_prefix(root).unwrap(), &path),
+            9 => fs::hard_link(&path, &other),
+            10 if !is_link => fs::set_permissions(&path, fs::Permissions::from_mode(mode)),
+            11 if has_many_ids() => lchown(&path, Some(mode % 7), Some(mode % 5)),
+            // Opened for reading, a file is not copied up by that.
+            12 if !is_link => options.read(true).open(&path)?.set_modified(time),
+            13 => {
+                let made = rustix::fs::mknodat(CWD, &path, FileType::Fifo, Mode::RUSR, 0);
+                Ok(made?)
             }
-            13 => drop(rustix::fs::mknodat(
-                CWD,
-                &path,
-                FileType::Fifo,
-                Mode::RUSR,
-                0,
-            )),
-            14 if !is_link => drop(rustix::fs::lsetxattr(
-                &path,
-                attribute,
-                &value,
-                XattrFlags::empty(),
-            )),
-            15 => {
-                // Copies it up and changes nothing.
-                drop(options.append(true).open(&path));
+            14 if !is_link => {
+                let set = rustix::fs::lsetxattr(&path, attribute, &value, XattrFlags::empty());
+                Ok(set?)
             }
+            // Copies it up and changes nothing.
+            15 => options.append(true).open(&path).map(drop),
             16 => {
-                drop(fs::remove_dir_all(&path));
-                drop(options.write(true).create_new(true).open(&path));
+                let _ = fs::remove_dir_all(&path);
+                options.write(true).create_new(true).open(&path).map(drop)
             }
             17 => {
-                drop(fs::remove_file(&path));
-                drop(fs::create_dir_all(path.join("a")));
+                let _ = fs::remove_file(&path);
+                fs::create_dir_all(path.join("a"))
             }
-            18 => drop(std::os::unix::net::UnixListener::bind(&path)),
-            _ => {}
+            18 => std::os::unix::net::UnixListener::bind(&path).map(drop),
+            19 => options.write(true).open(&path)?.set_len(length * 100_000),
+            20 if !is_link => Ok(rustix::fs::removexattr(&path, attribute)?),
+            _ => Ok(()),
         }
     }
 
@@ -303,9 +296,9 @@ mod tests {
                         let what = format!("seed {seed} layer {layer}");
                         let scratch = dir.path().join(format!("scratch{layer}"));
                         fs::create_dir(&scratch).unwrap();
-                        let rootfs = Rootfs::mount(&lower, &scratch).unwrap();
+                        let rootfs = Backend::Overlay.open(&lower, &scratch).unwrap();
                         for _ in 0..40 {
-                            act(&mut dice, rootfs.path());
+                            let _ = act(&mut dice, rootfs.path());
                         }
                         let kernel = view_of_dir(rootfs.path());
                         entries += kernel.len();
@@ -352,6 +345,99 @@ mod tests {
         );
     }
 
+    /// A list of changes, one line each; times from `start` on are those of the test itself.
+    fn dated(list: Changes, start: Time) -> Vec<String> {
+        let line = |change: Result<Change, RootfsError>| {
+            let change = change.unwrap();
+            let time = match &change.kind {
+                ChangeKind::Removed => String::new(),
+                ChangeKind::Entry(entry) if entry.metadata.mtime >= start => "now".to_owned(),
+                ChangeKind::Entry(entry) => entry.metadata.mtime.seconds.to_string(),
+            };
+            format!("{} {time}", testing::line(change))
+        };
+        list.map(line).collect()
+    }
+
+    fn without_present(mut view: View, start: Time) -> View {
+        for seen in view.values_mut() {
+            seen.metadata.mtime = seen.metadata.mtime.min(start);
+        }
+        view
+    }
+
+    #[test]
+    fn sandbox_copies_and_overlays_give_the_same_changes() {
+        in_worlds(
+            module_path!(),
+            "sandbox_copies_and_overlays_give_the_same_changes",
+            || {
+                let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+                let start = Time {
+                    seconds: now.unwrap().as_secs() as i64,
+                    nanoseconds: 0,
+                };
+                let (mut done, mut listed) = (0, 0);
+                for seed in 1..=12 {
+                    let dir = tempfile::tempdir().unwrap();
+                    let mut dice = Dice(seed * 0x5851_F42D);
+                    let mut stacks = [Stack::default(), Stack::default()];
+                    for layer in 0..5 {
+                        let what = format!("seed {seed} layer {layer}");
+                        let open = |backend: Backend, stack: &Stack| {
+                            let scratch = dir.path().join(format!("{backend:?}{layer}"));
+                            fs::create_dir(&scratch).unwrap();
+                            backend.open(stack, &scratch).unwrap()
+                        };
+                        let overlay = open(Backend::Overlay, &stacks[0]);
+                        let copied = open(Backend::Copy, &stacks[1]);
+                        for number in 0..40 {
+                            let mut again = Dice(dice.0);
+                            let got = act(&mut dice, overlay.path());
+                            let got = got.map_err(|error| error.raw_os_error());
+                            // Directories of lower layers cannot be renamed in an overlay.
+                            if got == Err(Some(rustix::io::Errno::XDEV.raw_os_error())) {
+                                continue;
+                            }
+                            let copy = act(&mut again, copied.path());
+                            let copy = copy.map_err(|error| error.raw_os_error());
+                            assert_eq!(copy, got, "{what}: act {number}");
+                            done += usize::from(got.is_ok());
+                        }
+                        let seen = view_of_dir(copied.path());
+                        compare(
+                            &format!("{what}: copy, overlay"),
+                            &without_present(seen.clone(), start),
+                            &without_present(view_of_dir(overlay.path()), start),
+                        );
+                        let trees = [overlay, copied].map(|rootfs| {
+                            let upper = rootfs.finish().unwrap().upper;
+                            Tree::open(&upper).unwrap()
+                        });
+                        let lists: Vec<Vec<String>> = (trees.iter().zip(&stacks))
+                            .map(|(tree, stack)| dated(changes(tree, stack), start))
+                            .collect();
+                        assert_eq!(lists[1], lists[0], "{what}");
+                        listed += lists[0].len();
+                        for (stack, tree) in stacks.iter_mut().zip(trees) {
+                            stack.push(tree);
+                        }
+                        // The tree is what the process left, to the last nanosecond.
+                        let stack = view_of_stack(&stacks[1]);
+                        compare(&format!("{what}: stack, copy"), &stack, &seen);
+                        // Whatever a step is done in, the next may be done in the other.
+                        stacks.swap(0, 1);
+                        let newest = without_present(view_of_stack(&stacks[0]), start);
+                        let other = without_present(view_of_stack(&stacks[1]), start);
+                        compare(&format!("{what}: stacks"), &newest, &other);
+                    }
+                }
+                // The operations did build something.
+                assert!(done > 12 * 5 * 10 && listed > 12 * 5 * 5, "{done} {listed}");
+            },
+        );
+    }
+
     #[test]
     fn sandbox_an_image_from_its_trees_is_mounted_as_it_was() {
         in_worlds(
@@ -363,7 +449,7 @@ mod tests {
                 let (_top, top) = testing::tree_of(&["755 d!/", "644 d/c = 3"]);
                 // The same layer twice, which the kernel would refuse.
                 let stack = Stack::new(vec![top.clone(), base, top.clone()]);
-                let rootfs = Rootfs::mount(&stack, dir.path()).unwrap();
+                let rootfs = Backend::Overlay.open(&stack, dir.path()).unwrap();
                 compare("view", &view_of_stack(&stack), &view_of_dir(rootfs.path()));
                 let names = |path: &Path| -> Vec<String> {
                     let names = fs::read_dir(path).unwrap().map(|e| e.unwrap().file_name());

@@ -1,4 +1,4 @@
-//! [`Rootfs`]: a stack mounted by the kernel's overlay filesystem, with a new directory on top.
+//! [`Overlay`]: a stack mounted by the kernel's overlay filesystem, with a new directory on top.
 
 use std::fs;
 use std::io;
@@ -12,9 +12,8 @@ use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MoveMountFlags, UnmountFlags,
 };
 
+use super::RootfsError;
 use super::stack::{ROOT_MODE, Stack};
-use super::stubs::{MountPoint, Stubs};
-use super::{RootfsError, stubs};
 use crate::confined::{self, ConfinedDir};
 
 /// Lower layers that one overlay mount can have (`OVL_MAX_STACK`).
@@ -28,15 +27,14 @@ const OPTIONS_LIMIT_BYTES: usize = 4095;
 ///
 /// Dropping it unmounts it and leaves its directory to whoever made that.
 #[derive(Debug)]
-pub struct Rootfs {
+pub(super) struct Overlay {
     scratch: PathBuf,
     merged: PathBuf,
     /// The mounted root; none once it is unmounted.
     root: Option<ConfinedDir>,
-    stubs: Stubs,
 }
 
-/// What was written into a [`Rootfs`].
+/// What was written into a [`super::Rootfs`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Changed {
     /// A directory that is a tree, to be opened or renamed; on the file system of `scratch`.
@@ -52,7 +50,7 @@ enum Method {
     Mount,
 }
 
-impl Rootfs {
+impl Overlay {
     /// Mounts `stack` below a new upper directory.
     ///
     /// `scratch` is an existing, empty directory; `upper`, `work`, `merged` and `none` are
@@ -65,7 +63,7 @@ impl Rootfs {
     /// # Errors
     /// [`RootfsError::TooManyLayers`] beyond 500, or on Linux before 6.5 beyond about 200;
     /// [`RootfsError::Mount`] where the kernel refuses; [`RootfsError::Io`].
-    pub fn mount(stack: &Stack, scratch: &Path) -> Result<Self, RootfsError> {
+    pub(super) fn mount(stack: &Stack, scratch: &Path) -> Result<Self, RootfsError> {
         let first = match Self::mount_by(stack, scratch, Method::Config) {
             Err(first) => first,
             mounted => return mounted,
@@ -144,7 +142,6 @@ impl Rootfs {
             scratch: scratch.to_owned(),
             merged,
             root: None,
-            stubs: Stubs::default(),
         };
         match ConfinedDir::open(&rootfs.merged) {
             Ok(root) => rootfs.root = Some(root),
@@ -158,49 +155,25 @@ impl Rootfs {
     }
 
     /// Where it is mounted.
-    pub fn path(&self) -> &Path {
+    pub(super) fn path(&self) -> &Path {
         &self.merged
     }
 
-    /// Makes every mount point that is missing, with its parents, and remembers it:
-    /// [`Rootfs::finish`] removes those that the process had no other use for.
-    ///
-    /// # Errors
-    /// [`RootfsError::MountPoint`] where something else is there; [`RootfsError::Io`].
-    pub fn prepare_mount_points(&mut self, points: &[MountPoint]) -> Result<(), RootfsError> {
-        let root = self
-            .root
+    /// The root directory.
+    pub(super) fn root(&self) -> &ConfinedDir {
+        self.root
             .as_ref()
-            .expect("it is mounted until it is consumed");
-        for point in points {
-            self.stubs.prepare(root, point)?;
-        }
-        Ok(())
+            .expect("it is mounted until it is consumed")
     }
 
-    /// Where `path` leads inside, without links, relative to the root; it need not exist.
-    /// Mounting there is what a process inside would call mounting at `path`.
-    ///
-    /// # Errors
-    /// [`RootfsError::Io`], also for a loop of links.
-    pub fn resolve(&self, path: &Path) -> Result<PathBuf, RootfsError> {
-        let root = self
-            .root
-            .as_ref()
-            .expect("it is mounted until it is consumed");
-        stubs::resolve(root, path).map_err(RootfsError::io("resolving", path))
-    }
-
-    /// Takes the mount points away, unmounts, and hands over what was changed.
+    /// Unmounts, and hands over what was changed.
     ///
     /// No process may use the filesystem any more.
     ///
     /// # Errors
     /// [`RootfsError::Io`]; it is unmounted even then.
-    pub fn finish(mut self) -> Result<Changed, RootfsError> {
-        let removed = std::mem::take(&mut self.stubs).remove();
+    pub(super) fn finish(mut self) -> Result<Changed, RootfsError> {
         self.unmount()?;
-        removed?;
         for name in ["merged", "none"] {
             let dir = self.scratch.join(name);
             fs::remove_dir(&dir).map_err(RootfsError::io("removing", &dir))?;
@@ -213,8 +186,7 @@ impl Rootfs {
     }
 
     /// Unmounts it and removes what was changed. Failures are left to whoever removes `scratch`.
-    pub fn discard(mut self) {
-        self.stubs = Stubs::default();
+    pub(super) fn discard(mut self) {
         if let Err(error) = self.unmount() {
             tracing::debug!(%error, "a root filesystem stays mounted");
             return;
@@ -241,13 +213,12 @@ impl Rootfs {
     }
 }
 
-impl Drop for Rootfs {
+impl Drop for Overlay {
     fn drop(&mut self) {
-        if self.root.is_some() {
-            self.stubs = Stubs::default();
-            if let Err(error) = self.unmount() {
-                tracing::debug!(%error, "a root filesystem stays mounted");
-            }
+        if self.root.is_some()
+            && let Err(error) = self.unmount()
+        {
+            tracing::debug!(%error, "a root filesystem stays mounted");
         }
     }
 }
@@ -408,7 +379,7 @@ mod tests {
                     let stack = Stack::new(all.trees()[..count].to_vec());
                     for method in methods {
                         let scratch = tempfile::tempdir().unwrap();
-                        let rootfs = Rootfs::mount_by(&stack, scratch.path(), *method).unwrap();
+                        let rootfs = Overlay::mount_by(&stack, scratch.path(), *method).unwrap();
                         if count < 100 {
                             let views = (view_of_dir(rootfs.path()), view_of_stack(&stack));
                             assert_eq!(views.0, views.1, "{count} {method:?}");
@@ -442,7 +413,7 @@ mod tests {
             || {
                 let (_dirs, stack) = trees(501);
                 let mount = |scratch: &Path, method| {
-                    Rootfs::mount_by(&stack, scratch, method)
+                    Overlay::mount_by(&stack, scratch, method)
                         .unwrap_err()
                         .to_string()
                 };
@@ -453,7 +424,7 @@ mod tests {
                  for instance by copying all of it in one COPY --from"
                 );
                 let (_dirs, stack) = trees(300);
-                let error = Rootfs::mount_by(&stack, scratch.path(), Method::Mount).unwrap_err();
+                let error = Overlay::mount_by(&stack, scratch.path(), Method::Mount).unwrap_err();
                 let RootfsError::TooManyLayers {
                     layers: 300,
                     limit,
@@ -469,7 +440,7 @@ mod tests {
                 let inner = scratch.path().join("upper/inner");
                 fs::create_dir_all(&inner).unwrap();
                 let stack = Stack::new(vec![Tree::open(&inner).unwrap()]);
-                let error = Rootfs::mount(&stack, scratch.path()).unwrap_err();
+                let error = Overlay::mount(&stack, scratch.path()).unwrap_err();
                 let RootfsError::Mount {
                     path,
                     layers: 1,
@@ -499,7 +470,7 @@ mod tests {
                 };
                 let before = mounts();
                 let scratch = tempfile::tempdir().unwrap();
-                let rootfs = Rootfs::mount(&Stack::default(), scratch.path()).unwrap();
+                let rootfs = Overlay::mount(&Stack::default(), scratch.path()).unwrap();
                 fs::write(rootfs.path().join("f"), "x").unwrap();
                 let busy = fs::File::open(rootfs.path().join("f")).unwrap();
                 assert_eq!(mounts(), before + 1);
@@ -509,7 +480,7 @@ mod tests {
                 drop(busy);
 
                 let scratch = tempfile::tempdir().unwrap();
-                drop(Rootfs::mount(&Stack::default(), scratch.path()).unwrap());
+                drop(Overlay::mount(&Stack::default(), scratch.path()).unwrap());
                 assert_eq!(mounts(), before);
             },
         );

@@ -277,7 +277,7 @@ mod tests {
 
     use super::super::testing::{in_worlds, line, tree_of};
     use super::*;
-    use crate::rootfs::{Rootfs, Stack, Tree, changes};
+    use crate::rootfs::{Backend, Stack, Tree, changes};
 
     fn point(path: &str) -> MountPoint {
         MountPoint {
@@ -286,9 +286,11 @@ mod tests {
         }
     }
 
+    const BOTH: [Backend; 2] = [Backend::Overlay, Backend::Copy];
+
     /// Prepares `points` (a slash at the end of directories) in a small image, checks that
     /// they are there, does `act`, and compares what is left.
-    fn check(points: &[&str], act: impl FnOnce(&Path), want: &[&str]) {
+    fn check(points: &[&str], act: impl Fn(&Path), want: &[&str]) {
         let (_base, base) = tree_of(&[
             "755 etc/",
             "644 etc/hosts = x",
@@ -297,25 +299,27 @@ mod tests {
             "777 up -> ../../../../opt",
         ]);
         let lower = Stack::new(vec![base]);
-        let outside = tempfile::tempdir().unwrap();
-        let scratch = outside.path().join("scratch");
-        fs::create_dir(&scratch).unwrap();
-        let mut rootfs = Rootfs::mount(&lower, &scratch).unwrap();
-        let root = rootfs.path().to_owned();
         let points: Vec<MountPoint> = points.iter().map(|path| point(path)).collect();
-        rootfs.prepare_mount_points(&points).unwrap();
-        for point in &points {
-            let path = root.join(rootfs.resolve(&point.path).unwrap());
-            assert_eq!(
-                fs::symlink_metadata(&path).unwrap().is_dir(),
-                point.is_dir,
-                "{point:?}"
-            );
+        for backend in BOTH {
+            let outside = tempfile::tempdir().unwrap();
+            let scratch = outside.path().join("scratch");
+            fs::create_dir(&scratch).unwrap();
+            let mut rootfs = backend.open(&lower, &scratch).unwrap();
+            let root = rootfs.path().to_owned();
+            rootfs.prepare_mount_points(&points).unwrap();
+            for point in &points {
+                let path = root.join(rootfs.resolve(&point.path).unwrap());
+                assert_eq!(
+                    fs::symlink_metadata(&path).unwrap().is_dir(),
+                    point.is_dir,
+                    "{point:?}"
+                );
+            }
+            act(&root);
+            let upper = Tree::open(&rootfs.finish().unwrap().upper).unwrap();
+            let got: Vec<String> = changes(&upper, &lower).map(|c| line(c.unwrap())).collect();
+            assert_eq!(got, want, "{points:?} {backend:?}");
         }
-        act(&root);
-        let upper = Tree::open(&rootfs.finish().unwrap().upper).unwrap();
-        let got: Vec<String> = changes(&upper, &lower).map(|c| line(c.unwrap())).collect();
-        assert_eq!(got, want, "{points:?}");
     }
 
     #[test]
@@ -325,20 +329,24 @@ mod tests {
             "sandbox_borrowed_directories_get_their_time_back",
             || {
                 let (_base, base) = tree_of(&["755 idle/", "755 used/"]);
-                let scratch = tempfile::tempdir().unwrap();
-                let mut rootfs = Rootfs::mount(&Stack::new(vec![base]), scratch.path()).unwrap();
-                let points = ["/idle/a/b", "/idle/c/", "/used/a/b", "/used/c/"].map(point);
-                rootfs.prepare_mount_points(&points).unwrap();
-                let used = rootfs.path().join("used");
-                fs::write(used.join("file"), "").unwrap();
-                let time = std::time::UNIX_EPOCH + std::time::Duration::from_secs(1_300_000_000);
-                fs::File::open(&used).unwrap().set_modified(time).unwrap();
-                let upper = rootfs.finish().unwrap().upper;
-                let mtime = |name| fs::metadata(upper.join(name)).unwrap().mtime();
-                assert_eq!(mtime("idle"), 1_400_000_000);
-                assert_eq!(mtime("used"), 1_300_000_000);
-                let names = |name| fs::read_dir(upper.join(name)).unwrap().count();
-                assert_eq!((names("idle"), names("used")), (0, 1));
+                let stack = Stack::new(vec![base]);
+                for backend in BOTH {
+                    let scratch = tempfile::tempdir().unwrap();
+                    let mut rootfs = backend.open(&stack, scratch.path()).unwrap();
+                    let points = ["/idle/a/b", "/idle/c/", "/used/a/b", "/used/c/"].map(point);
+                    rootfs.prepare_mount_points(&points).unwrap();
+                    let used = rootfs.path().join("used");
+                    fs::write(used.join("file"), "").unwrap();
+                    let time =
+                        std::time::UNIX_EPOCH + std::time::Duration::from_secs(1_300_000_000);
+                    fs::File::open(&used).unwrap().set_modified(time).unwrap();
+                    let upper = rootfs.finish().unwrap().upper;
+                    let mtime = |name| fs::metadata(upper.join(name)).unwrap().mtime();
+                    assert_eq!(mtime("idle"), 1_400_000_000, "{backend:?}");
+                    assert_eq!(mtime("used"), 1_300_000_000, "{backend:?}");
+                    let names = |name| fs::read_dir(upper.join(name)).unwrap().count();
+                    assert_eq!((names("idle"), names("used")), (0, 1), "{backend:?}");
+                }
             },
         );
     }
@@ -434,7 +442,8 @@ mod tests {
             || {
                 let (_base, base) = tree_of(&["755 d/", "644 f = x", "777 loop -> loop"]);
                 let scratch = tempfile::tempdir().unwrap();
-                let mut rootfs = Rootfs::mount(&Stack::new(vec![base]), scratch.path()).unwrap();
+                let stack = Stack::new(vec![base]);
+                let mut rootfs = Backend::Copy.open(&stack, scratch.path()).unwrap();
                 let mut check = |path: &str, want: &str| {
                     let error = rootfs.prepare_mount_points(&[point(path)]).unwrap_err();
                     let mut message = error.to_string();

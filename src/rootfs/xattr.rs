@@ -75,15 +75,53 @@ pub(super) fn get(fd: BorrowedFd<'_>, name: &OsStr) -> io::Result<Option<Vec<u8>
 
 /// The attributes that belong into layers.
 pub(super) fn of_layer(fd: BorrowedFd<'_>) -> io::Result<BTreeMap<OsString, Vec<u8>>> {
+    read(fd, belongs_in_layer)
+}
+
+fn read(
+    fd: BorrowedFd<'_>,
+    wanted: impl Fn(&OsStr) -> bool,
+) -> io::Result<BTreeMap<OsString, Vec<u8>>> {
     let mut attributes = BTreeMap::new();
     for name in names(fd)? {
-        if belongs_in_layer(&name)
+        if wanted(&name)
             && let Some(value) = get(fd, &name)?
         {
             attributes.insert(name, value);
         }
     }
     Ok(attributes)
+}
+
+/// Whether an overlay mount takes the attribute for its own, so that no process in it could
+/// have set it.
+pub(super) fn is_of_overlay(name: &OsStr) -> bool {
+    name.as_bytes().starts_with(b"user.overlay.")
+}
+
+/// Whether it is an access control list, which layers do not have but which stays from one
+/// step to the next.
+fn is_acl(name: &OsStr) -> bool {
+    name.as_bytes().starts_with(b"system.posix_acl_")
+}
+
+/// The attributes that a file's copy on this machine has too.
+pub(super) fn to_copy(fd: BorrowedFd<'_>) -> io::Result<BTreeMap<OsString, Vec<u8>>> {
+    read(fd, |name| belongs_in_layer(name) || is_acl(name))
+}
+
+/// Sets one of the attributes that [`to_copy`] gave.
+pub(super) fn set_copied(fd: BorrowedFd<'_>, name: &OsStr, value: &[u8]) -> Result<(), Errno> {
+    match set(fd, name, value) {
+        // A file system without lists; no layer would have shown them.
+        Err(Errno::NOTSUP) if is_acl(name) => Ok(()),
+        other => other,
+    }
+}
+
+/// Removes one attribute.
+pub(super) fn remove(fd: BorrowedFd<'_>, name: &OsStr) -> Result<(), Errno> {
+    rustix::fs::removexattr(path_of(fd), name)
 }
 
 /// Whether a directory hides what is below.

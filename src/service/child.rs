@@ -64,6 +64,7 @@ pub(crate) fn arguments(config: &ServiceConfig, root: &Path, prepared: &Prepared
     flag("progress", "rawjson".into());
     flag("root", root.into());
     flag("sandbox", config.build.sandbox_name().into());
+    flag("rootfs", config.build.rootfs_name().into());
     for mirror in &config.build.mirrors {
         flag("registry-mirror", mirror.into());
     }
@@ -283,6 +284,7 @@ mod tests {
             "--progress=rawjson",
             "--root=/store",
             "--sandbox=auto",
+            "--rootfs=auto",
             "--registry-mirror=docker.io=https://m.example",
             "--insecure-registry=r.example:5000",
             "--registry-ca=/ca.pem",

@@ -54,6 +54,8 @@ mod platforms;
 mod readme;
 /// Registries: credentials, transport, what is sent and what is not.
 mod registry;
+/// The same inputs give the same bytes, however they are built.
+mod reproducible;
 /// One process in each sandbox, by each kind of user.
 mod sandbox;
 /// A merged pull request becomes a pushed image whose Apache answers.

@@ -93,7 +93,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
         &["confined", "image", "layer", "remote", "rootfs"],
     ),
     ("rootfs", &["confined", "image"]),
-    ("config", &["image", "sandbox", "registry"]),
+    ("config", &["image", "sandbox", "rootfs", "registry"]),
     (
         "failure",
         &[

@@ -76,7 +76,7 @@ impl Who {
     }
 }
 
-fn mapped_users() -> Vec<u32> {
+pub(crate) fn mapped_users() -> Vec<u32> {
     let read = |path| std::fs::read_to_string(path).unwrap_or_default();
     let (uids, gids) = (read("/etc/subuid"), read("/etc/subgid"));
     let has_line = |text: &str, name: &str| {

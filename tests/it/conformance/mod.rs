@@ -2,7 +2,7 @@
 //!
 //! `make conformance` shows them as a table. Variables: `SOCKLESS_CONFORMANCE_CASES` (beginnings of
 //! names, the cases to run instead of all), `SOCKLESS_CONFORMANCE_TABLE=1` (a row for each case on
-//! standard output, behind `| `), `SOCKLESS_REGENERATE` (writes `expected.json` of the cases in `own/`:
+//! standard output, behind `| `), `SOCKLESS_ROOTFS` (as for the program), `SOCKLESS_REGENERATE` (writes `expected.json` of the cases in `own/`:
 //! `1` of all, `missing` of those that have none).
 
 mod bases;
@@ -92,6 +92,37 @@ fn sandbox_every_case_gives_what_buildkit_gives() {
     }
     eprintln!("{}", report.details());
     assert!(report.failed.is_empty(), "{}", report.total());
+}
+
+/// Cases with steps, of what layers say of files and of mounts: they are run on copies too.
+const ON_COPIES: [&str; 5] = ["30", "31", "33", "34", "40"];
+
+#[test]
+fn sandbox_steps_on_copies_give_what_buildkit_gives() {
+    needs!(
+        programs(&["skopeo", "busybox", "tar"]),
+        crate::support::images::registry_present(),
+        namespaces()
+    );
+    let directory = repository().join("fixtures/conformance");
+    let mut cases = Case::all(&directory.join("cases"), false).expect("the cases can be read");
+    cases.retain(|case| {
+        ON_COPIES
+            .iter()
+            .any(|beginning| case.begins_with(beginning))
+    });
+    let suite = Suite {
+        rootfs: Some("copy"),
+        regenerate: Regenerate::Nothing,
+        ..Suite::new(&directory)
+    };
+    let mut report = Report::default();
+    suite.run(&cases, |case, outcome, took| {
+        report.add(case, outcome, took)
+    });
+    eprintln!("{}", report.details());
+    assert!(report.failed.is_empty(), "{}", report.total());
+    assert!(cases.len() >= 40, "{}", cases.len());
 }
 
 fn variable(name: &str) -> String {
@@ -190,6 +221,8 @@ impl Report {
 struct Suite {
     bases: Bases,
     place: Place,
+    /// `--rootfs` of all builds, where it is not the default.
+    rootfs: Option<&'static str>,
     /// What `requires` may name, and why it is missing here.
     missing: BTreeMap<&'static str, Option<Missing>>,
     regenerate: Regenerate,
@@ -230,6 +263,7 @@ impl Suite {
         Self {
             bases,
             place: Place::new(),
+            rootfs: None,
             missing,
             regenerate: match variable("SOCKLESS_REGENERATE").as_str() {
                 "" | "0" => Regenerate::Nothing,
@@ -312,6 +346,9 @@ impl Suite {
             let output = work.dir(&format!("output{turn}"));
             let archive = output.join("image.tar");
             let mut command = self.place.command();
+            if let Some(rootfs) = self.rootfs {
+                command.env("SOCKLESS_ROOTFS", rootfs);
+            }
             if case.own || spec.mentions_cache(&copy) {
                 command.env("SOCKLESS_ROOT", work.dir("store"));
             }

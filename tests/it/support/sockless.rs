@@ -61,6 +61,10 @@ impl Place {
             .env("DOCKER_CONFIG", self.dir.join("docker"))
             .env("SOCKLESS_ROOT", self.dir.join("store"))
             .current_dir(self.dir.join("home"));
+        // The suites can be run with each way to make a root filesystem.
+        if let Some(rootfs) = std::env::var_os("SOCKLESS_ROOTFS") {
+            command.env("SOCKLESS_ROOTFS", rootfs);
+        }
         command
     }
 

@@ -1,0 +1,200 @@
+//! [`Rootfs`]: a writable root filesystem, in the way that works here.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::change::ChangeKind;
+use super::overlay::{Changed, Overlay};
+use super::plain::Copied;
+use super::stack::Stack;
+use super::stubs::{self, MountPoint, Stubs};
+use super::tree::Tree;
+use super::{RootfsError, changes};
+use crate::confined::ConfinedDir;
+
+/// Which way the user wants.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Choice {
+    /// Overlay mounts where they work, else copies.
+    #[default]
+    Auto,
+    /// Overlay mounts.
+    Overlay,
+    /// Copies.
+    Copy,
+}
+
+/// How root filesystems are made. The layers that come of it are the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Backend {
+    /// The kernel's overlay filesystem: nothing of the image is read or copied.
+    Overlay,
+    /// A copy of the whole image for each: needs no mount.
+    Copy,
+}
+
+/// Finds the way that works here; for [`Choice::Auto`] by mounting an overlay in `scratch`,
+/// an existing, empty directory on the file system in question. Also returns why not, where
+/// that fails.
+pub fn choose(choice: Choice, scratch: &Path) -> (Backend, Option<RootfsError>) {
+    match choice {
+        Choice::Overlay => (Backend::Overlay, None),
+        Choice::Copy => (Backend::Copy, None),
+        Choice::Auto => match try_overlay(scratch) {
+            Ok(()) => (Backend::Overlay, None),
+            Err(error) => (Backend::Copy, Some(error)),
+        },
+    }
+}
+
+/// Mounts an overlay and changes something in it in each of the ways that ask something of
+/// the file system: by a whiteout, and by an attribute of a directory.
+fn try_overlay(scratch: &Path) -> Result<(), RootfsError> {
+    let [lower, step] = ["lower", "step"].map(|name| scratch.join(name));
+    let make = |path: &Path| fs::create_dir_all(path).map_err(RootfsError::io("creating", path));
+    make(&lower.join("dir/inside"))?;
+    make(&step)?;
+    let tree = Tree::open(&lower).map_err(RootfsError::io("opening", &lower))?;
+    let stack = Stack::new(vec![tree]);
+    let rootfs = Overlay::mount(&stack, &step)?;
+    let dir = rootfs.path().join("dir");
+    fs::remove_dir_all(&dir).map_err(RootfsError::io("removing", &dir))?;
+    fs::create_dir(&dir).map_err(RootfsError::io("creating", &dir))?;
+    let upper = rootfs.finish()?.upper;
+    let upper = Tree::open(&upper).map_err(RootfsError::io("opening", &upper))?;
+    let mut removed = Vec::new();
+    for change in changes(&upper, &stack) {
+        let change = change?;
+        if matches!(change.kind, ChangeKind::Removed) {
+            removed.push(change.path);
+        }
+    }
+    if removed == [Path::new("dir/inside")] {
+        return Ok(());
+    }
+    let error = io::Error::other("what was removed in an overlay is not marked as that");
+    Err(RootfsError::io("trying", &step)(error))
+}
+
+/// A writable root filesystem on top of a stack of trees.
+///
+/// Dropping it unmounts what is mounted and leaves its directory to whoever made that.
+#[derive(Debug)]
+pub struct Rootfs {
+    // Dropped first: their descriptors would keep a mount busy.
+    stubs: Stubs,
+    made: Made,
+}
+
+#[derive(Debug)]
+enum Made {
+    Overlay(Overlay),
+    Copy(Copied),
+}
+
+impl Backend {
+    /// Makes a root filesystem with what is in `stack`.
+    ///
+    /// `scratch` is an existing, empty directory, on the file system of the trees where
+    /// copies should be cheap; several directories are made in it. For an overlay the
+    /// calling process must be in a mount namespace of its own, from which no mount
+    /// propagates, and be allowed to mount there.
+    ///
+    /// Contents are not synced; a store that has to survive a crash syncs what it gives a
+    /// name to.
+    ///
+    /// # Errors
+    /// For an overlay [`RootfsError::TooManyLayers`] beyond 500, or on Linux before 6.5
+    /// beyond about 200, and [`RootfsError::Mount`] where the kernel refuses; for a copy
+    /// [`RootfsError::Size`] where a file changes meanwhile; [`RootfsError::Io`].
+    pub fn open(self, stack: &Stack, scratch: &Path) -> Result<Rootfs, RootfsError> {
+        let made = match self {
+            Self::Overlay => Made::Overlay(Overlay::mount(stack, scratch)?),
+            Self::Copy => Made::Copy(Copied::make(stack, scratch)?),
+        };
+        Ok(Rootfs {
+            stubs: Stubs::default(),
+            made,
+        })
+    }
+}
+
+impl Rootfs {
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        match &self.made {
+            Made::Overlay(overlay) => overlay.path(),
+            Made::Copy(copied) => copied.path(),
+        }
+    }
+
+    /// Devices of the stack that it does not show, because this process may not make them,
+    /// in path order.
+    pub fn left_out(&self) -> Vec<&Path> {
+        match &self.made {
+            Made::Overlay(_) => Vec::new(),
+            Made::Copy(copied) => copied.left_out().collect(),
+        }
+    }
+
+    fn root(&self) -> &ConfinedDir {
+        match &self.made {
+            Made::Overlay(overlay) => overlay.root(),
+            Made::Copy(copied) => copied.root(),
+        }
+    }
+
+    /// Makes every mount point that is missing, with its parents, and remembers it:
+    /// [`Rootfs::finish`] removes those that the process had no other use for.
+    ///
+    /// # Errors
+    /// [`RootfsError::MountPoint`] where something else is there; [`RootfsError::Io`].
+    pub fn prepare_mount_points(&mut self, points: &[MountPoint]) -> Result<(), RootfsError> {
+        let mut stubs = std::mem::take(&mut self.stubs);
+        let prepared = points
+            .iter()
+            .try_for_each(|point| stubs.prepare(self.root(), point));
+        self.stubs = stubs;
+        prepared
+    }
+
+    /// Where `path` leads inside, without links, relative to the root; it need not exist.
+    /// Mounting there is what a process inside would call mounting at `path`.
+    ///
+    /// # Errors
+    /// [`RootfsError::Io`], also for a loop of links.
+    pub fn resolve(&self, path: &Path) -> Result<PathBuf, RootfsError> {
+        stubs::resolve(self.root(), path).map_err(RootfsError::io("resolving", path))
+    }
+
+    /// Takes the mount points away, unmounts what is mounted, and hands over what was changed.
+    ///
+    /// No process may use the filesystem any more.
+    ///
+    /// # Errors
+    /// [`RootfsError::Io`], [`RootfsError::BadChange`]; nothing is mounted even then.
+    pub fn finish(self) -> Result<Changed, RootfsError> {
+        let removed = self.stubs.remove();
+        match self.made {
+            Made::Overlay(overlay) => {
+                let changed = overlay.finish();
+                removed?;
+                changed
+            }
+            Made::Copy(copied) => {
+                removed?;
+                copied.finish()
+            }
+        }
+    }
+
+    /// Unmounts it and removes what was changed. Failures are left to whoever removes `scratch`.
+    pub fn discard(self) {
+        drop(self.stubs);
+        match self.made {
+            Made::Overlay(overlay) => overlay.discard(),
+            Made::Copy(copied) => copied.discard(),
+        }
+    }
+}
