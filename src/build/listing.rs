@@ -10,7 +10,7 @@ use std::io::{self, Cursor, Read};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, sync_channel};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, LazyLock, Mutex, OnceLock};
 
 use rustix::fs::FileType;
 
@@ -35,6 +35,9 @@ const READ_AHEAD_BYTES: u64 = 128 << 10;
 /// How many files are read ahead at most; with [`READ_AHEAD_BYTES`] this bounds the memory
 /// to 4 MiB.
 const FILES_AHEAD: usize = 32;
+
+/// The digest of a file that is not known yet.
+static NOTHING: LazyLock<Digest> = LazyLock::new(|| Digest::of(b""));
 
 /// A tree, and how it is called.
 #[derive(Clone)]
@@ -204,8 +207,8 @@ impl Listing {
         role: Role,
     ) -> Result<Option<usize>, CopyError> {
         let kind = match (node.file_type, role) {
-            (FileType::RegularFile, Role::Archive) => Kind::Archive(Digest::of(b"")),
-            (FileType::RegularFile, _) => Kind::File(Digest::of(b"")),
+            (FileType::RegularFile, Role::Archive) => Kind::Archive(NOTHING.clone()),
+            (FileType::RegularFile, _) => Kind::File(NOTHING.clone()),
             (FileType::Directory, _) => Kind::Directory {
                 is_parent: role == Role::Parent,
             },
@@ -263,7 +266,7 @@ impl Listing {
             for (entry, file) in &listed.files {
                 let (entry, file) = (&mut source.entries[*entry], &self.files.all[*file]);
                 let digest = file.copied.get().or(file.ahead.get()).cloned();
-                let digest = digest.unwrap_or_else(|| Digest::of(b""));
+                let digest = digest.unwrap_or_else(|| NOTHING.clone());
                 entry.kind = match entry.kind {
                     Kind::Archive(_) => Kind::Archive(digest),
                     _ => Kind::File(digest),

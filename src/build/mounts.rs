@@ -14,8 +14,8 @@ use super::slot::Slot;
 use super::subtree::{self, SharedFiles, Subtree};
 use crate::confined;
 use crate::image::Digest;
-use crate::plan::{Mount, MountFrom, MountKind, Run, Security};
-use crate::rootfs::{Metadata, Rootfs, Stack};
+use crate::plan::{Mount, MountFrom, MountKind, Run};
+use crate::rootfs::{Metadata, Rootfs, Stack, Tree};
 use crate::sandbox::{self, Content, MountSource};
 use crate::session::{AgentSocket, SecretBytes};
 
@@ -41,6 +41,7 @@ pub(super) struct Mounts {
     pub(super) env: Vec<(String, Vec<u8>)>,
     sockets: Vec<AgentSocket>,
     caches: BTreeMap<String, CacheDirectory>,
+    /// By the place of a source first, then those of contexts.
     filesystems: Vec<Option<Rootfs>>,
     temporary: Vec<PathBuf>,
 }
@@ -68,10 +69,9 @@ impl Mounts {
                 .take_cache(engine, name, mount, sources, slot)
                 .with_context(|| format!("--mount of a cache at {}", target(mount)))?;
         }
-        let is_confined = run.security == Security::Sandbox;
         for mount in &run.mounts {
             mounts
-                .add(engine, mount, sources, is_confined)
+                .add(engine, mount, sources)
                 .with_context(|| format!("--mount at {}", target(mount)))?;
         }
         Ok(mounts)
@@ -106,23 +106,14 @@ impl Mounts {
         }
     }
 
-    /// Adds one mount; `is_confined` says that the step has no more powers than usual.
-    fn add(
-        &mut self,
-        engine: &Engine,
-        mount: &Mount,
-        sources: &[Source],
-        is_confined: bool,
-    ) -> anyhow::Result<()> {
+    fn add(&mut self, engine: &Engine, mount: &Mount, sources: &[Source]) -> anyhow::Result<()> {
         match &mount.kind {
             MountKind::Bind {
                 from,
                 source,
                 read_write,
             } => {
-                // A step with all powers could make the mount writable.
-                let is_shared = !read_write && is_confined;
-                let path = self.files(engine, *from, source, sources, is_shared)?;
+                let path = self.files(engine, *from, source, sources)?;
                 self.push(mount, MountSource::Bind(path), !read_write);
             }
             MountKind::Cache { read_only, .. } => {
@@ -197,15 +188,13 @@ impl Mounts {
         Ok(())
     }
 
-    /// A path of this machine with the files at `source` of `from`; `is_shared` says that
-    /// other steps may have it too, because this one cannot write to it.
+    /// A path of this machine with the files at `source` of `from`.
     fn files(
         &mut self,
         engine: &Engine,
         from: MountFrom,
         source: &str,
         sources: &[Source],
-        is_shared: bool,
     ) -> anyhow::Result<PathBuf> {
         match from {
             MountFrom::Scratch => {
@@ -216,10 +205,17 @@ impl Mounts {
                 let shared = engine.mounted.files(engine, from, source, sources)?;
                 // It lies in the store's `tmp/` until the build ends: other steps want it too.
                 let copy = shared.copy(|| Ok(engine.store.tmp_dir("context-copy-")?))?;
-                if is_shared {
-                    return Ok(copy);
-                }
-                subtree::copy_again(&copy, &self.temporary(engine, "mount-")?)
+                let (Some(above), Some(name)) = (copy.parent(), copy.file_name()) else {
+                    anyhow::bail!("the copy {} is in no directory", copy.display());
+                };
+                // Whatever the step writes, and mount points that are made in it, are its own.
+                let tree = Tree::open(above);
+                let tree = tree.with_context(|| format!("opening {}", above.display()))?;
+                let scratch = self.temporary(engine, "mount-")?;
+                let mounted = Rootfs::mount(&Stack::new(vec![tree]), &scratch)?;
+                let path = mounted.path().join(name);
+                self.filesystems.push(Some(mounted));
+                Ok(path)
             }
             MountFrom::Step(index) => {
                 let stack = &sources[index].stack;

@@ -333,7 +333,8 @@ impl StatCache {
 fn entries_of(mut bytes: Vec<u8>) -> Option<Vec<u8>> {
     let (content, digest) = bytes.split_last_chunk::<DIGEST_BYTES>()?;
     let entries = content.strip_prefix(MAGIC)?;
-    let is_whole = entries.len() % ENTRY_BYTES == 0 && entries.len() / ENTRY_BYTES <= ENTRIES_LIMIT;
+    let is_whole =
+        entries.len().is_multiple_of(ENTRY_BYTES) && entries.len() / ENTRY_BYTES <= ENTRIES_LIMIT;
     let mut hasher = Hasher::new();
     hasher.update(content);
     if !is_whole || hasher.finish().to_bytes() != *digest {

@@ -11,7 +11,7 @@ use rustix::fs::{FileType, Gid, Mode, Uid};
 use super::copy::{SourceNode, SourceTree};
 use super::listing::{Listing, Origin, Role, read_ahead};
 use crate::rootfs::{
-    Change, ChangeKind, Data, Entry, FileContent, FileSource, Metadata, Stack, Tree, materialize,
+    Change, ChangeKind, Data, Entry, FileContent, FileSource, Metadata, materialize,
 };
 
 /// The name of the subtree's root while it is written.
@@ -148,8 +148,7 @@ impl Subtree {
     }
 }
 
-/// Files that mounts show: found once for all steps of a build, and copied once for all
-/// those that only read them.
+/// Files that mounts show: found once for all steps of a build, and copied once.
 pub(super) struct SharedFiles {
     pub(super) subtree: Subtree,
     /// The root of the copy, once there is one.
@@ -181,15 +180,6 @@ impl SharedFiles {
         let path = self.subtree.write(&dir()?)?;
         Ok(copy.insert(path).clone())
     }
-}
-
-/// Copies what [`SharedFiles::copy`] gave into the empty directory `dir`, for somebody who may
-/// write to it, and returns the path of its root.
-pub(super) fn copy_again(copy: &Path, dir: &Path) -> anyhow::Result<PathBuf> {
-    let above = copy.parent().context("a copy is in a directory")?;
-    let tree = Tree::open(above).with_context(|| format!("opening {}", above.display()))?;
-    let stack = Arc::new(Stack::new(vec![tree]));
-    Subtree::find(stack, ROOT, "the copy", false)?.write(dir)
 }
 
 /// Makes an empty directory with this owner and mode at `dir`, which is there and empty.
