@@ -108,17 +108,17 @@ fn compose_a_build_that_only_asks_downloads_its_base_once_and_then_never() {
     );
     assert_eq!(stored(&place, "trees"), [""; 0]);
     assert!(!has_blobs(&place, &base));
+    let listings = stored(&place, "cache/listings");
+    assert_eq!(listings.len(), 6);
     // And again, of a cached layer too.
     let again = "WORKDIR /opt/new\nCOPY --chown=app:extra a .\nCOPY b /opt/new/\nWORKDIR /srv/x\n";
     assert_eq!(build(again), [0; 6]);
     assert_eq!(stored(&place, "trees"), [""; 0]);
     // A listing that was damaged is made anew, and that alone.
-    let listings = stored(&place, "cache/listings");
     let damaged = place.dir.join("store/cache/listings").join(&listings[0]);
     let bytes = std::fs::read(&damaged).expect("listed above");
     std::fs::write(&damaged, &bytes[..bytes.len() / 2]).expect("ours");
-    let downloads = build("WORKDIR /another\n");
-    assert!(downloads.iter().sum::<usize>() <= 1, "{downloads:?}");
+    assert_eq!(build("WORKDIR /another\n").iter().sum::<usize>(), 1);
     assert_eq!(std::fs::read(&damaged).expect("made anew"), bytes);
 }
 
@@ -175,7 +175,7 @@ fn sandbox_blobs_for_another_registry_come_once_and_are_kept_while_needed() {
         ("WORKDIR /a/b\nRUN touch c\n", true),
         // One stage asks, the other one mounts, and each may be first.
         (
-            "WORKDIR /a\nFROM busybox\nRUN touch /b\nCOPY --from=0 /a /c\n",
+            "RUN touch /b\nFROM busybox\nWORKDIR /a\nCOPY --from=0 /b /a/\n",
             true,
         ),
     ]

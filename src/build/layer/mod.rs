@@ -286,6 +286,7 @@ impl Layer {
             if let Some(path) = store.find_tree(&names.diff_id, &chain)? {
                 return open_tree(&path);
             }
+            engine.check_world()?;
             let unpacked = self.read(engine, &names, UNPACK).await?;
             if unpacked.implied.is_empty() {
                 return open_tree(&store.adopt_tree(&unpacked.tree, &names.diff_id)?);

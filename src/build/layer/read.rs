@@ -26,6 +26,8 @@ pub(super) struct Work<T> {
     make: fn(&Engine, Compressed<'_>, &ImageLayer) -> anyhow::Result<T>,
     /// Whether the contents are in it, so that nobody needs the bytes for them again.
     has_contents: bool,
+    /// For messages.
+    doing: &'static str,
 }
 
 impl<T> Clone for Work<T> {
@@ -40,12 +42,14 @@ impl<T> Copy for Work<T> {}
 pub(super) const UNPACK: Work<Unpacked> = Work {
     make: Engine::unpack,
     has_contents: true,
+    doing: "unpacking",
 };
 
 /// Makes a listing.
 pub(super) const LIST: Work<Listing> = Work {
     make: Engine::list,
     has_contents: false,
+    doing: "listing",
 };
 
 impl Layer {
@@ -74,7 +78,7 @@ impl Layer {
             let is_done = is_kept || !engine.layers.may_be_unpacked.contains(&names.diff_id);
             self.was_read.store(is_done, Ordering::Relaxed);
         }
-        result.with_context(|| format!("unpacking layer {}", names.descriptor.digest))
+        result.with_context(|| format!("{} layer {}", work.doing, names.descriptor.digest))
     }
 
     async fn read_blob<T: Send + 'static>(
@@ -210,7 +214,6 @@ impl Engine {
 
     /// Unpacks one layer below the store's `tmp/`, and stores its listing.
     fn unpack(&self, compressed: Compressed<'_>, names: &ImageLayer) -> anyhow::Result<Unpacked> {
-        self.check_world()?;
         let tree = self.store.tmp_dir("tree-")?;
         let limits = Limits::default();
         let applied = layer::apply_and_list(
