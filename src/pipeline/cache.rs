@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use futures_util::future::join_all;
@@ -27,6 +27,9 @@ use crate::store::Store;
 
 /// How many blobs are sent at once to one place.
 const PARALLEL_BLOBS: usize = 4;
+
+/// How often an export looks whether the build was stopped.
+const POLL: Duration = Duration::from_millis(100);
 
 /// `--cache-to`: where the cache goes, and what of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -110,11 +113,18 @@ impl Exporter<'_> {
             let mounts = if target.mounts { &packed } else { &nothing };
             self.export(target, contents, mounts)
         });
+        let results = tokio::select! {
+            results = join_all(exports) => results,
+            () = stopped(self.cancel) => {
+                self.warn("the cache is not exported: stopped".to_owned());
+                return Ok(());
+            }
+        };
         let mut failure = None;
-        for (target, result) in targets.iter().zip(join_all(exports).await) {
+        for (target, result) in targets.iter().zip(results) {
             let Err(error) = result else { continue };
             let error = error.context(format!("exporting the cache to {}", target.place));
-            if target.ignore_error || self.cancel.is_cancelled() {
+            if target.ignore_error {
                 self.warn(format!("{error:#}"));
             } else {
                 failure.get_or_insert(error);
@@ -214,9 +224,6 @@ impl Exporter<'_> {
 
     /// Returns the bytes sent.
     async fn push_blob(&self, to: &Repository, blob: &CacheBlob) -> anyhow::Result<u64> {
-        if self.cancel.is_cancelled() {
-            anyhow::bail!("stopped");
-        }
         let descriptor = &blob.descriptor;
         let content = match &blob.source {
             BlobSource::Store => BlobContent::File(self.store.blob_path(&descriptor.digest)),
@@ -302,6 +309,13 @@ impl Exporter<'_> {
         });
         let fetched = task.await.context("a task ended abnormally")?;
         fetched.with_context(|| format!("pulling {from}"))
+    }
+}
+
+/// Ends when the build is stopped.
+async fn stopped(cancel: &Cancel) {
+    while !cancel.is_cancelled() {
+        tokio::time::sleep(POLL).await;
     }
 }
 
