@@ -212,7 +212,7 @@ impl Mounts {
                 let tree = Tree::open(above);
                 let tree = tree.with_context(|| format!("opening {}", above.display()))?;
                 let scratch = self.temporary(engine, "mount-")?;
-                let mounted = Rootfs::mount(&Stack::new(vec![tree]), &scratch)?;
+                let mounted = engine.rootfs(&Stack::new(vec![tree]), &scratch)?;
                 let path = mounted.path().join(name);
                 self.filesystems.push(Some(mounted));
                 Ok(path)
