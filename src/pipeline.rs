@@ -81,6 +81,8 @@ pub struct BuildRequest {
     pub agents: Arc<SshAgents>,
     /// `RUN --device`: where devices are described, and `--allow device`.
     pub devices: DeviceSettings,
+    /// `--explain`.
+    pub explain: bool,
     /// `--cache-from`.
     pub cache_from: Vec<CacheSource>,
     /// `--cache-to`.
@@ -304,6 +306,7 @@ async fn run(
         reads_files: writes_files(request),
         store: Arc::clone(&store),
         client: client.clone(),
+        explain: request.explain,
         progress: Arc::clone(progress),
         cancel: cancel.clone(),
         contexts,

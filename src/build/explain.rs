@@ -2,8 +2,8 @@
 //!
 //! A step that misses is compared with the records that are there. The nearest is the one
 //! with the fewest differences, at the same place of the Dockerfile rather than elsewhere,
-//! and the youngest of those; what differs from it is the reason. Pure: no I/O, no clock
-//! but the times that records carry.
+//! and the youngest of those; what differs from it is the reason. The comparison does no I/O;
+//! [`Explaining`] reads the records for it when the build begins.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::SystemTime;
@@ -11,7 +11,84 @@ use std::time::SystemTime;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::Engine;
+use super::cache::{self, Record};
+use super::content::ContentManifest;
 use crate::image::DiffId;
+use crate::progress::BuildEvent;
+use crate::store::Store;
+
+/// The records that were there when a build with `--explain` began.
+pub(super) struct Explaining {
+    known: Vec<Known<Record>>,
+}
+
+impl Explaining {
+    /// Reads all records. Blocking.
+    pub(super) fn read(store: &Store) -> Self {
+        let known = cache::all_records(store).into_iter();
+        let known = known.map(|(record, used)| Known {
+            step: Looked {
+                name: record.name.clone(),
+                definition: record.definition.clone(),
+                below: record.below.clone(),
+            },
+            used,
+            key: record,
+        });
+        Self {
+            known: known.collect(),
+        }
+    }
+
+    /// Why no record is that of `now`, which reads `content` as far as that is known. Blocking.
+    pub(super) fn miss(
+        &self,
+        store: &Store,
+        now: &Looked,
+        arguments: &BTreeSet<String>,
+        content: Option<&ContentManifest>,
+    ) -> Vec<String> {
+        let Some((known, differences)) = nearest(&self.known, now, arguments) else {
+            return vec!["no step like this one is in the cache".to_owned()];
+        };
+        let mut reasons = differences.reasons;
+        if let (Some(old), Some(new)) = (&known.key.inputs.content, content)
+            && *old != new.digest()
+        {
+            let text = std::fs::read(store.content_path(old)).ok();
+            match text.as_deref().and_then(ContentManifest::parse) {
+                Some(old) => {
+                    let files = old.compare(new);
+                    let files: Vec<String> = files.iter().map(ToString::to_string).collect();
+                    reasons.extend(shortened(files, "files"));
+                }
+                None => reasons.push("what it reads has changed".to_owned()),
+            }
+        }
+        if reasons.is_empty() {
+            reasons.push(format!(
+                "its layer {} is no longer in the store",
+                known.key.descriptor.digest
+            ));
+        }
+        reasons
+    }
+}
+
+impl Engine {
+    /// Says what the cache has of a step, where that is wanted.
+    pub(super) fn explain(&self, step: usize, name: &str, cached: bool, reasons: Vec<String>) {
+        if self.explaining.is_some() {
+            self.progress.event(BuildEvent::StepExplained {
+                step,
+                name: name.to_owned(),
+                cached,
+                reasons,
+            });
+        }
+    }
+}
 
 /// How many differences of one kind are named; of more, only their number is said.
 const NAMED_MAX: usize = 5;

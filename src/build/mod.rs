@@ -118,6 +118,8 @@ pub struct Settings {
     pub store: Arc<Store>,
     /// Where base images come from.
     pub client: Client,
+    /// `--explain`: for each step, what the cache has of it is told.
+    pub explain: bool,
     /// Where events go.
     pub progress: Arc<dyn Progress>,
     /// Ends the build when set.
@@ -250,6 +252,8 @@ pub(crate) struct Engine {
     timings: Arc<Timings>,
     push: push::Pusher,
     cache: cache::Cache,
+    /// With `--explain`.
+    explaining: Option<explain::Explaining>,
     /// Each waits for a layer and records it in the cache.
     records: Mutex<JoinSet<()>>,
     stat_caches: context_tree::StatCaches,
@@ -296,11 +300,16 @@ pub async fn build(
 ) -> anyhow::Result<Built> {
     let devices = Devices::new(settings.devices.clone(), plan);
     check_devices(plan, &devices)?;
-    let forgotten = forgotten_caches(plan);
+    let (forgotten, explains) = (forgotten_caches(plan), settings.explain);
     let importing = settings.importing.clone();
     let cache = cache::Cache::new(importing, plan, wanted(plan), forgotten.clone());
     let layers = layer::Shared::new(plan, &settings);
-    let engine = Engine::new(settings, timings, wanted(plan), devices, layers, cache);
+    let mut engine = Engine::new(settings, timings, wanted(plan), devices, layers, cache);
+    if explains {
+        let store = Arc::clone(&engine.store);
+        let reading = engine.blocking(move || Ok(explain::Explaining::read(&store)));
+        engine.explaining = Some(reading.await?);
+    }
     let engine = Arc::new(engine);
     let shared = Arc::clone(&engine);
     engine
@@ -500,6 +509,7 @@ impl Engine {
             devices,
             layers,
             cache,
+            explaining: None,
             push: push::Pusher::new(&settings.push, wanted, settings.force_compression),
             store: settings.store,
             client: settings.client,

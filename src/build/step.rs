@@ -1,6 +1,6 @@
 //! One step: look it up in the cache, or do it; what it gives is a filesystem.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,6 +13,7 @@ use super::additions::{Additions, NewDirectory, own_time};
 use super::below::Below;
 use super::cache::{Definition, Hit, Inputs, Record};
 use super::content::ContentManifest;
+use super::explain::{Looked, MadeBy};
 use super::layer::{Filesystem, Layer};
 use super::remote::{self, Fetched};
 use super::user::{Accounts, Owner};
@@ -57,6 +58,10 @@ pub(super) async fn perform(
                 cached,
                 duration_ms,
             });
+            if let Some(made) = filesystem.layers.last() {
+                // Layers of images have said it already.
+                let _ = made.made_by.set(MadeBy::Step(step.name.clone()));
+            }
             let filesystem = wait(later).await?.with_all(filesystem);
             engine.push.start(&engine, number, &filesystem);
             Ok(filesystem)
@@ -126,11 +131,18 @@ async fn dispatch(
                     diff_id: diff_id.clone(),
                     descriptor: descriptor.clone(),
                 };
-                Arc::new(Layer::remote(names, origin.clone()))
+                let layer = Layer::remote(names, origin.clone());
+                let made_by = MadeBy::Image {
+                    reference: resolved.reference.to_string(),
+                    digest: resolved.raw.digest.to_string(),
+                };
+                // It is new: nobody has said it yet.
+                let _ = layer.made_by.set(made_by);
+                layer
             });
             Ok((
                 Filesystem {
-                    layers: layers.collect(),
+                    layers: layers.map(Arc::new).collect(),
                 },
                 false,
             ))
@@ -161,6 +173,8 @@ struct Cached {
     name: String,
     reads: Option<Reads>,
     hit: Option<Hit>,
+    /// What `--explain` says.
+    explanation: Vec<String>,
 }
 
 /// What a step reads beside the layers below it.
@@ -201,6 +215,7 @@ impl Cached {
             name: step.name.clone(),
             reads,
             hit: None,
+            explanation: Vec::new(),
         };
         let is_known = cached
             .reads
@@ -210,7 +225,53 @@ impl Cached {
             let inputs = cached.inputs(parent).await?;
             cached.hit = engine.look_up(&cached.definition, &inputs).await;
         }
+        if engine.explaining.is_some() {
+            cached.explanation = cached.explain(engine, step, parent).await?;
+        }
         Ok(cached)
+    }
+
+    /// By what the step was found, or why not.
+    async fn explain(
+        &mut self,
+        engine: &Arc<Engine>,
+        step: &Step,
+        parent: &Filesystem,
+    ) -> anyhow::Result<Vec<String>> {
+        if self.hit.is_some() {
+            let reads = if self.reads.is_some() {
+                "the same definition and content on the same layers"
+            } else {
+                "the same definition on the same layers"
+            };
+            return Ok(vec![reads.to_owned()]);
+        }
+        if !step.use_cache {
+            return Ok(vec!["--no-cache has it done anew".to_owned()]);
+        }
+        let now = Looked {
+            name: self.name.clone(),
+            definition: self.definition.value().clone(),
+            below: Some(parent.in_words().await.map_err(|error| unshare(&error))?),
+        };
+        let arguments = match &step.operation {
+            Operation::Run(run) => run.arguments.clone(),
+            _ => BTreeSet::new(),
+        };
+        let content = self.reads.as_mut().and_then(|reads| reads.ahead.take());
+        let shared = Arc::clone(engine);
+        let explaining = move || {
+            let explaining = shared.explaining.as_ref();
+            let reasons = explaining.map(|explaining| {
+                explaining.miss(&shared.store, &now, &arguments, content.as_ref())
+            });
+            Ok((reasons.unwrap_or_default(), content))
+        };
+        let (reasons, content) = engine.blocking(explaining).await?;
+        if let Some(reads) = &mut self.reads {
+            reads.ahead = content;
+        }
+        Ok(reasons)
     }
 
     /// The cached layer on top of `parent`, or what `make` makes, which is then recorded.
@@ -223,6 +284,8 @@ impl Cached {
     where
         F: Future<Output = anyhow::Result<Layer>>,
     {
+        let explanation = std::mem::take(&mut self.explanation);
+        engine.explain(self.number, &self.name, self.hit.is_some(), explanation);
         if let Some(hit) = self.hit.take() {
             // Files that were touched and are the same need not be read again.
             let saving = Arc::clone(engine);
@@ -271,7 +334,7 @@ impl Cached {
                     manifest
                 });
                 match manifest.await {
-                    Ok(Some(manifest)) => content = Some(manifest.digest()),
+                    Ok(Some(manifest)) => content = Some(engine.keep_content(&manifest)),
                     Ok(None) => {
                         engine.warn(format!(
                             "files changed while they were read; the step {:?} is not cached",
@@ -286,7 +349,7 @@ impl Cached {
                 }
                 layers = reads.layers;
             }
-            let Ok(parent) = parent.chain().await else {
+            let (Ok(below), Ok(parent)) = (parent.in_words().await, parent.chain().await) else {
                 return;
             };
             let inputs = Inputs {
@@ -301,7 +364,8 @@ impl Cached {
                 layer.created.clone().unwrap_or_default(),
                 names.diff_id,
                 names.descriptor,
-            );
+            )
+            .on(below);
             engine.record(self.number, &self.definition, record);
         };
         engine
@@ -335,6 +399,7 @@ async fn run_cached(
         let found = look_up_layers(engine, beginning, &definition, parent, &layers);
         if let Some(layer) = found.await? {
             beginning.tell();
+            explain_layers(engine, beginning);
             return Ok((parent.with(layer), true));
         }
         for (source, chain) in sources.iter().zip(chains) {
@@ -365,6 +430,12 @@ async fn run_cached(
             run_step(engine, number, step, run, parent, mounted)
         })
         .await
+}
+
+/// Says that a step was found without reading anything.
+fn explain_layers(engine: &Engine, beginning: &Beginning<'_>) {
+    let reason = "the same definition, reading the same layers on the same layers".to_owned();
+    engine.explain(beginning.number, &beginning.step.name, true, vec![reason]);
 }
 
 /// One digest for several filesystems.
@@ -484,6 +555,7 @@ async fn copy_step(
     let found = look_up_layers(engine, beginning, &definition, parent, &source_chain);
     if let Some(layer) = found.await? {
         beginning.tell();
+        explain_layers(engine, beginning);
         return Ok((parent.with(layer), true));
     }
     beginning.tell();

@@ -366,6 +366,7 @@ impl BuildSettings {
             tags: parse_tags(&tags)?,
             push,
             outputs,
+            explain: args.explain,
             push_annotations,
             push_compression: push_compression.unwrap_or(usual),
             plan: plan::Settings {

@@ -755,6 +755,7 @@ impl<'a> Lowering<'a> {
         let operation = Operation::Run(Run {
             args: args.clone(),
             env,
+            arguments: state.args.iter().map(|(name, _)| name.clone()).collect(),
             proxy_env: proxy_env(self.settings, is_set),
             cwd: absolute("/", state.working_dir()),
             user: state.image.config.user.clone(),

@@ -236,6 +236,9 @@ pub struct Run {
     pub args: Vec<String>,
     /// The environment, `NAME=VALUE`.
     pub env: Vec<String>,
+    /// Which names in it come from `ARG`, for people.
+    #[serde(skip)]
+    pub arguments: BTreeSet<String>,
     /// Proxy settings that reach the process but neither cache key nor image.
     #[serde(skip)]
     pub proxy_env: Vec<String>,

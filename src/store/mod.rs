@@ -319,6 +319,11 @@ impl Store {
         self.root.join("cache/http")
     }
 
+    /// Where the list of what a step read is, or would be; by its digest.
+    pub fn content_path(&self, digest: &Digest) -> PathBuf {
+        self.root.join("cache/contents").join(digest.hex())
+    }
+
     /// Where digests of the files of contexts live.
     pub fn stat_cache_path(&self) -> PathBuf {
         self.root.join("cache/stat")

@@ -262,6 +262,7 @@ pub(super) fn parse_inline(
                 name: String::new(),
                 definition: inline.definition,
                 inputs: inline.inputs,
+                below: None,
             })
         });
         match record {
@@ -418,6 +419,7 @@ mod tests {
         let expected = Record {
             name: String::new(),
             inputs: content_only,
+            below: None,
             ..made.clone()
         };
         assert_eq!((parsed.records, parsed.ignored), (vec![expected], 0));

@@ -31,9 +31,10 @@ use std::sync::{Arc, Mutex};
 
 use serde_json::Value;
 
+use super::content::ContentManifest;
 use super::layer::{Layer, Origin};
 use super::{Engine, Timings};
-use crate::image::{Descriptor, ImageLayer, RawManifest, Repository};
+use crate::image::{Descriptor, Digest, ImageLayer, RawManifest, Repository};
 use crate::plan::Joined;
 use crate::store::Store;
 
@@ -42,7 +43,7 @@ pub use import::{CacheSource, Imported, Importing};
 pub(crate) use document::INLINE_KEY;
 pub(crate) use import::import;
 pub(crate) use mounts::PackedMounts;
-pub(super) use records::{Definition, Inputs, Record};
+pub(super) use records::{Definition, Inputs, Record, all as all_records};
 
 use document::CONFIG_TYPE;
 
@@ -212,6 +213,19 @@ impl Engine {
     pub(super) fn record(&self, number: usize, definition: &Definition, record: Record) {
         self.write_record(definition, &record);
         self.note_step(number, record, None);
+    }
+
+    /// Keeps the list of what a step read, so that a later miss can be told in names; gives
+    /// its digest. Blocking, for a moment.
+    pub(super) fn keep_content(&self, content: &ContentManifest) -> Digest {
+        let digest = content.digest();
+        let path = self.store.content_path(&digest);
+        if !path.exists()
+            && let Err(error) = self.store.write_file(&path, &content.to_text())
+        {
+            tracing::debug!(%digest, %error, "what a step read is not kept");
+        }
+        digest
     }
 
     fn write_record(&self, definition: &Definition, record: &Record) {

@@ -11,10 +11,12 @@
 //! ```
 
 use std::path::PathBuf;
+use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::build::explain::Below;
 use crate::image::{Descriptor, DiffId, Digest};
 use crate::store::{Store, StoreError};
 
@@ -57,6 +59,9 @@ pub(in crate::build) struct Record {
     pub(in crate::build) definition: Value,
     /// The inputs in words: all that is known of them, of which each key has a part.
     pub(in crate::build) inputs: Inputs,
+    /// The layers below in words, base first; for people.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(in crate::build) below: Option<Vec<Below>>,
 }
 
 impl Definition {
@@ -81,6 +86,11 @@ impl Definition {
     /// What names it.
     pub(in crate::build) fn digest(&self) -> &Digest {
         &self.digest
+    }
+
+    /// It in words.
+    pub(in crate::build) fn value(&self) -> &Value {
+        &self.value
     }
 }
 
@@ -157,6 +167,30 @@ pub(in crate::build) fn look_up(
     Some(record)
 }
 
+/// All records, each once, with when it was used last. What cannot be read is left out.
+pub(in crate::build) fn all(store: &Store) -> Vec<(Record, SystemTime)> {
+    let entries = |dir: PathBuf| {
+        let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+        entries.map(|entry| entry.path())
+    };
+    let mut records: Vec<(Record, SystemTime)> = Vec::new();
+    for definition in entries(store.steps_path()) {
+        let begin = records.len();
+        for path in entries(definition) {
+            let used = std::fs::metadata(&path).and_then(|found| found.accessed());
+            let record = std::fs::read(&path).ok();
+            let record = record.and_then(|bytes| serde_json::from_slice::<Record>(&bytes).ok());
+            // It stands there under each of its keys.
+            if let (Ok(used), Some(record)) = (used, record)
+                && !records[begin..].iter().any(|(known, _)| *known == record)
+            {
+                records.push((record, used));
+            }
+        }
+    }
+    records
+}
+
 /// Records what the step made, under each of its keys.
 ///
 /// # Errors
@@ -188,6 +222,15 @@ impl Record {
             name,
             definition: definition.value.clone(),
             inputs,
+            below: None,
+        }
+    }
+
+    /// The same with what it was made on.
+    pub(in crate::build) fn on(self, below: Vec<Below>) -> Self {
+        Self {
+            below: Some(below),
+            ..self
         }
     }
 

@@ -18,7 +18,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::io;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use anyhow::Context as _;
 use futures_util::FutureExt as _;
@@ -26,6 +26,7 @@ use futures_util::future::{BoxFuture, Shared as SharedFuture, try_join_all};
 use tokio::sync::{OnceCell, OwnedMutexGuard};
 
 use super::below::Below;
+use super::explain::{self, MadeBy};
 use super::{BaseImage, Engine, Settings, seal};
 use crate::image::{Descriptor, DiffId, Digest, ImageLayer, Repository, chain_id};
 use crate::layer::{LayerError, is_too_long};
@@ -70,6 +71,8 @@ pub(super) struct Layer {
     push_started: AtomicBool,
     /// When the step that made it ran; RFC 3339. Absent for layers of a base image.
     pub(super) created: Option<String>,
+    /// What made it, for people.
+    pub(super) made_by: OnceLock<MadeBy>,
 }
 
 /// The layers of a filesystem, base first.
@@ -168,6 +171,7 @@ impl Layer {
             was_read: AtomicBool::new(false),
             push_started: AtomicBool::new(false),
             created,
+            made_by: OnceLock::new(),
         }
     }
 
@@ -199,6 +203,7 @@ impl Layer {
             was_read: AtomicBool::new(false),
             push_started: AtomicBool::new(false),
             created: Some(created),
+            made_by: OnceLock::new(),
         }
     }
 
@@ -388,6 +393,19 @@ impl Filesystem {
         let mut layers = self.layers.clone();
         layers.extend(above.layers);
         Self { layers }
+    }
+
+    /// The layers in words, base first.
+    pub(super) async fn in_words(&self) -> Result<Vec<explain::Below>, SharedError> {
+        let names = self.names().await?.into_iter();
+        let in_words = names.zip(&self.layers).map(|(names, layer)| {
+            let made_by = layer.made_by.get().cloned();
+            explain::Below {
+                diff_id: names.diff_id,
+                made_by: made_by.unwrap_or_else(|| MadeBy::Step("a step".to_owned())),
+            }
+        });
+        Ok(in_words.collect())
     }
 
     /// The names of all layers, base first.
