@@ -324,7 +324,7 @@ impl Fields {
                     let Some((kind, name)) = annotation(key) else {
                         return Err(unsupported());
                     };
-                    annotate(&mut fields.annotations, kind, name, value)
+                    annotate(&mut fields.annotations, &kind, name, value)
                         .map_err(|reason| malformed(format!("the field {field:?}: {reason}")))?;
                 }
             }
@@ -337,12 +337,12 @@ impl Fields {
 /// Splits `annotation.NAME` or `annotation-TYPE[PLATFORM].NAME` into type and name.
 ///
 /// <https://docs.docker.com/build/metadata/annotations/#specify-annotations>
-fn annotation(key: &str) -> Option<(&str, &str)> {
+fn annotation(key: &str) -> Option<(String, &str)> {
     let (kind, name) = key.strip_prefix("annotation")?.split_once('.')?;
     let kind = match kind.strip_prefix('-') {
-        Some(kind) => kind,
-        // A platform alone is one of the manifest.
-        None if kind.is_empty() || kind.starts_with('[') => "manifest",
+        Some(kind) => kind.to_owned(),
+        // Without a type, perhaps with a platform, it is one of the manifest.
+        None if kind.is_empty() || kind.starts_with('[') => format!("manifest{kind}"),
         None => return None,
     };
     (!name.is_empty()).then_some((kind, name))

@@ -17,9 +17,9 @@ use crate::image::MediaType;
 /// The levels of zstd.
 const ZSTD_LEVELS: std::ops::RangeInclusive<u8> = 1..=22;
 
-/// Threads of one zstd encoder. With the usual levels each takes some 24 MiB for its part of
-/// the input and what becomes of it, so that two and the parts that wait stay within the
-/// budget of gzip; they are faster than what reads and hashes the tar.
+/// Threads of one zstd encoder. With the usual levels two of them, and the parts of the input
+/// that wait, take some 100 MiB, whatever the size of the layer; one layer at a time has them.
+/// They are faster than what reads and hashes the tar.
 const ZSTD_THREADS: usize = 2;
 
 /// From this level on a thread takes several times as much, so there is one.

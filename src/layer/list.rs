@@ -143,7 +143,7 @@ impl Lister {
             EntryKind::BlockDevice { major, minor } => ListedKind::BlockDevice(*major, *minor),
             EntryKind::Fifo => ListedKind::Fifo,
         };
-        let mut metadata = entry.metadata.clone();
+        let mut metadata = possible(&entry.metadata, &kind);
         if matches!(kind, ListedKind::Symlink(_)) {
             // The only mode of links in Linux.
             metadata.mode = 0o777;
@@ -238,7 +238,7 @@ impl Lister {
         if child(&self.listing).is_none() {
             return Err(fail(Errno::NOENT));
         }
-        let metadata = entry.metadata.clone();
+        let metadata = possible(&entry.metadata, &self.listing.file(number).kind);
         self.remember(&place.path, bytes_of(&metadata))?;
         self.listing.link(place.parent, &place.name, number);
         self.listing.set_metadata_of_link(number, metadata);
@@ -353,6 +353,17 @@ impl Place {
             path,
         }
     }
+}
+
+/// The metadata without what a file of this kind cannot have once it is unpacked: Linux has
+/// `user.` attributes for files and directories only; see xattr(7).
+fn possible(metadata: &Metadata, kind: &ListedKind) -> Metadata {
+    let mut metadata = metadata.clone();
+    if !matches!(kind, ListedKind::File { .. } | ListedKind::Directory(_)) {
+        let is_user = |name: &OsStr| name.as_bytes().starts_with(b"user.");
+        metadata.xattrs.retain(|name, _| !is_user(name));
+    }
+    metadata
 }
 
 /// Bytes of the attributes.

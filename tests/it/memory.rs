@@ -52,7 +52,15 @@ fn a_build_of_many_large_layers_takes_no_more() {
             write_large(&context.join(name), 100, seed);
         }
         let tag = format!("{}/{compression}:1", registry.host);
-        let args = ["--push", "-t", &tag, "--compression", compression];
+        let args = [
+            "--insecure-registry",
+            &registry.host,
+            "--push",
+            "-t",
+            &tag,
+            "--compression",
+            compression,
+        ];
         let peak = peak_of(&place, &upstream.url(), &args, &context);
         assert!(
             peak < PEAK_KIB,
