@@ -143,7 +143,7 @@ impl Lister {
             EntryKind::BlockDevice { major, minor } => ListedKind::BlockDevice(*major, *minor),
             EntryKind::Fifo => ListedKind::Fifo,
         };
-        let mut metadata = possible(&entry.metadata, &kind);
+        let mut metadata = entry.metadata.clone();
         if matches!(kind, ListedKind::Symlink(_)) {
             // The only mode of links in Linux.
             metadata.mode = 0o777;
@@ -230,15 +230,15 @@ impl Lister {
         let fail = |error: Errno| LayerError::tree("making the hard link", &place.path)(error);
         let child = |listing: &Listing| listing.child(found.parent, &found.name);
         let number = child(&self.listing).ok_or_else(outside)?;
-        if self.listing.file(number).directory().is_some() {
-            return Err(fail(Errno::PERM));
-        }
         self.listing.remove(place.parent, &place.name);
         // It may have been in what it replaces.
         if child(&self.listing).is_none() {
             return Err(fail(Errno::NOENT));
         }
-        let metadata = possible(&entry.metadata, &self.listing.file(number).kind);
+        if self.listing.file(number).directory().is_some() {
+            return Err(fail(Errno::PERM));
+        }
+        let metadata = entry.metadata.clone();
         self.remember(&place.path, bytes_of(&metadata))?;
         self.listing.link(place.parent, &place.name, number);
         self.listing.set_metadata_of_link(number, metadata);
@@ -353,17 +353,6 @@ impl Place {
             path,
         }
     }
-}
-
-/// The metadata without what a file of this kind cannot have once it is unpacked: Linux has
-/// `user.` attributes for files and directories only; see xattr(7).
-fn possible(metadata: &Metadata, kind: &ListedKind) -> Metadata {
-    let mut metadata = metadata.clone();
-    if !matches!(kind, ListedKind::File { .. } | ListedKind::Directory(_)) {
-        let is_user = |name: &OsStr| name.as_bytes().starts_with(b"user.");
-        metadata.xattrs.retain(|name, _| !is_user(name));
-    }
-    metadata
 }
 
 /// Bytes of the attributes.

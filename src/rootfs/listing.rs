@@ -80,12 +80,25 @@ pub(crate) struct ListedDirectory {
 }
 
 impl Listed {
-    /// A file with one name.
+    /// A file with one name, with what of `metadata` a file of its kind can have.
     pub(crate) fn new(metadata: Metadata, kind: ListedKind) -> Self {
-        Self {
+        let mut listed = Self {
             metadata,
             kind,
             links: 1,
+        };
+        listed.forget_impossible();
+        listed
+    }
+
+    /// Linux has `user.` attributes for files and directories only; see xattr(7).
+    fn forget_impossible(&mut self) {
+        if !matches!(
+            self.kind,
+            ListedKind::File { .. } | ListedKind::Directory(_)
+        ) {
+            let is_user = |name: &OsStr| name.as_bytes().starts_with(b"user.");
+            self.metadata.xattrs.retain(|name, _| !is_user(name));
         }
     }
 
@@ -298,6 +311,7 @@ impl Listing {
             metadata.mode = before.mode;
         }
         file.metadata = Metadata { xattrs, ..metadata };
+        file.forget_impossible();
     }
 
     /// Takes away what the directory `parent` has at `name`, with everything in it.

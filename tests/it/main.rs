@@ -38,6 +38,8 @@ mod conformance;
 mod content;
 /// Dockerfiles in, typed instructions or exact messages out: `fixtures/dockerfiles`.
 mod dockerfile;
+/// `--explain`: why a step was not found in the cache.
+mod explain;
 /// What of a base image is fetched and made, and how often.
 mod lazy;
 /// How much memory a build takes.
