@@ -510,7 +510,10 @@ type Openers = OnceLock<Vec<Mutex<Option<(u64, OpenReader)>>>>;
 /// Where files that were read ahead arrive, with their numbers. The thread starts when the
 /// first is wanted.
 #[derive(Default)]
-struct Ahead(Mutex<Option<Receiver<(usize, io::Result<Vec<u8>>)>>>);
+struct Ahead(Mutex<Option<Receiver<Arrived>>>);
+
+/// The number of a file, and its content.
+type Arrived = (usize, io::Result<Vec<u8>>);
 
 impl Ahead {
     /// The content of the file `number`; its turn comes after all before it.

@@ -123,8 +123,8 @@ fn check_paths(roots: &[Root]) -> Result<(), ExportError> {
                 Some((_, first)) => {
                     return Err(ExportError::SamePath {
                         path,
-                        first: first.platform.clone(),
-                        second: root.platform.clone(),
+                        first: first.platform.to_string(),
+                        second: root.platform.to_string(),
                     });
                 }
                 None => drop(seen.insert(path, (is_dir, root))),

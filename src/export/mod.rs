@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
-use crate::image::{Digest, Platform};
+use crate::image::Digest;
 use crate::layer::LayerError;
 use crate::layout::LayoutError;
 use crate::rootfs::RootfsError;
@@ -88,10 +88,10 @@ pub enum ExportError {
     SamePath {
         /// The file, inside the images.
         path: PathBuf,
-        /// What the one image is for.
-        first: Platform,
+        /// What the one image is for, such as `linux/arm64`.
+        first: String,
         /// What the other one is for.
-        second: Platform,
+        second: String,
     },
     /// The archive cannot be written.
     #[error("writing the archive")]

@@ -538,7 +538,7 @@ mod tests {
         }
         let devices = is_real_root();
         let (mut answers, mut errors) = (0, std::collections::BTreeSet::new());
-        for seed in 1..=300 {
+        for seed in 1..=1500 {
             let mut dice = Dice(seed * 0x9E37_79B9);
             let layers: Vec<_> = (0..3).map(|_| random_layer(&mut dice, devices)).collect();
             match compare(&layers) {

@@ -142,7 +142,7 @@ impl Fixture {
         let placed = place(
             self.select_with(what, fetched)?,
             what,
-            &self.listed(),
+            self.listed(),
             self.owner,
             self.epoch,
             spool.path(),
