@@ -328,13 +328,13 @@ impl Cached {
             let (mut layers, mut content) = (None, None);
             if let Some(reads) = self.reads {
                 let saving = Arc::clone(&engine);
-                let manifest = engine.blocking(move || {
+                let kept = engine.blocking(move || {
                     let manifest = (reads.finally)();
                     saving.stat_caches.save(&saving.store);
-                    manifest
+                    Ok(manifest?.map(|manifest| saving.keep_content(&manifest)))
                 });
-                match manifest.await {
-                    Ok(Some(manifest)) => content = Some(engine.keep_content(&manifest)),
+                match kept.await {
+                    Ok(Some(digest)) => content = Some(digest),
                     Ok(None) => {
                         engine.warn(format!(
                             "files changed while they were read; the step {:?} is not cached",

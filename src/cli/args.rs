@@ -179,7 +179,7 @@ pub(super) struct BuildArgs {
     pub labels: Vec<String>,
 
     /// Adds an annotation to the image's manifest; TYPE is manifest, manifest-descriptor,
-    /// index or index-descriptor, the first two perhaps with [PLATFORM]
+    /// index or index-descriptor, the first two perhaps with a platform in brackets
     #[arg(long = "annotation", value_name = "[TYPE:]NAME=VALUE")]
     pub annotations: Vec<String>,
 

@@ -1,7 +1,7 @@
 //! [`list`]: one layer → what [`apply`](super::apply()) would make of it, in memory. Input is
 //! hostile.
 //!
-//! The rules are those of [`Tree`](super::tree) and [`Applier`](super::apply), and so are the
+//! The rules are those of [`Tree`](super::tree) and [`Applier`](mod@super::apply), and so are the
 //! errors; only the kernel's part is played here.
 
 use std::ffi::{OsStr, OsString};

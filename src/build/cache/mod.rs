@@ -216,7 +216,7 @@ impl Engine {
     }
 
     /// Keeps the list of what a step read, so that a later miss can be told in names; gives
-    /// its digest. Blocking, for a moment.
+    /// its digest. Blocking.
     pub(super) fn keep_content(&self, content: &ContentManifest) -> Digest {
         let digest = content.digest();
         let path = self.store.content_path(&digest);
