@@ -324,7 +324,11 @@ impl Comparing<'_> {
             "excludes" => return self.list("--exclude", old, new),
             "cwd" => "WORKDIR",
             "user" => "USER",
-            "network" | "security" | "chown" | "chmod" | "link" | "parents" | "unpack" => {
+            "chmod" => {
+                let (old, new) = (octal(old), octal(new));
+                return self.say(format!("--chmod: {old} → {new}"));
+            }
+            "network" | "security" | "chown" | "link" | "parents" | "unpack" => {
                 return self.say(format!("--{name}: {} → {}", shown(old), shown(new)));
             }
             "devices" => return self.list("--device", old, new),
@@ -432,6 +436,12 @@ fn shown(value: Option<&Value>) -> String {
         },
         Some(other) => cut(&other.to_string()),
     }
+}
+
+/// `--chmod`, whose numbers people write in octal.
+fn octal(value: Option<&Value>) -> String {
+    let mode = value.and_then(|value| value.get("Mode")?.as_u64());
+    mode.map_or_else(|| shown(value), |mode| format!("{mode:o}"))
 }
 
 fn quoted(text: &str) -> String {

@@ -177,7 +177,7 @@ const CASES: &[Case] = &[
         args: &[],
         misses: &[(
             "COPY --from=tools --chmod=600 /out /tools",
-            &["--chmod: 420 → 384"],
+            &["--chmod: 644 → 600"],
         )],
     },
     Case {
