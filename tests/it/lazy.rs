@@ -312,7 +312,9 @@ fn compose_a_layout_is_read_where_it_is() {
     std::fs::write(&blob, bytes).expect("ours");
     let empty = Place::new();
     let context = empty.context("context", &[("Dockerfile", "FROM base\nWORKDIR /x\n")]);
+    let insecure = ["--insecure-registry", elsewhere.host.as_str()];
     let args = ["-t", &tag, "--push", "--build-context", &named];
+    let args = [&args[..], &insecure].concat();
     empty
         .build(&upstream, &context, &args)
         .failure()
