@@ -608,7 +608,10 @@ async fn a_session_that_lost_its_place_is_replaced_while_the_blob_grows() {
     assert!(test.registry.blob("a", &digest).unwrap() == content);
     let methods = methods(&test.registry);
     let count = |method: &str| methods.iter().filter(|m| *m == method).count();
-    assert_eq!((count("POST"), count("DELETE")), (2, 1), "{methods:?}");
+    // Where the registry was still writing what came before the cut, it names another place
+    // when it is asked again, and the session goes on from there.
+    let sessions = (count("POST"), count("DELETE"));
+    assert!([(2, 1), (1, 0)].contains(&sessions), "{methods:?}");
 }
 
 #[tokio::test]

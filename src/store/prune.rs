@@ -284,9 +284,9 @@ impl<'p> Pruning<'p> {
                 }
             }
             match object.kind {
-                Kind::Step => remove_if_empty(&object.path)?,
+                Kind::Step | Kind::Note => remove_if_empty(&object.path)?,
                 Kind::Mount => remove_if_nameless(&object.path)?,
-                Kind::Tree | Kind::Blob | Kind::Http | Kind::Note => {}
+                Kind::Tree | Kind::Blob | Kind::Http => {}
             }
         }
         self.left = self.left.saturating_sub(object.bytes);

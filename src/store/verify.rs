@@ -363,7 +363,11 @@ impl Verifying<'_> {
                 } else if fs::symlink_metadata(&path).is_ok_and(|found| !found.is_dir()) {
                     self.does_not_belong(&path, Repair::Remove)?;
                 } else {
-                    self.known_names(&path, &["lock", FILES, MOUNT_SIZE], Repair::Remove)?;
+                    self.known_names(
+                        &path,
+                        &["lock", "filling", FILES, MOUNT_SIZE],
+                        Repair::Remove,
+                    )?;
                 }
             }
         }

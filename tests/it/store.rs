@@ -139,7 +139,13 @@ fn sandbox_the_store_tells_what_it_has_and_gives_it_up() {
     let first = digest(&place, &upstream, &context, &[]);
 
     let du = asked(&place, &["du", "--verbose"]);
-    let want = [("blob", 3), ("mount", 1), ("step", 3), ("tree", 4)];
+    let want = [
+        ("blob", 3),
+        ("mount", 1),
+        ("note", 4),
+        ("step", 3),
+        ("tree", 4),
+    ];
     assert_eq!(
         counts(&du),
         want.map(|(k, n)| (k.to_owned(), n)).into(),
@@ -285,7 +291,7 @@ fn sandbox_pruning_leaves_what_a_running_build_has_found() {
     removed.sort();
     assert_eq!(
         removed,
-        ["\"blob\"", "\"step\"", "\"tree\""],
+        ["\"blob\"", "\"note\"", "\"step\"", "\"tree\""],
         "those of the other: {pruned:#}"
     );
     let du = asked(&place, &["du"]);
