@@ -524,12 +524,8 @@ fn each_platform_has_its_own_stages_contexts_and_checks() {
         ran.stdout,
         ran.stderr
     );
-    let ran = build(
-        &place,
-        &upstream,
-        &dockerfile,
-        &["--platform", &wrong, "-o", "x"],
-    );
+    let args = [&["--platform", &wrong, "-o", "x"][..], &contexts[..]].concat();
+    let ran = build(&place, &upstream, &dockerfile, &args);
     ran.failure().says("s390x");
 }
 
