@@ -629,15 +629,20 @@ async fn a_registry_that_wants_the_length_first_gets_the_file() {
         let (mut writer, pushing) = test.push(&client);
         write(&mut writer, &content);
         patches.recv().await.unwrap();
-        // HTTP/1.1 does not promise that an answer is heard before the request has ended.
         let (digest, size) = writer.commit(None).unwrap();
-        assert_eq!(pushing.await.unwrap().unwrap(), None, "{status}");
-        assert_eq!(methods(&test.registry), ["POST", "PATCH", "DELETE"]);
-        let file = BlobContent::File(test.store.blob_path(&digest));
-        let descriptor = Descriptor::new(MediaType::LAYER_GZIP, digest.clone(), size);
-        let to = test.registry.repository("a");
-        let pushed = client.push_blob(&to, &descriptor, None, file, |_| {});
-        assert_eq!(pushed.await.unwrap(), PushedBlob::Uploaded);
+        let pushed = pushing.await.unwrap().unwrap();
+        // HTTP/1.1 does not promise that an answer is heard that comes before the request has
+        // ended: the connection may be closed first, and then the length is known.
+        if pushed.is_none() {
+            assert_eq!(methods(&test.registry), ["POST", "PATCH", "DELETE"]);
+            let file = BlobContent::File(test.store.blob_path(&digest));
+            let descriptor = Descriptor::new(MediaType::LAYER_GZIP, digest.clone(), size);
+            let to = test.registry.repository("a");
+            let pushed = client.push_blob(&to, &descriptor, None, file, |_| {});
+            assert_eq!(pushed.await.unwrap(), PushedBlob::Uploaded);
+        } else {
+            assert_eq!(pushed, Some(PushedBlob::Uploaded), "{status}");
+        }
         assert!(test.registry.blob("a", &digest).unwrap() == content);
     }
 }
