@@ -479,15 +479,12 @@ async fn run_step(
     parent: &Filesystem,
     sources: Vec<mounts::Source>,
 ) -> anyhow::Result<Layer> {
-    // Before anything is pulled for it: without a sandbox it is all in vain.
+    // Trying the sandbox takes as long as pulling much of an image. Without one it is all in
+    // vain, and ends at once.
     let shared = Arc::clone(engine);
-    engine
-        .blocking(move || shared.sandbox().map(|_| ()))
-        .await?;
-    let below = parent
-        .stack(engine)
-        .await
-        .map_err(|error| unshare(&error))?;
+    let sandbox = engine.blocking(move || shared.sandbox().map(|_| ()));
+    let below = async { parent.stack(engine).await.map_err(|error| unshare(&error)) };
+    let ((), below) = tokio::try_join!(sandbox, below)?;
     engine.push.start(engine, number, parent);
     let slot = engine.slots.take(&engine.cancel).await?;
     let (shared, what, lower) = (Arc::clone(engine), run.clone(), below.clone());

@@ -5,6 +5,7 @@ use std::ffi::OsString;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::path::Path;
+use std::process::Child;
 use std::sync::OnceLock;
 
 use rustix::fs::{MemfdFlags, SealFlags};
@@ -12,8 +13,9 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use rustix::pipe::PipeFlags;
 use serde::Deserialize;
 
+use super::networks::Networks;
 use super::output::{Ears, Heard, listen};
-use super::wire::{Attachment, Failure, Helper, Launch, Part, Runtime, RuntimeKind};
+use super::wire::{Attachment, Failure, Launch, Part, Purpose, Runtime, RuntimeKind};
 use super::{
     Cancel, Choice, Content, Device, Mount, MountSource, Network, Outcome, OutputSink, Process,
     Refusal, Sandbox, SandboxError, Security, Ulimit, User, hosts, init, network, supervise,
@@ -63,8 +65,8 @@ pub fn choose(choice: Choice) -> Result<Box<dyn Sandbox>, SandboxError> {
 #[derive(Debug)]
 struct Contained {
     runtime: Runtime,
-    /// What makes a private network; without it, private is the host's.
-    helper: Option<Helper>,
+    /// What makes private networks; without it, private is the host's.
+    networks: Option<Networks>,
     notes: Vec<String>,
 }
 
@@ -80,13 +82,13 @@ impl Contained {
             })
         })?;
         let runtime = Runtime { kind, program };
+        probe(&runtime)?;
         let mut reasons = Vec::new();
-        let mut helper = None;
-        for candidate in network::installed_helpers() {
-            // One run shows both, the usual case.
-            match probe(&runtime, Attachment::Private(candidate.clone())) {
-                Ok(()) => {
-                    helper = Some(candidate);
+        let mut networks = None;
+        for helper in network::installed_helpers() {
+            match Networks::start(&runtime, helper) {
+                Ok(started) => {
+                    networks = Some(started);
                     break;
                 }
                 Err(SandboxError::Refused {
@@ -96,11 +98,8 @@ impl Contained {
                 Err(other) => return Err(other),
             }
         }
-        if helper.is_none() {
-            probe(&runtime, Attachment::None)?;
-            if reasons.is_empty() {
-                reasons.push("neither pasta nor slirp4netns is installed".to_owned());
-            }
+        if networks.is_none() && reasons.is_empty() {
+            reasons.push("neither pasta nor slirp4netns is installed".to_owned());
         }
         let mut notes = Vec::new();
         if kind == RuntimeKind::Bwrap {
@@ -109,7 +108,7 @@ impl Contained {
         if kind == RuntimeKind::Crun && userns::is_initial() {
             notes.push("crun: RUN steps cannot make device nodes".to_owned());
         }
-        if helper.is_none() {
+        if networks.is_none() {
             notes.push(format!(
                 "RUN steps share the host's network, its loopback included, for want of a \
                  private one ({})",
@@ -118,17 +117,9 @@ impl Contained {
         }
         Ok(Self {
             runtime,
-            helper,
+            networks,
             notes,
         })
-    }
-
-    fn attachment(&self, network: Network) -> Attachment {
-        match (network, &self.helper) {
-            (Network::None, _) => Attachment::None,
-            (Network::Private, Some(helper)) => Attachment::Private(helper.clone()),
-            (Network::Private, None) | (Network::Host, _) => Attachment::Host,
-        }
     }
 }
 
@@ -147,21 +138,71 @@ impl Sandbox for Contained {
         output: OutputSink<'_>,
         cancel: &Cancel,
     ) -> Result<Outcome, SandboxError> {
-        let network = self.attachment(process.network);
-        let launch = launch(&self.runtime, process.clone(), network, false)?;
-        run(&launch, output, cancel)
+        let attachment = match (process.network, &self.networks) {
+            (Network::None, _) => Attachment::None,
+            (Network::Private, None) | (Network::Host, _) => Attachment::Host,
+            (Network::Private, Some(networks)) if Networks::suits(process) => {
+                let network = networks.take(cancel)?;
+                let launch = Launch {
+                    network: Attachment::Held,
+                    resolv_conf: network.resolv_conf().to_owned(),
+                    ..launch(
+                        &self.runtime,
+                        process.clone(),
+                        Attachment::None,
+                        Purpose::Run,
+                    )?
+                };
+                let outcome = run(&launch, Some(network.netns()), output, cancel);
+                // After anything unusual, nobody knows what is left of it.
+                if outcome.is_ok() {
+                    networks.give_back(network);
+                }
+                return outcome;
+            }
+            (Network::Private, Some(networks)) => Attachment::Private(networks.helper().clone()),
+        };
+        let launch = launch(&self.runtime, process.clone(), attachment, Purpose::Run)?;
+        run(&launch, None, output, cancel)
     }
 }
 
 /// Goes through everything but the last step, in an empty root filesystem.
-fn probe(runtime: &Runtime, network: Attachment) -> Result<(), SandboxError> {
+fn probe(runtime: &Runtime) -> Result<(), SandboxError> {
     let io = |source| SandboxError::Io {
         doing: "making a root filesystem to try the sandbox with",
         source,
     };
     let rootfs = tempfile::tempdir().map_err(io)?;
-    let process = Process {
-        rootfs: rootfs.path().to_owned(),
+    let process = nothing_in(rootfs.path());
+    for point in super::mount_points(&process) {
+        let path = point.path.strip_prefix("/").unwrap_or(&point.path);
+        let path = rootfs.path().join(path);
+        if point.is_dir {
+            std::fs::create_dir_all(path).map_err(io)?;
+        } else {
+            std::fs::create_dir_all(path.parent().unwrap_or(rootfs.path())).map_err(io)?;
+            std::fs::File::create(path).map_err(io)?;
+        }
+    }
+    let launch = launch(runtime, process, Attachment::None, Purpose::Probe)?;
+    let mut ignore = |_: Stream, _: &[u8]| {};
+    match run(&launch, None, &mut ignore, &Cancel::new())? {
+        Outcome::Exited(0) => Ok(()),
+        Outcome::Exited(status) => Err(SandboxError::Refused {
+            sandbox: runtime.kind.name(),
+            refusal: Refusal::Failed {
+                program: runtime.kind.name(),
+                message: format!("it ended with status {status} where 0 was expected"),
+            },
+        }),
+    }
+}
+
+/// No process at all, in the root filesystem `rootfs`.
+pub(super) fn nothing_in(rootfs: &Path) -> Process {
+    Process {
+        rootfs: rootfs.to_owned(),
         args: Vec::new(),
         env: Vec::new(),
         cwd: "/".into(),
@@ -174,36 +215,14 @@ fn probe(runtime: &Runtime, network: Attachment) -> Result<(), SandboxError> {
         devices: Vec::new(),
         shm_size: None,
         ulimits: Vec::new(),
-    };
-    for point in super::mount_points(&process) {
-        let path = point.path.strip_prefix("/").unwrap_or(&point.path);
-        let path = rootfs.path().join(path);
-        if point.is_dir {
-            std::fs::create_dir_all(path).map_err(io)?;
-        } else {
-            std::fs::create_dir_all(path.parent().unwrap_or(rootfs.path())).map_err(io)?;
-            std::fs::File::create(path).map_err(io)?;
-        }
-    }
-    let launch = launch(runtime, process, network, true)?;
-    let mut ignore = |_: Stream, _: &[u8]| {};
-    match run(&launch, &mut ignore, &Cancel::new())? {
-        Outcome::Exited(0) => Ok(()),
-        Outcome::Exited(status) => Err(SandboxError::Refused {
-            sandbox: runtime.kind.name(),
-            refusal: Refusal::Failed {
-                program: runtime.kind.name(),
-                message: format!("it ended with status {status} where 0 was expected"),
-            },
-        }),
     }
 }
 
-fn launch(
+pub(super) fn launch(
     runtime: &Runtime,
     process: Process,
     network: Attachment,
-    probe: bool,
+    purpose: Purpose,
 ) -> Result<Launch, SandboxError> {
     let reach_host = hosts::want_gateway(&process.extra_hosts);
     let gateway = match reach_host {
@@ -217,7 +236,7 @@ fn launch(
     };
     Ok(Launch {
         runtime: runtime.clone(),
-        probe,
+        purpose,
         resolv_conf: network::resolv_conf(&network),
         hosts: hosts::text(&process.hostname, &process.extra_hosts, gateway),
         reach_host,
@@ -227,13 +246,14 @@ fn launch(
     })
 }
 
-fn run(launch: &Launch, output: OutputSink<'_>, cancel: &Cancel) -> Result<Outcome, SandboxError> {
-    let sandbox = launch.runtime.kind.name();
-    let io = |doing| move |source: std::io::Error| SandboxError::Io { doing, source };
-    let waker = cancel.waker().map_err(io("making an event file"))?;
-    if cancel.is_cancelled() {
-        return Err(SandboxError::Cancelled);
-    }
+/// Starts the stages of `launch`; `netns` is a network that is held.
+///
+/// # Errors
+/// [`SandboxError::Io`].
+pub(super) fn start(
+    launch: &Launch,
+    netns: Option<&OwnedFd>,
+) -> Result<(Child, Ears), SandboxError> {
     let exe = own_program().map_err(io("copying this program into memory"))?;
     let text = serde_json::to_vec(launch)
         .map_err(std::io::Error::from)
@@ -249,9 +269,10 @@ fn run(launch: &Launch, output: OutputSink<'_>, cancel: &Cancel) -> Result<Outco
         None,
     )
     .map_err(|error| io("making a socket")(error.into()))?;
-    let mut child = supervise::start(&[exe, &launch_file, &far_log], &socket, far_socket)
-        .map_err(io("starting the sandbox"))?;
-    drop(far_log);
+    let mut fds = vec![exe, &launch_file, &far_log];
+    fds.extend(netns);
+    let mut child =
+        supervise::start(&fds, &socket, far_socket).map_err(io("starting the sandbox"))?;
     let (Some(stdout), Some(stderr)) = (child.stdout.take(), child.stderr.take()) else {
         unreachable!("both were asked for");
     };
@@ -261,6 +282,26 @@ fn run(launch: &Launch, output: OutputSink<'_>, cancel: &Cancel) -> Result<Outco
         stderr: stderr.into(),
         log,
     };
+    Ok((child, ears))
+}
+
+/// Says what was being done when it failed.
+pub(super) fn io(doing: &'static str) -> impl Fn(std::io::Error) -> SandboxError {
+    move |source| SandboxError::Io { doing, source }
+}
+
+fn run(
+    launch: &Launch,
+    netns: Option<&OwnedFd>,
+    output: OutputSink<'_>,
+    cancel: &Cancel,
+) -> Result<Outcome, SandboxError> {
+    let sandbox = launch.runtime.kind.name();
+    let waker = cancel.waker().map_err(io("making an event file"))?;
+    if cancel.is_cancelled() {
+        return Err(SandboxError::Cancelled);
+    }
+    let (mut child, ears) = start(launch, netns)?;
     let heard = {
         use std::os::fd::AsFd;
         listen(&ears, waker.as_fd(), output)
@@ -312,7 +353,8 @@ fn conclude(sandbox: &'static str, heard: Heard) -> Result<Outcome, SandboxError
     }
 }
 
-fn error_of(sandbox: &'static str, failure: Failure) -> SandboxError {
+/// What it means that a stage failed.
+pub(super) fn error_of(sandbox: &'static str, failure: Failure) -> SandboxError {
     let message = format!("{}: {}", failure.doing, failure.reason);
     let program = sandbox;
     let refusal = match (failure.part, failure.errno) {

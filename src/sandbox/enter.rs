@@ -7,11 +7,11 @@ use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 
 use rustix::io::FdFlags;
-use rustix::thread::UnshareFlags;
+use rustix::thread::{LinkNameSpaceType, UnshareFlags};
 
 use super::mounts::{self, View};
-use super::wire::{Attachment, Doing, Failure, Launch, RuntimeKind};
-use super::{Security, bwrap, netlink, network, runc, sys};
+use super::wire::{Attachment, Doing, Failure, Launch, Report, RuntimeKind};
+use super::{Security, bwrap, netlink, network, runc, sys, wire};
 
 /// The file descriptors that the innermost stage is started with, in the order of its
 /// arguments: its own program, the launch, the reports, standard output and error.
@@ -27,6 +27,8 @@ pub(super) struct Inherited {
     pub(super) log: OwnedFd,
     /// The other end, at `__reap`, waits until the namespaces are there, and answers.
     pub(super) reaper: OwnedFd,
+    /// The network, where another process holds it.
+    pub(super) netns: Option<OwnedFd>,
 }
 
 /// Does what the module says; returns only where that failed.
@@ -39,12 +41,19 @@ pub(super) fn enter(
     // Where that fails, keyrings cannot be used at all, and there is none to be inherited.
     let _ = sys::join_new_keyring();
     let mut namespaces = UnshareFlags::NEWNS;
-    if !matches!(launch.network, Attachment::Host) {
+    if !matches!(launch.network, Attachment::Host | Attachment::Held) {
         namespaces |= UnshareFlags::NEWNET;
     }
     if launch.process.security == Security::Insecure {
         // Only who owns this namespace may mount cgroups.
         namespaces |= UnshareFlags::NEWCGROUP;
+    }
+    if matches!(launch.network, Attachment::Held) {
+        let doing = || "entering the network".to_owned();
+        let netns = inherited.netns.as_ref().ok_or(rustix::io::Errno::BADF);
+        let netns = netns.doing(doing)?.as_fd();
+        let kind = Some(LinkNameSpaceType::Network);
+        rustix::thread::move_into_link_name_space(netns, kind).doing(doing)?;
     }
     sys::unshare(namespaces).doing(|| "entering mount and network namespaces".to_owned())?;
     if namespaces.contains(UnshareFlags::NEWNET) {
@@ -56,6 +65,35 @@ pub(super) fn enter(
     }
     let view = mounts::mount_all(launch)?;
     become_runtime(launch, &view, inherited)
+}
+
+/// Makes a network, hands it to who listens, and answers as long as they ask whether anything
+/// is left in it of who used it.
+pub(super) fn hold_network(launch: &Launch, reaper: &OwnedFd) -> Result<(), Failure> {
+    rustix::process::setsid().doing(|| "starting a session".to_owned())?;
+    sys::unshare(UnshareFlags::NEWNET).doing(|| "entering a network namespace".to_owned())?;
+    netlink::bring_loopback_up().doing(|| "bringing the loopback up".to_owned())?;
+    wait_for_reaper(reaper)?;
+    if matches!(launch.network, Attachment::Private(_)) {
+        network::hide_metadata()?;
+    }
+    let doing = || "handing the network over".to_owned();
+    let netns = std::fs::File::open("/proc/self/ns/net").doing(doing)?;
+    let socket = rustix::stdio::stdin();
+    wire::send_report_with(socket, &Report::Network, &[netns.as_fd()]);
+    drop(netns);
+    let mut byte = [0];
+    loop {
+        let asked = rustix::io::retry_on_intr(|| rustix::io::read(socket, &mut byte[..]));
+        if asked.doing(doing)? == 0 {
+            return Ok(());
+        }
+        let answer = match network::is_unused().doing(doing)? {
+            true => wire::UNUSED,
+            false => wire::USED,
+        };
+        rustix::io::write(socket, &[answer]).doing(doing)?;
+    }
 }
 
 /// Tells `__reap` that the namespaces are there, and waits until the network is attached.

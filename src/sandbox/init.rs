@@ -16,7 +16,7 @@ use rustix::process::{Resource, Rlimit};
 use rustix::thread::{CapabilitySet, CapabilitySets};
 
 use super::enter::INIT_FDS;
-use super::wire::{self, Doing, Failure, Launch, Report};
+use super::wire::{self, Doing, Failure, Launch, Purpose, Report};
 use super::{Process, Security, User, limits, sys, userns};
 
 /// All capabilities that this program knows, by the names of the runtime specification, at
@@ -121,7 +121,7 @@ pub(super) fn init_main(args: &[OsString]) -> i32 {
         Ok((launch, command)) => {
             wire::send_report(&socket, &Report::Started);
             drop(socket);
-            if launch.probe {
+            if launch.purpose != Purpose::Run {
                 return 0;
             }
             let refused = become_step(&command);

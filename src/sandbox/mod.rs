@@ -21,6 +21,9 @@
 //! is mounted lives in namespaces of the step, on a tmpfs over the path of the root
 //! filesystem; so there is nothing to clean up, even after a `SIGKILL`.
 //!
+//! A private network takes longer to make than all the rest, so it is made before, by a chain of
+//! its own that ends in `__enter` (see `networks`), and serves one step after the other.
+//!
 //! What it does not do: limit memory or CPU (no cgroup is touched), filter system calls,
 //! or make mount points; [`mount_points`] tells the caller which are needed. Needs Linux
 //! 5.12 for `mount_setattr(2)`.
@@ -42,6 +45,7 @@ mod limits;
 mod mounts;
 mod netlink;
 mod network;
+mod networks;
 mod output;
 mod runc;
 mod supervise;

@@ -225,7 +225,7 @@ pub(super) fn resolv_conf(attachment: &Attachment) -> String {
         }
     }
     let forwarder = match attachment {
-        Attachment::Host | Attachment::None => None,
+        Attachment::Host | Attachment::None | Attachment::Held => None,
         Attachment::Private(helper) => Some(match helper.kind {
             HelperKind::Pasta => PASTA_DNS,
             HelperKind::Slirp4netns => SLIRP_DNS,
@@ -334,6 +334,38 @@ fn apart_from(host: Ipv4Addr) -> (Ipv4Addr, Ipv4Addr) {
     (Ipv4Addr::new(a, b, c, 100), Ipv4Addr::new(a, b, c, 2))
 }
 
+/// Whether nothing of a process that has ended lives on in this network namespace, such as a
+/// connection that waits until its last packets cannot come any more, and keeps its port.
+///
+/// # Errors
+/// Those of reading below `/proc`.
+pub(super) fn is_unused() -> io::Result<bool> {
+    for file in ["/proc/self/net/sockstat", "/proc/self/net/sockstat6"] {
+        let counts = match std::fs::read_to_string(file) {
+            // The kernel has no IPv6.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            counts => counts?,
+        };
+        if !are_all_closed(&counts) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// Whether the kernel counts no socket: none `inuse`, and none of those `tw`, whose last packets
+/// cannot come any more only after a minute.
+fn are_all_closed(counts: &str) -> bool {
+    // The first line of IPv4 is not about this namespace.
+    let mut lines = counts.lines().filter(|line| !line.starts_with("sockets:"));
+    lines.all(|line| {
+        let words: Vec<&str> = line.split_whitespace().skip(1).collect();
+        let mut pairs = words.chunks_exact(2);
+        let is_open = |pair: &[&str]| matches!(pair[0], "inuse" | "tw") && pair[1] != "0";
+        !words.is_empty() && pairs.all(|pair| !is_open(pair)) && pairs.remainder().is_empty()
+    })
+}
+
 /// Makes the network namespace of a process of this PID namespace a file at `path`.
 ///
 /// # Errors
@@ -378,6 +410,26 @@ mod tests {
         );
         check("", Some("10.0.2.3"), "nameserver 10.0.2.3\n");
         check("", None, "");
+    }
+
+    #[test]
+    fn a_socket_of_any_kind_is_seen() {
+        let all_closed = "sockets: used 21\nTCP: inuse 0 orphan 7 tw 0 alloc 9 mem 0\n\
+            UDP: inuse 0 mem 1\nUDPLITE: inuse 0\nRAW: inuse 0\nFRAG: inuse 0 memory 0\n";
+        assert!(are_all_closed(all_closed));
+        assert!(are_all_closed("TCP6: inuse 0\nRAW6: inuse 0\n"));
+        for (closed, open) in [
+            ("TCP: inuse 0", "TCP: inuse 1"),
+            (" tw 0", " tw 2"),
+            ("UDP: inuse 0", "UDP: inuse 1"),
+            ("RAW: inuse 0", "RAW: inuse 1"),
+            // What is not understood may be anything.
+            ("RAW: inuse 0", "RAW: inuse"),
+            ("RAW: inuse 0", "RAW:"),
+        ] {
+            assert!(all_closed.contains(closed));
+            assert!(!are_all_closed(&all_closed.replace(closed, open)), "{open}");
+        }
     }
 
     #[test]

@@ -157,6 +157,8 @@ pub(super) fn listen(
                 }
                 3 => match receive_report(fds[index])? {
                     Some(Report::Started) => heard.started = true,
+                    // Of no process that runs.
+                    Some(Report::Network) => {}
                     Some(Report::Exited(status)) => heard.exited = Some(status),
                     Some(Report::Failed(failure)) => {
                         heard.failure.get_or_insert(failure);

@@ -19,7 +19,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions};
 use rustix::thread::UnshareFlags;
 
 use super::enter::{self, Inherited};
-use super::wire::{self, Attachment, Doing, Failure, Launch, Report};
+use super::wire::{self, Attachment, Doing, Failure, Launch, Purpose, Report};
 use super::{mounts, network, sys};
 
 /// Runs a stage and reports its failure; returns the exit status.
@@ -49,7 +49,7 @@ pub(super) fn supervise_main() -> i32 {
             MountPropagationFlags::PRIVATE | MountPropagationFlags::REC,
         )
         .doing(|| "keeping mounts to the sandbox".to_owned())?;
-        let mut child = spawn_stage("__reap", &fds.each_ref())?;
+        let mut child = spawn_stage("__reap", &fds.iter().collect::<Vec<_>>())?;
         drop(fds);
         wait_or_kill(&mut child)
     })
@@ -128,12 +128,12 @@ fn missing_fd() -> Failure {
     Failure::new("taking file descriptors", &rustix::io::Errno::BADF.into())
 }
 
-/// `__reap EXE LAUNCH LOG`: PID 1 of the sandbox's outer namespace.
+/// `__reap EXE LAUNCH LOG [NETNS]`: PID 1 of the sandbox's outer namespace.
 pub(super) fn reap_main(args: &[OsString]) -> i32 {
     stage(|| {
         die_with_parent()?;
         let fds = adopt_all(args)?;
-        let [_, launch_file, _] = &fds[..] else {
+        let [_, launch_file, _, ..] = &fds[..] else {
             return Err(missing_fd());
         };
         let launch = wire::read_launch(launch_file).doing(|| "reading the launch".to_owned())?;
@@ -148,7 +148,7 @@ pub(super) fn reap_main(args: &[OsString]) -> i32 {
         .doing(|| "mounting /proc".to_owned())?;
         let (ours, theirs) = socket_pair()?;
         let mut passed: Vec<&OwnedFd> = fds.iter().collect();
-        passed.push(&theirs);
+        passed.insert(REAPER_AT, &theirs);
         let child = spawn_stage("__enter", &passed)?;
         drop(theirs);
         let mut byte = [0];
@@ -164,7 +164,11 @@ pub(super) fn reap_main(args: &[OsString]) -> i32 {
         }
         // What it passed on must be closed here, so that it is closed when they end.
         drop(fds);
-        let status = wait_for(child.id())?;
+        let status = match launch.purpose {
+            // Without its helper a network is of no use.
+            Purpose::HoldNetwork => wait_for(None)?,
+            Purpose::Run | Purpose::Probe => wait_for(Some(child.id()))?,
+        };
         wire::send_report(rustix::stdio::stdin(), &Report::Exited(status));
         Ok(())
     })
@@ -179,7 +183,7 @@ fn assist(launch: &Launch, pid: u32) -> Result<(), Failure> {
             let netns = netns_file(&launch.process.rootfs, pid)?;
             network::attach(helper, &netns, &launch.resolv_conf, launch.reach_host)
         }
-        Attachment::Host | Attachment::None => Ok(()),
+        Attachment::Host | Attachment::None | Attachment::Held => Ok(()),
     }
 }
 
@@ -208,13 +212,14 @@ fn netns_file(base: &Path, pid: u32) -> Result<std::path::PathBuf, Failure> {
     Ok(path)
 }
 
-/// Reaps everything until `pid` ends, and returns how it did.
-fn wait_for(pid: u32) -> Result<i32, Failure> {
+/// Reaps everything until `pid` ends, or where there is none the first process, and returns how
+/// it did.
+fn wait_for(pid: Option<u32>) -> Result<i32, Failure> {
     loop {
         let waited = rustix::io::retry_on_intr(|| rustix::process::wait(WaitOptions::empty()))
             .doing(|| "waiting for the runtime".to_owned())?;
         if let Some((ended, status)) = waited
-            && ended.as_raw_nonzero().get() == pid.cast_signed()
+            && pid.is_none_or(|pid| ended.as_raw_nonzero().get() == pid.cast_signed())
         {
             let status = ExitStatus::from_raw(status.as_raw());
             return Ok(match (status.code(), status.signal()) {
@@ -225,28 +230,38 @@ fn wait_for(pid: u32) -> Result<i32, Failure> {
     }
 }
 
-/// `__enter EXE LAUNCH LOG REAPER`: becomes the runtime.
+/// Where the socket of `__reap` is among the arguments of `__enter`.
+const REAPER_AT: usize = 3;
+
+/// `__enter EXE LAUNCH LOG REAPER [NETNS]`: becomes the runtime, or holds a network.
 pub(super) fn enter_main(args: &[OsString]) -> i32 {
     stage(|| {
-        let fds: Result<[OwnedFd; 4], _> = adopt_all(args)?.try_into();
+        let mut fds = adopt_all(args)?;
+        let netns = fds.drain(REAPER_AT + 1..).next();
+        let fds: Result<[OwnedFd; REAPER_AT + 1], _> = fds.try_into();
         let [exe, launch_file, log, reaper] = fds.map_err(|_| missing_fd())?;
         let launch = wire::read_launch(&launch_file).doing(|| "reading the launch".to_owned())?;
+        if launch.purpose == Purpose::HoldNetwork {
+            return enter::hold_network(&launch, &reaper);
+        }
         let inherited = Inherited {
             exe,
             launch: launch_file,
             log,
             reaper,
+            netns,
         };
         match enter::enter(&launch, inherited)? {}
     })
 }
 
-/// Starts `__supervise` with what it needs; `fds` are the program, the launch and the log.
+/// Starts `__supervise` with what it needs; `fds` are the program, the launch, the log, and a
+/// network that is held.
 ///
 /// # Errors
 /// Those of starting a process and of sending to it.
 pub(super) fn start(
-    fds: &[&OwnedFd; 3],
+    fds: &[&OwnedFd],
     socket: &OwnedFd,
     far_socket: OwnedFd,
 ) -> std::io::Result<Child> {
@@ -267,7 +282,8 @@ pub(super) fn start(
     };
     // It must not stay open in this process: its closing is how the stages' end is seen.
     drop(command);
-    let sent = wire::send_fds(socket, &fds.map(|fd| fd.as_fd()));
+    let fds: Vec<_> = fds.iter().map(|fd| fd.as_fd()).collect();
+    let sent = wire::send_fds(socket, &fds);
     if let Err(error) = sent {
         // It ends when it hears that; without waiting, it would stay a zombie.
         let _ = rustix::net::shutdown(socket, rustix::net::Shutdown::Both);

@@ -23,8 +23,8 @@ pub(super) struct Launch {
     pub(super) runtime: Runtime,
     /// What is to run.
     pub(super) process: Process,
-    /// Whether to stop just before the process would start; nothing of it is executed.
-    pub(super) probe: bool,
+    /// How far the stages go.
+    pub(super) purpose: Purpose,
     /// How the network is made.
     pub(super) network: Attachment,
     /// The text of `/etc/resolv.conf` inside.
@@ -36,6 +36,17 @@ pub(super) struct Launch {
     /// The mount points that were there when `sockless` started. All others are root
     /// filesystems of other steps, which this step's mount namespace must not keep alive.
     pub(super) old_mounts: Option<Vec<String>>,
+}
+
+/// What the stages are started for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) enum Purpose {
+    /// To run the process.
+    Run,
+    /// To stop just before the process would start; nothing of it is executed.
+    Probe,
+    /// To hold a network for other launches; there is no process.
+    HoldNetwork,
 }
 
 /// A program that makes containers.
@@ -79,6 +90,8 @@ pub(super) enum Attachment {
     None,
     /// A namespace with a program that carries packets out of it.
     Private(Helper),
+    /// The same, made before and handed over as the last file.
+    Held,
 }
 
 /// A program that carries packets out of a network namespace.
@@ -115,6 +128,8 @@ impl HelperKind {
 pub(super) enum Report {
     /// The innermost stage runs; whatever happens now is the step's own doing.
     Started,
+    /// The network is ready; its namespace comes with this message, as a file.
+    Network,
     /// The runtime has ended with this status; 128 + the signal where one ended it.
     Exited(i32),
     /// A stage could not do its part.
@@ -187,11 +202,23 @@ impl<T, E: Into<io::Error>> Doing<T> for Result<T, E> {
     }
 }
 
+/// What is asked of who holds a network: whether anything is left in it.
+pub(super) const IS_UNUSED: u8 = b'?';
+/// The answer: nothing.
+pub(super) const UNUSED: u8 = b'y';
+/// The answer: something.
+pub(super) const USED: u8 = b'n';
+
 /// The longest report: a path or two and a sentence.
 const REPORT_LIMIT_BYTES: usize = 64 * 1024;
 
 /// Sends one report. That nobody listens any more is no error of the sender.
 pub(super) fn send_report(socket: impl AsFd, report: &Report) {
+    send_report_with(socket, report, &[]);
+}
+
+/// Sends one report with a file.
+pub(super) fn send_report_with(socket: impl AsFd, report: &Report, fds: &[BorrowedFd<'_>]) {
     let Ok(mut text) = serde_json::to_vec(report) else {
         return;
     };
@@ -199,7 +226,7 @@ pub(super) fn send_report(socket: impl AsFd, report: &Report) {
         // Paths of that length do not exist in Linux, but a report must arrive.
         text = br#"{"Failed":{"doing":"reporting a failure","reason":"the message is too long","errno":null,"part":"Setup"}}"#.to_vec();
     }
-    let _ = rustix::io::retry_on_intr(|| rustix::net::send(&socket, &text, SendFlags::NOSIGNAL));
+    let _ = send_with_fds(socket, &text, fds);
 }
 
 /// Receives one report; `None` when all senders are gone.
@@ -207,50 +234,74 @@ pub(super) fn send_report(socket: impl AsFd, report: &Report) {
 /// # Errors
 /// Those of `recv(2)`, and `InvalidData`.
 pub(super) fn receive_report(socket: impl AsFd) -> io::Result<Option<Report>> {
+    Ok(receive_report_with(socket)?.map(|(report, _)| report))
+}
+
+/// Receives one report and the files that come with it.
+///
+/// # Errors
+/// As [`receive_report`].
+pub(super) fn receive_report_with(socket: impl AsFd) -> io::Result<Option<(Report, Vec<OwnedFd>)>> {
     let mut text = vec![0; REPORT_LIMIT_BYTES];
-    let (length, _) = rustix::io::retry_on_intr(|| {
-        rustix::net::recv(&socket, &mut text[..], RecvFlags::empty())
-    })?;
+    let (length, fds) = receive_with_fds(socket, &mut text)?;
     if length == 0 {
         return Ok(None);
     }
-    Ok(Some(serde_json::from_slice(&text[..length])?))
+    Ok(Some((serde_json::from_slice(&text[..length])?, fds)))
 }
 
-/// Sends file descriptors with one byte of data.
+/// The most file descriptors of one message.
+const FDS_MAX: usize = 4;
+
+/// Sends file descriptors, at most [`FDS_MAX`], with one byte of data.
 ///
 /// # Errors
 /// Those of `sendmsg(2)`.
-pub(super) fn send_fds(socket: impl AsFd, fds: &[BorrowedFd<'_>; 3]) -> io::Result<()> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(3))];
-    let mut control = SendAncillaryBuffer::new(&mut space);
-    if !control.push(SendAncillaryMessage::ScmRights(fds)) {
-        return Err(io::ErrorKind::InvalidInput.into());
-    }
-    rustix::net::sendmsg(
-        socket,
-        &[IoSlice::new(b"L")],
-        &mut control,
-        SendFlags::NOSIGNAL,
-    )?;
-    Ok(())
+pub(super) fn send_fds(socket: impl AsFd, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+    send_with_fds(socket, b"L", fds)
 }
 
-/// Receives what [`send_fds`] sent.
+/// Receives what [`send_fds`] sent, which is at least one.
 ///
 /// # Errors
 /// Those of `recvmsg(2)`; `UnexpectedEof` where the sender is gone.
-pub(super) fn receive_fds(socket: impl AsFd) -> io::Result<[OwnedFd; 3]> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(3))];
+pub(super) fn receive_fds(socket: impl AsFd) -> io::Result<Vec<OwnedFd>> {
+    let (_, fds) = receive_with_fds(socket, &mut [0])?;
+    match fds.is_empty() {
+        true => Err(io::ErrorKind::UnexpectedEof.into()),
+        false => Ok(fds),
+    }
+}
+
+fn send_with_fds(socket: impl AsFd, data: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(fds)) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    rustix::io::retry_on_intr(|| {
+        rustix::net::sendmsg(
+            &socket,
+            &[IoSlice::new(data)],
+            &mut control,
+            SendFlags::NOSIGNAL,
+        )
+    })?;
+    Ok(())
+}
+
+fn receive_with_fds(socket: impl AsFd, data: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
-    let mut byte = [0];
-    rustix::net::recvmsg(
-        socket,
-        &mut [IoSliceMut::new(&mut byte)],
-        &mut control,
-        RecvFlags::CMSG_CLOEXEC,
-    )?;
-    let fds: Vec<OwnedFd> = control
+    let received = rustix::io::retry_on_intr(|| {
+        rustix::net::recvmsg(
+            &socket,
+            &mut [IoSliceMut::new(data)],
+            &mut control,
+            RecvFlags::CMSG_CLOEXEC,
+        )
+    })?;
+    let fds = control
         .drain()
         .filter_map(|message| match message {
             RecvAncillaryMessage::ScmRights(fds) => Some(fds),
@@ -258,8 +309,7 @@ pub(super) fn receive_fds(socket: impl AsFd) -> io::Result<[OwnedFd; 3]> {
         })
         .flatten()
         .collect();
-    fds.try_into()
-        .map_err(|_| io::ErrorKind::UnexpectedEof.into())
+    Ok((received.bytes, fds))
 }
 
 /// Reads the launch from its memory file, wherever its offset is.
@@ -338,6 +388,7 @@ mod tests {
         )
         .unwrap();
         let received = receive_fds(&theirs).unwrap();
+        assert_eq!(received.len(), files.len());
         for (sent, received) in files.iter().zip(&received) {
             let inode = |fd: BorrowedFd<'_>| rustix::fs::fstat(fd).unwrap().st_ino;
             assert_eq!(inode(sent.as_fd()), inode(received.as_fd()));
@@ -345,6 +396,23 @@ mod tests {
         drop(ours);
         let error = receive_fds(&theirs).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+    }
+
+    #[test]
+    fn a_report_may_come_with_a_file() {
+        let (ours, theirs) = pair();
+        let file = tempfile::tempfile().unwrap();
+        send_report_with(&theirs, &Report::Network, &[file.as_fd()]);
+        send_report(&theirs, &Report::Started);
+        let (report, fds) = receive_report_with(&ours).unwrap().unwrap();
+        let inode = |fd: BorrowedFd<'_>| rustix::fs::fstat(fd).unwrap().st_ino;
+        let inodes: Vec<u64> = fds.iter().map(|fd| inode(fd.as_fd())).collect();
+        assert_eq!(
+            (report, inodes),
+            (Report::Network, vec![inode(file.as_fd())])
+        );
+        let (report, fds) = receive_report_with(&ours).unwrap().unwrap();
+        assert_eq!((report, fds.len()), (Report::Started, 0));
     }
 
     #[test]

@@ -340,6 +340,55 @@ fn sandbox_the_same_build_gives_the_same_bytes_in_every_sandbox() {
     assert_eq!(digests[0], digests[1]);
 }
 
+/// The packets on the loopback tell one network from another, which may have its number.
+#[test]
+fn sandbox_steps_have_a_network_in_turn_until_something_is_left_in_it() {
+    let upstream = upstream!();
+    needs!(namespaces());
+    let place = Place::new();
+    let context = place.context(
+        "context",
+        &[(
+            "Dockerfile",
+            "FROM busybox\n\
+             RUN ping -c 1 127.0.0.1\n\
+             RUN grep lo: /proc/net/dev > /second\n\
+             # Whoever closes a connection first holds its port for a minute.\n\
+             RUN nc -l -p 999 < /dev/null & \\\n\
+                 until nc 127.0.0.1 999 < /dev/null; do usleep 10000; done; wait; \\\n\
+                 grep lo: /proc/net/dev > /third; cat /proc/net/sockstat > /left\n\
+             RUN grep lo: /proc/net/dev > /fourth; cat /proc/net/sockstat > /clean\n",
+        )],
+    );
+    let archive = place.dir.join("image.tar");
+    let output = format!("type=oci,dest={}", archive.display());
+    let ran = place.build(&upstream, &context, &["-o", &output]).success();
+    if ran.stderr.contains("RUN steps share the host's network") {
+        skip!("no private network: {}", ran.stderr);
+    }
+    let image = place.archive(&archive);
+    let packets = |path: &str| {
+        let counters = image.text(path);
+        let received = counters.split_whitespace().nth(2).map(str::parse::<u64>);
+        received.expect("a counter").expect("a number")
+    };
+    let waiting = |path: &str| {
+        let sockets = image.text(path);
+        let tcp = sockets.lines().find(|line| line.starts_with("TCP:"));
+        let mut words = tcp.expect("a line").split_whitespace();
+        words.find(|word| *word == "tw");
+        words.next().expect("a number").to_owned()
+    };
+    let second = packets("second");
+    assert!(second >= 2, "the first step's are not there: {second}");
+    assert!(packets("third") > second);
+    assert_eq!(
+        (waiting("left"), waiting("clean")),
+        ("1".into(), "0".into())
+    );
+    assert_eq!(packets("fourth"), 0);
+}
+
 #[test]
 fn sandbox_a_step_that_fails_ends_the_build_with_its_output_and_status() {
     let upstream = upstream!();
