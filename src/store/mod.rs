@@ -489,6 +489,17 @@ fn check_version(root: &Path) -> Result<bool, StoreError> {
     }
 }
 
+/// Asks the file system to put what is made in `dir` each to another place on the disk.
+///
+/// ext4 otherwise makes a tree where the last one was, and there looks at every inode that was
+/// removed within the last minutes before it takes a free one: where a store was just removed or
+/// pruned, unpacking Debian took 6 s rather than 0.5. Others have no such flag, and no need.
+fn spread(dir: &File) {
+    use rustix::fs::IFlags;
+    let flags = rustix::fs::ioctl_getflags(dir);
+    let _ = flags.and_then(|flags| rustix::fs::ioctl_setflags(dir, flags | IFlags::TOPDIR));
+}
+
 /// Makes a locked directory. Another process may take it for garbage between its
 /// creation and its lock; then it is gone and the next try makes another.
 fn own_tmp(parent: &Path) -> Result<(PathBuf, File), StoreError> {
@@ -504,7 +515,10 @@ fn own_tmp(parent: &Path) -> Result<(PathBuf, File), StoreError> {
             Err(error) => return Err(StoreError::io("opening", &dir)(error)),
         };
         match lock.try_lock() {
-            Ok(()) if dir.exists() => return Ok((dir, lock)),
+            Ok(()) if dir.exists() => {
+                spread(&lock);
+                return Ok((dir, lock));
+            }
             Ok(()) | Err(TryLockError::WouldBlock) => {}
             Err(TryLockError::Error(error)) => {
                 return Err(StoreError::io("locking", &dir)(error));
