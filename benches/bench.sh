@@ -172,7 +172,8 @@ for workload in "${workloads[@]}"; do
   chmod -R a+rX "$work/contexts/$workload"
   "measure_$workload"
   reset_all
-  rm -rf "$work/contexts/$workload"
+  discard "$work/contexts/$workload"
+  remove_discarded
 done
 say "Results"
 benches/table.sh "$out/results.csv" | tee "$out/table.md"

@@ -80,18 +80,38 @@ resolve_command() {
   esac
 }
 
+# discard PATH…: puts it where nobody finds it. Nothing is removed while something is measured: for
+# a minute and more, ext4 looks at every inode that was freed before it makes a file near them, so
+# that each builder would pay for the files of the one before.
+discards=0
+discard() {
+  local path
+  for path; do
+    if [ -e "$path" ]; then
+      mkdir -p "$work/discarded"
+      discards=$((discards + 1))
+      mv -- "$path" "$work/discarded/$discards"
+    fi
+  done
+}
+
+# Removes what was discarded, and waits until the file system has forgotten it.
+remove_discarded() {
+  [ -e "$work/discarded" ] || return 0
+  rm -rf --one-file-system -- "$work/discarded"
+  sync
+  sleep 65
+}
+
 reset_builder() {
   case $1 in
     sockless-user)
-      rm -rf --one-file-system -- "$work/store-$1"
+      discard "$work/store-$1"
       install -d -o "$user" "$work/store-$1" "$work/tmp-user"
       ;;
-    buildah | podman)
-      # Where a mount namespace ended, nothing of it is mounted any more.
-      rm -rf --one-file-system -- "$work/store-$1"
-      ;;
     docker) start_docker ;;
-    *) rm -rf --one-file-system -- "$work/store-$1" ;;
+    # Where the mount namespace of buildah and podman ended, nothing of it is mounted any more.
+    *) discard "$work/store-$1" ;;
   esac
 }
 
@@ -125,7 +145,7 @@ stop_docker() {
   kill "$docker_pid" 2>/dev/null || true
   wait "$docker_pid" 2>/dev/null || true
   docker_pid=
-  rm -rf --one-file-system -- "$work/docker"
+  discard "$work/docker"
 }
 
 # The daemon's high-water mark of memory in KiB, from its start.

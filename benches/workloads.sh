@@ -83,6 +83,15 @@ cold() {
   done
 }
 
+# built_once WORKLOAD: each builder has built it, from an empty store. A daemon stays, and waits.
+built_once() {
+  local builder
+  for builder in $builders; do
+    reset_builder "$builder"
+    build_once "$1" "$builder" "$1/$builder"
+  done
+}
+
 # build_once WORKLOAD BUILDER IMAGE OPTION…: not measured.
 build_once() {
   local workload=$1 builder=$2 image=$3 command
@@ -146,7 +155,7 @@ floor() {
   local round
   for round in $(seq "$rounds"); do
     timed "$1" 'floor: copy' "$round" cp -r "$2" "$work/copied"
-    rm -rf "$work/copied"
+    discard "$work/copied"
     timed "$1" 'floor: tar and sha256' "$round" sh -c "tar -C / -cf - '$2' | sha256sum"
     timed "$1" 'floor: tar and gzip -6 on all processors' "$round" sh -c "tar -C / -cf - '$2' | pigz -6 > /dev/null"
   done
@@ -180,10 +189,9 @@ DOCKERFILE
 }
 measure_noop() {
   local round builder command
-  for builder in $builders; do
-    reset_builder "$builder"
-    build_once noop "$builder" "noop/$builder"
-    for round in $(seq "$rounds"); do
+  built_once noop
+  for round in $(seq "$rounds"); do
+    for builder in $builders; do
       command_for "$builder" "$work/contexts/noop" "noop/$builder"
       resolve_command
       timed noop "$builder" "$round" "${command[@]}"
@@ -191,24 +199,20 @@ measure_noop() {
       resolve_command
       timed noop-without-push "$builder" "$round" "${command[@]}"
     done
-    # A running daemon of one would take time from the next.
-    [ "$builder" != docker ] || stop_docker
   done
 }
 
 context_edit() { context_noop "$1"; }
 measure_edit() {
   local round builder command
-  for builder in $builders; do
-    reset_builder "$builder"
-    build_once edit "$builder" "edit/$builder"
-    for round in $(seq "$rounds"); do
+  built_once edit
+  for round in $(seq "$rounds"); do
+    for builder in $builders; do
       echo "edited $builder $round" > "$work/contexts/edit/src/d0150/f00050.txt"
       command_for "$builder" "$work/contexts/edit" "edit/$builder"
       resolve_command
       timed edit "$builder" "$round" "${command[@]}"
     done
-    [ "$builder" != docker ] || stop_docker
   done
 }
 
@@ -220,14 +224,15 @@ measure_runner() {
     reset_builder "$builder"
     echo "first $builder" > "$work/contexts/runner/src/d0150/f00050.txt"
     build_once runner "$builder" "runner/$builder" "cache-to=cache/$builder"
-    for round in $(seq "$rounds"); do
+  done
+  for round in $(seq "$rounds"); do
+    for builder in $builders; do
       reset_builder "$builder"
       echo "edited $builder $round" > "$work/contexts/runner/src/d0150/f00050.txt"
       command_for "$builder" "$work/contexts/runner" "runner/$builder" "cache-from=cache/$builder"
       resolve_command
       timed runner "$builder" "$round" "${command[@]}"
     done
-    [ "$builder" != docker ] || stop_docker
   done
 }
 
@@ -243,7 +248,9 @@ measure_tree() {
     reset_builder "$builder"
     build_once tree/many "$builder" "tree/$builder-many" nopush
     build_once tree/few "$builder" "tree/$builder-few" nopush
-    for round in $(seq "$rounds"); do
+  done
+  for round in $(seq "$rounds"); do
+    for builder in $builders; do
       for size in many few; do
         sed -i "2s/.*/RUN echo $round > \/etc\/touched/" "$work/contexts/tree/$size/Dockerfile"
         command_for "$builder" "$work/contexts/tree/$size" "tree/$builder-$size" nopush
@@ -251,7 +258,6 @@ measure_tree() {
         timed "tree-$size" "$builder" "$round" "${command[@]}"
       done
     done
-    [ "$builder" != docker ] || stop_docker
   done
 }
 
