@@ -9,7 +9,7 @@ use tokio::sync::oneshot;
 
 use super::layer::{Filesystem, chain_of};
 use super::{Cancelled, Engine};
-use crate::layer::{self, Pool, SealOptions, SealedLayer, Watch};
+use crate::layer::{self, AppliedLayer, Pool, SealOptions, SealedLayer, Watch};
 use crate::rootfs::{self, Change, Stack, Tree};
 use crate::store::GrowingBlob;
 
@@ -45,13 +45,42 @@ pub(super) fn seal_tree(
     Sealing { task, growing }
 }
 
-/// Starts sealing a list of changes.
-pub(super) fn seal_changes(engine: &Arc<Engine>, changes: Vec<Change>) -> Sealing {
+/// Starts sealing a list of changes; where the layer will be mounted, its tree is made from the
+/// same bytes.
+pub(super) fn seal_changes(
+    engine: &Arc<Engine>,
+    changes: Vec<Change>,
+    is_mounted: bool,
+) -> Sealing {
     spawn(engine, move |engine, pool, watch| {
         let changes = changes.into_iter().map(Ok::<_, std::convert::Infallible>);
-        let options = engine.seal_options();
-        Ok(layer::seal(changes, &options, pool, watch, &engine.store)?)
+        let (options, store) = (engine.seal_options(), &engine.store);
+        if !is_mounted || engine.check_world().is_err() {
+            return Ok(layer::seal(changes, &options, pool, watch, store)?);
+        }
+        let tree = store.tmp_dir("tree-")?;
+        let sealed = layer::seal_and_apply(changes, &options, pool, watch, store, &tree);
+        match sealed {
+            Ok((sealed, Ok(applied))) if is_whole(&applied) => {
+                store.adopt_tree(&tree, &sealed.diff_id)?;
+                Ok(sealed)
+            }
+            // Whoever mounts it unpacks the blob, and says what is wrong.
+            sealed => {
+                if let Err(error) = crate::store::remove_tree(&tree) {
+                    tracing::debug!(tree = %tree.display(), %error, "cannot remove an incomplete tree");
+                }
+                Ok(sealed?.0)
+            }
+        }
     })
+}
+
+/// Whether the tree has all that is in the layer, and depends on no layer below it.
+fn is_whole(applied: &AppliedLayer) -> bool {
+    applied.skipped_devices.is_empty()
+        && applied.skipped_xattrs.is_empty()
+        && applied.implied_directories.is_empty()
 }
 
 /// A layer that is being sealed.

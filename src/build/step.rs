@@ -525,7 +525,7 @@ async fn make_directory(
         }
         Ok(additions.into_changes())
     });
-    Ok(seal_listed(engine, changes.await?))
+    Ok(seal_listed(engine, beginning, changes.await?))
 }
 
 async fn copy_step(
@@ -621,9 +621,10 @@ async fn fetch_sources(
 }
 
 /// Starts sealing `changes`, and knows what the layer has before it is sealed.
-fn seal_listed(engine: &Arc<Engine>, changes: Vec<Change>) -> Layer {
+fn seal_listed(engine: &Arc<Engine>, beginning: &Beginning<'_>, changes: Vec<Change>) -> Layer {
     let listing = Listing::of_changes(&changes, engine.epoch);
-    let sealing = seal::seal_changes(engine, changes);
+    let is_mounted = engine.layers.is_read(beginning.number);
+    let sealing = seal::seal_changes(engine, changes, is_mounted);
     Layer::sealing(sealing, None, engine.now()).listed(listing)
 }
 
@@ -655,7 +656,7 @@ async fn place_copy(
             &spool,
         )?)
     });
-    Ok(seal_listed(engine, changes.await?))
+    Ok(seal_listed(engine, beginning, changes.await?))
 }
 
 /// `--chown` in numbers.

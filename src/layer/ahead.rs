@@ -3,7 +3,7 @@
 //!
 //! Each takes about as long as the others, two in the processor, one in the kernel.
 
-use std::io::{self, BufRead, Read};
+use std::io::{self, BufRead, Read, Write};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::thread::{Builder, Scope, ScopedJoinHandle};
 
@@ -69,6 +69,56 @@ pub(super) fn read_ahead<'scope, R: Read + Send + 'scope>(
         at: 0,
     };
     Ok((ahead, Threads { reading, hashing }))
+}
+
+/// What is written on one thread is read on another, which may give up: then it is lost.
+pub(super) fn pipe() -> (PipeWriter, ReadAhead) {
+    let (sender, full) = sync_channel(BUFFERS_AHEAD);
+    let (empty, to_fill) = channel();
+    let writer = PipeWriter {
+        full: Some(sender),
+        empty: to_fill,
+        buffer: Vec::with_capacity(BUFFER_BYTES),
+    };
+    let reader = ReadAhead {
+        full,
+        empty,
+        current: Vec::new(),
+        at: 0,
+    };
+    (writer, reader)
+}
+
+/// The one end of [`pipe`]. What it holds is handed on by `flush`, and not when it is dropped.
+#[derive(Debug)]
+pub(super) struct PipeWriter {
+    /// Absent where nobody reads any more.
+    full: Option<SyncSender<Full>>,
+    empty: Receiver<Vec<u8>>,
+    buffer: Vec<u8>,
+}
+
+impl Write for PipeWriter {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let taken = bytes.len().min(BUFFER_BYTES - self.buffer.len());
+        self.buffer.extend_from_slice(&bytes[..taken]);
+        if self.buffer.len() == BUFFER_BYTES {
+            self.flush()?;
+        }
+        Ok(taken)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        let mut next = self.empty.try_recv().unwrap_or_default();
+        next.clear();
+        next.reserve_exact(BUFFER_BYTES);
+        let buffer = std::mem::replace(&mut self.buffer, next);
+        let is_heard = |full: &SyncSender<Full>| full.send(Ok(buffer)).is_ok();
+        if !self.full.as_ref().is_some_and(is_heard) {
+            self.full = None;
+        }
+        Ok(())
+    }
 }
 
 /// Hands on what comes, until nothing does, or nobody wants more.

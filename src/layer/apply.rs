@@ -113,10 +113,7 @@ fn apply_and(
     limits: &Limits,
     mut lister: Option<&mut Option<Lister>>,
 ) -> Result<AppliedLayer, LayerError> {
-    let mut applier = Applier {
-        tree: Tree::open(tree, limits.clone())?,
-        applied: AppliedLayer::default(),
-    };
+    let mut applier = Applier::new(tree, limits)?;
     let uncompressed_bytes = read_verified(compressed, media_type, want, limits, |tar| {
         while let Some(entry) = tar.next()? {
             applier.entry(&entry, tar)?;
@@ -132,14 +129,26 @@ fn apply_and(
         }
         Ok(())
     })?;
-    let Applier { tree, applied } = applier;
-    let (implied_directories, skipped_xattrs) = tree.finish()?;
-    Ok(AppliedLayer {
-        uncompressed_bytes,
-        implied_directories,
-        skipped_xattrs,
-        ..applied
-    })
+    applier.finish(uncompressed_bytes)
+}
+
+/// [`apply`] for the tar itself, which nobody needs to verify.
+///
+/// # Errors
+/// As [`apply`], other than those of what is not looked at.
+pub(super) fn apply_uncompressed(
+    tar: impl BufRead,
+    tree: &Path,
+    limits: &Limits,
+) -> Result<AppliedLayer, LayerError> {
+    let mut applier = Applier::new(tree, limits)?;
+    let mut tar = TarReader::new(tar, limits.clone());
+    while let Some(entry) = tar.next()? {
+        applier.entry(&entry, &mut tar)?;
+    }
+    let uncompressed_bytes = tar.offset();
+    tar.finish()?;
+    applier.finish(uncompressed_bytes)
 }
 
 /// Hands the archive in `compressed` to `read`, reads the rest, and verifies all. Returns the
@@ -229,6 +238,23 @@ struct Applier {
 }
 
 impl Applier {
+    fn new(tree: &Path, limits: &Limits) -> Result<Self, LayerError> {
+        Ok(Self {
+            tree: Tree::open(tree, limits.clone())?,
+            applied: AppliedLayer::default(),
+        })
+    }
+
+    fn finish(self, uncompressed_bytes: u64) -> Result<AppliedLayer, LayerError> {
+        let (implied_directories, skipped_xattrs) = self.tree.finish()?;
+        Ok(AppliedLayer {
+            uncompressed_bytes,
+            implied_directories,
+            skipped_xattrs,
+            ..self.applied
+        })
+    }
+
     fn entry<R: BufRead>(
         &mut self,
         entry: &TarEntry,

@@ -8,7 +8,10 @@ use std::process::Command;
 use std::sync::Arc;
 
 use super::testing::{all_well, apply_bytes, describe, is_real_root, tar_of, walk};
-use super::{Compression, Limits, Pool, SealOptions, SealedLayer, Watch, apply, seal};
+use super::{
+    AppliedLayer, Compression, Limits, Pool, SealOptions, SealedLayer, Watch, apply, seal,
+    seal_and_apply,
+};
 use crate::image::{DiffId, Digest, MediaType};
 use crate::rootfs::{Change, ChangeKind, Data, Entry, FileContent, FileSource, Metadata, Time};
 use crate::store::Store;
@@ -249,6 +252,69 @@ fn sealing_that_is_stopped_leaves_nothing() {
             0
         );
     }
+}
+
+#[test]
+fn a_tree_that_is_made_while_sealing_is_what_the_blob_holds() {
+    if !is_real_root() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(&dir.path().join("store")).unwrap();
+    let pool = Pool::new(NonZeroUsize::MIN).unwrap();
+    let options = SealOptions::default();
+    let watch = || Watch {
+        is_stopped: &|| false,
+        follow: Box::new(drop),
+    };
+    let changes = || {
+        let mut all = everything();
+        let directory = Data::Directory { opaque: false };
+        all.push(entry("zz", metadata(0o755, 0, 0, &[]), directory));
+        // More than what waits between the two.
+        all.extend((0..2000_u32).map(|n| {
+            let path = format!("zz/{n:04}");
+            entry(path, metadata(0o644, n, 0, &[]), file(&[n as u8; 5000]))
+        }));
+        all_well(all)
+    };
+    let want = seal(changes(), &options, &pool, watch(), &store).unwrap();
+    let trees = [dir.path().join("beside"), dir.path().join("after")];
+    for tree in &trees {
+        std::fs::create_dir(tree).unwrap();
+    }
+    let (got, applied) =
+        seal_and_apply(changes(), &options, &pool, watch(), &store, &trees[0]).unwrap();
+    assert_eq!(got, want);
+    let blob = store.open_blob(&want.descriptor.digest).unwrap();
+    let again = apply(
+        blob,
+        &MediaType::LAYER_GZIP,
+        &want.diff_id,
+        &trees[1],
+        &Limits::default(),
+    );
+    // Where the archive ends is not told by who only reads up to there.
+    let uncompressed_bytes = want.uncompressed_bytes;
+    let applied = applied.unwrap();
+    assert_eq!(
+        AppliedLayer {
+            uncompressed_bytes,
+            ..applied
+        },
+        again.unwrap()
+    );
+    let [beside, after] = trees.map(|tree| describe(walk(&tree)));
+    assert!(beside.len() > 2000);
+    assert_eq!(beside, after);
+
+    // What hinders the tree does not hinder the layer.
+    let tree = dir.path().join("missing");
+    let (got, applied) =
+        seal_and_apply(changes(), &options, &pool, watch(), &store, &tree).unwrap();
+    assert_eq!(got, want);
+    let error = applied.unwrap_err().to_string();
+    assert!(error.starts_with("opening the tree"), "{error}");
 }
 
 #[test]

@@ -45,7 +45,10 @@ mod laws;
 mod testing;
 
 use std::io::{self, Write};
+use std::path::Path;
 
+use ahead::pipe;
+use apply::apply_uncompressed;
 pub use apply::{AppliedLayer, SkippedDevice, SkippedXattr, apply, apply_and_list};
 use compress::Compressor;
 pub use compress::{Compression, LayerCompression, LevelError};
@@ -166,18 +169,73 @@ pub fn seal<E>(
 where
     E: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
+    seal_beside(changes, options, pool, watch, store, |_| Ok(io::sink()))
+}
+
+/// [`seal`], and the layer as a tree in the empty directory `tree`, from the same bytes and at the
+/// same time: what [`apply`] makes of it. Where that fails the layer is sealed all the same, and
+/// the caller removes what there is of the tree.
+///
+/// # Errors
+/// As [`seal`]; inside, as [`apply`].
+pub fn seal_and_apply<E>(
+    changes: impl IntoIterator<Item = Result<Change, E>>,
+    options: &SealOptions,
+    pool: &Pool,
+    watch: Watch<'_>,
+    store: &Store,
+    tree: &Path,
+) -> Result<(SealedLayer, Result<AppliedLayer, LayerError>), LayerError>
+where
+    E: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    std::thread::scope(|scope| {
+        let mut applying = None;
+        let sealed = seal_beside(changes, options, pool, watch, store, |limits| {
+            let (copy, read) = pipe();
+            let thread = std::thread::Builder::new().name("tree".to_owned());
+            let apply = move || apply_uncompressed(read, tree, &limits);
+            applying = Some(thread.spawn_scoped(scope, apply)?);
+            Ok(copy)
+        })?;
+        let died = || LayerError::Read(io::Error::other("the thread that makes the tree has died"));
+        let applied = applying.map(|thread| thread.join().unwrap_or_else(|_| Err(died())));
+        Ok((sealed, applied.unwrap_or_else(|| Err(died()))))
+    })
+}
+
+/// Seals, and gives the uncompressed bytes to what `start` returns, too.
+fn seal_beside<E, C: Write>(
+    changes: impl IntoIterator<Item = Result<Change, E>>,
+    options: &SealOptions,
+    pool: &Pool,
+    watch: Watch<'_>,
+    store: &Store,
+    start: impl FnOnce(Limits) -> io::Result<C>,
+) -> Result<SealedLayer, LayerError>
+where
+    E: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
     let mut blob = store.write_blob()?;
     (watch.follow)(blob.follow()?);
+    let copy = start(Limits::default()).map_err(LayerError::Write)?;
     std::thread::scope(|scope| {
         let compressor =
             Compressor::new(scope, options.compression, pool, blob).map_err(LayerError::Write)?;
         let mut tar = HashingWriter::new(Stoppable {
-            inner: compressor,
+            inner: Tee {
+                out: compressor,
+                copy,
+            },
             is_stopped: watch.is_stopped,
         });
         write(changes, options.epoch, &mut tar)?;
         let (stoppable, diff_id, uncompressed_bytes) = tar.finish();
-        let blob = stoppable.inner.finish().map_err(LayerError::Write)?;
+        let Tee { out, mut copy } = stoppable.inner;
+        // Its end is that of the archive, for who reads it.
+        copy.flush().map_err(LayerError::Write)?;
+        drop(copy);
+        let blob = out.finish().map_err(LayerError::Write)?;
         let (digest, size) = blob.commit(None)?;
         Ok(SealedLayer {
             diff_id: DiffId::from_uncompressed(diff_id),
@@ -203,6 +261,25 @@ impl<W: Write> Write for Stoppable<'_, W> {
 
     fn flush(&mut self) -> io::Result<()> {
         self.inner.flush()
+    }
+}
+
+/// Writes everything twice.
+struct Tee<W, C> {
+    out: W,
+    copy: C,
+}
+
+impl<W: Write, C: Write> Write for Tee<W, C> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let written = self.out.write(bytes)?;
+        self.copy.write_all(&bytes[..written])?;
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.out.flush()?;
+        self.copy.flush()
     }
 }
 

@@ -185,6 +185,11 @@ impl<R: BufRead> TarReader<R> {
         Ok(self.input)
     }
 
+    /// How many bytes were read.
+    pub(super) fn offset(&self) -> u64 {
+        self.offset
+    }
+
     /// How many headers were read.
     pub fn headers(&self) -> u64 {
         self.headers

@@ -110,6 +110,12 @@ impl Shared {
         }
     }
 
+    /// Whether some step mounts what step `number` makes, or reads from it.
+    pub(super) fn is_read(&self, number: usize) -> bool {
+        let index = number.checked_sub(1);
+        index.is_some_and(|index| self.read.contains(&index))
+    }
+
     /// Waits until nobody else makes `what`, and keeps others from it.
     async fn flight(&self, what: String) -> OwnedMutexGuard<()> {
         let flight = {
@@ -427,9 +433,7 @@ impl Filesystem {
     /// The layers for step `number`, which adds to them: as trees where these are needed
     /// later anyway, else as they are, or as listings.
     pub(super) async fn below(&self, engine: &Arc<Engine>, number: usize) -> anyhow::Result<Below> {
-        let is_read = number
-            .checked_sub(1)
-            .is_some_and(|index| engine.layers.read.contains(&index));
+        let is_read = engine.layers.is_read(number);
         if is_read && engine.check_world().is_ok() {
             let stack = self.stack(engine).await;
             return Ok(Below::from(&stack.map_err(|error| super::unshare(&error))?));
