@@ -21,6 +21,7 @@
 mod ahead;
 mod apply;
 pub mod archive;
+mod codec;
 mod compress;
 mod convert;
 mod decompress;
@@ -36,6 +37,7 @@ mod sparse;
 mod tree;
 pub mod whiteout;
 mod write;
+mod zstd;
 
 #[cfg(test)]
 mod hostile;

@@ -5,8 +5,9 @@ use std::path::Path;
 
 use crate::support::images;
 use crate::support::oci::Image;
+use crate::support::process::run;
 use crate::support::programs;
-use crate::support::registry::{Options, Registry, Request};
+use crate::support::registry::{Options, Registry, Request, skopeo};
 use crate::support::sockless::Place;
 
 /// The registry of base images, or the end of the test.
@@ -174,6 +175,47 @@ fn each_output_of_a_build_has_its_own_compression() {
     assert!(metadata.contains(&pushed.digest), "{metadata}");
 }
 
+/// Others read what is a series of frames, at every kind of level: skopeo, which names each
+/// file by what it came to have in it, and our own check.
+#[test]
+fn a_large_zstd_layer_is_read_by_others() {
+    needs!(programs(&["skopeo"]));
+    let upstream = upstream!();
+    let place = Place::new();
+    let context = place.context("context", &[("Dockerfile", "FROM scratch\nCOPY large /\n")]);
+    large(&context.join("large"), 13);
+    let mut ids = Vec::new();
+    for level in ["1", "3", "12", "22"] {
+        let zstd = [
+            "--compression=zstd",
+            "--compression-level",
+            level,
+            "--no-cache",
+        ];
+        let image = place.built(&upstream, &context, &zstd);
+        check(&image, &["tar+zstd"]);
+        assert_eq!(image.entry("large").expect("it was copied").size, 13 << 20);
+        let unpacked = place.dir.join(format!("unpacked-{level}"));
+        run(skopeo()
+            .args(["copy", "--dest-decompress"])
+            .arg(format!(
+                "oci-archive:{}",
+                place.dir.join("image.tar").display()
+            ))
+            .arg(format!("dir:{}", unpacked.display())))
+        .success();
+        let id = image.config["rootfs"]["diff_ids"][0].as_str();
+        let id = id
+            .and_then(|id| id.strip_prefix("sha256:"))
+            .expect("a digest");
+        let tar = unpacked.join(id).metadata().expect("a tar of this digest");
+        assert!(tar.len() > 13 << 20);
+        ids.push(diff_ids(&image));
+    }
+    ids.dedup();
+    assert_eq!(ids.len(), 1);
+}
+
 #[test]
 fn what_cannot_be_is_refused_before_anything_is_built() {
     let place = Place::new();
@@ -211,9 +253,7 @@ fn what_cannot_be_is_refused_before_anything_is_built() {
     ] {
         let mut command = place.command();
         command.arg("build").args(&args).arg(&context);
-        crate::support::process::run(&mut command)
-            .failure()
-            .says(message);
+        run(&mut command).failure().says(message);
         assert!(!place.dir.join("x.tar").exists());
     }
 }
