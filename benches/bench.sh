@@ -99,7 +99,7 @@ http:
 CONFIG
   ip netns exec "$net" docker-registry serve "$work/registry.yml" > "$work/registry.log" 2>&1 &
   pids+=($!)
-  local tries=100
+  local tries=300
   until curl -sf --cacert "$work/ca/ca.crt" "https://$registry/v2/" >/dev/null; do
     tries=$((tries - 1))
     [ $tries -gt 0 ] || { cat "$work/registry.log" >&2; die "the registry did not come up"; }
