@@ -7,7 +7,7 @@ tail -n +2 "$csv" | sort -t, -k1,1 -k2,2 -k4,4n | awk -F, '
   BEGIN {
     split("meta 0.1 runs 0.4 stages 0.7 small 0.4 big 0.5 base 0.4 noop 0.3 edit 0.4 runner 0.5", g, " ")
     for (i = 1; i in g; i += 2) goal[g[i]] = g[i + 1]
-    order = "meta runs stages small big base noop noop-without-push edit runner tree-many tree-few limit-256-MiB limit-10-GB"
+    order = "meta labels meta-again runs stages small big base noop noop-without-push edit runner tree-many tree-few limit-256-MiB limit-10-GB"
   }
   { key = $1 SUBSEP $2; n[key]++; t[key, n[key]] = $4; if ($5 > peak[key]) peak[key] = $5
     pulled[key, n[key]] = $6; pushed[key, n[key]] = $7; if ($8 != 0) failed[key]++
