@@ -46,10 +46,30 @@ struct Setting {
     files: BTreeMap<String, (StatusCode, Vec<u8>)>,
 }
 
+/// The database, which has been closed when its directory is removed: the worker's next
+/// connection would make the file again.
+struct OpenJobs(Jobs);
+
+impl std::ops::Deref for OpenJobs {
+    type Target = Jobs;
+
+    fn deref(&self) -> &Jobs {
+        &self.0
+    }
+}
+
+impl Drop for OpenJobs {
+    fn drop(&mut self) {
+        let closing = || tokio::runtime::Handle::current().block_on(self.0.close());
+        tokio::task::block_in_place(closing);
+    }
+}
+
 struct Running {
+    // Dropped in this order: the database before the directory.
+    jobs: OpenJobs,
     setting: Setting,
     base: String,
-    jobs: Jobs,
     id: JobId,
     stop: Stop,
     worker: Arc<Worker>,
@@ -116,9 +136,9 @@ impl Setting {
         ));
         let task = tokio::spawn(worker.clone().work());
         Running {
+            jobs: OpenJobs(jobs),
             setting: self,
             base,
-            jobs,
             id,
             stop,
             worker,
