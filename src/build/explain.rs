@@ -1,15 +1,17 @@
 //! `--explain`: why a step was not found in the cache, in words.
 //!
 //! A step that misses is compared with the records that are there. The nearest is the one
-//! with the fewest differences, at the same place of the Dockerfile rather than elsewhere,
-//! and the youngest of those; what differs from it is the reason. The comparison does no I/O;
-//! [`Explaining`] reads the records for it when the build begins.
+//! with the fewest differences, at the same place of the Dockerfile rather than elsewhere;
+//! of those the one with most layers below it in common, then the youngest. What differs from
+//! it is the reason. The comparison does no I/O; [`Explaining`] reads the records for it when
+//! the build begins.
 
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::Engine;
 use super::cache::{self, Record};
@@ -96,6 +98,9 @@ const NAMED_MAX: usize = 5;
 /// How long a value may be in a reason, in characters. Longer ones are cut in the middle.
 const VALUE_CHARS_MAX: usize = 120;
 
+/// How much of a long value is shown before and after what differs in it, in characters.
+const AROUND_CHARS: usize = 30;
+
 /// A layer below a step, as people know it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Below {
@@ -166,12 +171,21 @@ pub(super) fn nearest<'k, K>(
             return None;
         }
         let distance = differences.reasons.len() + usize::from(is_elsewhere);
-        Some((distance, known, differences))
+        let order = (
+            distance,
+            Reverse(in_common(&known.step, now)),
+            Reverse(known.used),
+        );
+        Some((order, known, differences))
     });
-    let nearest = compared.min_by(|(a, known_a, _), (b, known_b, _)| {
-        a.cmp(b).then_with(|| known_b.used.cmp(&known_a.used))
-    });
+    let nearest = compared.min_by_key(|(order, ..)| *order);
     nearest.map(|(_, known, differences)| (known, differences))
+}
+
+/// How many layers below two steps are the same.
+fn in_common(a: &Looked, b: &Looked) -> usize {
+    let (a, b) = (a.below.iter().flatten(), b.below.iter().flatten());
+    a.zip(b).take_while(|(a, b)| a.diff_id == b.diff_id).count()
 }
 
 /// What differs; none where the two are not of one kind.
@@ -217,14 +231,16 @@ fn position(name: &str) -> Option<&str> {
 
 /// What differs below the step.
 fn below(old: &[Below], new: &[Below]) -> Option<String> {
-    let differs = |(old, new): &(&Below, &Below)| old.diff_id != new.diff_id;
-    let Some((old, new)) = old.iter().zip(new).find(differs) else {
+    let differ = |(old, new): (&Below, &Below)| old.diff_id != new.diff_id;
+    let Some(at) = old.iter().zip(new).position(differ) else {
         return match (old.get(new.len()), new.get(old.len())) {
             (Some(old), None) => Some(format!("{} is no longer below it", made_by(old))),
             (None, Some(new)) => Some(format!("{} is new below it", made_by(new))),
             _ => None,
         };
     };
+    let (old_after, new_after) = (&old[at + 1..], &new[at + 1..]);
+    let (old, new) = (&old[at], &new[at]);
     Some(match (&old.made_by, &new.made_by) {
         (
             MadeBy::Image { reference, digest },
@@ -243,8 +259,25 @@ fn below(old: &[Below], new: &[Below]) -> Option<String> {
         {
             format!("{} below it made another layer", quoted(new))
         }
+        // What was there comes later, or what is there came later.
+        (_, MadeBy::Step(name)) if has_step(new_after, old) && !has_step(old_after, new) => {
+            format!("{} is new below it", quoted(name))
+        }
+        (MadeBy::Step(name), _) if has_step(old_after, new) && !has_step(new_after, old) => {
+            format!("{} is no longer below it", quoted(name))
+        }
         _ => format!("below it, {} → {}", made_by(old), made_by(new)),
     })
+}
+
+/// Whether one of `layers` was made by the step that made `layer`, wherever it stands.
+fn has_step(layers: &[Below], layer: &Below) -> bool {
+    let step = |layer: &Below| match &layer.made_by {
+        MadeBy::Step(name) => Some(without_position(name).to_owned()),
+        MadeBy::Image { .. } => None,
+    };
+    let wanted = step(layer);
+    wanted.is_some() && layers.iter().any(|layer| step(layer) == wanted)
 }
 
 fn made_by(layer: &Below) -> String {
@@ -286,9 +319,8 @@ impl Comparing<'_> {
             }
         } else if old_fields != new_fields {
             self.say(format!(
-                "{kind}: {} → {}",
-                shown(Some(old_fields)),
-                shown(Some(new_fields))
+                "{kind}: {}",
+                change(Some(old_fields), Some(new_fields))
             ));
         }
         // A platform is a text, the epoch a number or nothing.
@@ -304,7 +336,7 @@ impl Comparing<'_> {
             } else {
                 "SOURCE_DATE_EPOCH"
             };
-            self.say(format!("{what}: {} → {}", shown(old), shown(new)));
+            self.say(format!("{what}: {}", change(old, new)));
         }
     }
 
@@ -315,29 +347,41 @@ impl Comparing<'_> {
     fn field(&mut self, name: &str, old: Option<&Value>, new: Option<&Value>) {
         let label = match name {
             "env" => return self.environment(old, new),
-            "args" => {
-                let (old, new) = commands(old, new);
-                return self.say(format!("command: {old} → {new}"));
+            "args" => return self.say(format!("command: {}", commands(old, new))),
+            "mounts" => {
+                self.list("--mount", &entries(old, is_mount), &entries(new, is_mount));
+                let (old, new) = (entries(old, is_script), entries(new, is_script));
+                return self.list("here-document", &old, &new);
             }
-            "mounts" => return self.list("--mount", old, new),
-            "sources" => return self.list("source", old, new),
-            "excludes" => return self.list("--exclude", old, new),
+            "sources" => "source",
+            "excludes" => "--exclude",
             "cwd" => "WORKDIR",
             "user" => "USER",
             "chmod" => {
                 let (old, new) = (octal(old), octal(new));
                 return self.say(format!("--chmod: {old} → {new}"));
             }
-            "network" | "security" | "chown" | "link" | "parents" | "unpack" => {
-                return self.say(format!("--{name}: {} → {}", shown(old), shown(new)));
+            "network" | "security" => {
+                let word = |value: Option<&Value>| {
+                    let word = value.and_then(Value::as_str);
+                    word.map_or_else(|| shown(value), str::to_lowercase)
+                };
+                return self.say(format!("--{name}: {} → {}", word(old), word(new)));
             }
-            "devices" => return self.list("--device", old, new),
-            "extra_hosts" => return self.list("--add-host", old, new),
-            "ulimits" => return self.list("--ulimit", old, new),
+            "chown" | "link" | "parents" | "unpack" => {
+                return self.say(format!("--{name}: {}", change(old, new)));
+            }
+            "devices" => "--device",
+            "extra_hosts" => "--add-host",
+            "ulimits" => "--ulimit",
             "shm_size" => "--shm-size",
             other => other,
         };
-        self.say(format!("{label}: {} → {}", shown(old), shown(new)));
+        let is_list = |value: Option<&Value>| value.is_some_and(Value::is_array);
+        if is_list(old) || is_list(new) {
+            return self.list(label, &entries(old, |_| true), &entries(new, |_| true));
+        }
+        self.say(format!("{label}: {}", change(old, new)));
     }
 
     /// Variables, `NAME=VALUE`: each by its name.
@@ -353,9 +397,7 @@ impl Comparing<'_> {
             };
             reasons.push(match (old.get(name), new.get(name)) {
                 (old, new) if old == new => continue,
-                (Some(old), Some(new)) => {
-                    format!("{kind} {name}: {} → {}", quoted(old), quoted(new))
-                }
+                (Some(old), Some(new)) => format!("{kind} {name}: {}", text_change(old, new)),
                 (None, Some(new)) => format!("{kind} {name}: {} is new", quoted(new)),
                 (_, None) => format!("{kind} {name} is gone"),
             });
@@ -366,17 +408,15 @@ impl Comparing<'_> {
         self.found.reasons.extend(shortened(reasons, "variables"));
     }
 
-    /// A list of which each entry counts by itself.
-    fn list(&mut self, label: &str, old: Option<&Value>, new: Option<&Value>) {
-        let entries = |value: Option<&Value>| {
-            let entries = value.and_then(Value::as_array).cloned();
-            entries.unwrap_or_default()
-        };
-        let (old, new) = (entries(old), entries(new));
-        let gone: Vec<&Value> = old.iter().filter(|entry| !new.contains(entry)).collect();
-        let come: Vec<&Value> = new.iter().filter(|entry| !old.contains(entry)).collect();
+    /// Lists of which each entry counts by itself; nothing where they are the same.
+    fn list(&mut self, label: &str, old: &[&Value], new: &[&Value]) {
+        if old == new {
+            return;
+        }
+        let gone: Vec<&Value> = old.iter().filter(|e| !new.contains(e)).copied().collect();
+        let come: Vec<&Value> = new.iter().filter(|e| !old.contains(e)).copied().collect();
         let reason = match (gone.as_slice(), come.as_slice()) {
-            ([old], [new]) => format!("{label}: {} → {}", shown(Some(old)), shown(Some(new))),
+            ([old], [new]) => format!("{label}: {}", change(Some(old), Some(new))),
             ([], []) => format!("{label}: another order"),
             _ => {
                 let gone = gone.iter().map(|e| format!("{} is gone", shown(Some(e))));
@@ -387,6 +427,21 @@ impl Comparing<'_> {
         };
         self.say(reason);
     }
+}
+
+/// The entries of a list that are `wanted`.
+fn entries(list: Option<&Value>, wanted: impl Fn(&Value) -> bool) -> Vec<&Value> {
+    let list = list.and_then(Value::as_array).into_iter().flatten();
+    list.filter(|entry| wanted(entry)).collect()
+}
+
+/// Whether an entry of `mounts` is a script from a here-document.
+fn is_script(entry: &Value) -> bool {
+    entry["kind"]["Script"].is_object()
+}
+
+fn is_mount(entry: &Value) -> bool {
+    !is_script(entry)
 }
 
 /// The fields of a definition, and what stands behind them.
@@ -401,7 +456,7 @@ fn parts(work: &Value) -> (&Value, &[Value]) {
 }
 
 /// Two commands; of shell forms with one shell, only what it is given.
-fn commands(old: Option<&Value>, new: Option<&Value>) -> (String, String) {
+fn commands(old: Option<&Value>, new: Option<&Value>) -> String {
     let words = |value: Option<&Value>| -> Vec<String> {
         let words = value.and_then(Value::as_array).into_iter().flatten();
         words.filter_map(Value::as_str).map(str::to_owned).collect()
@@ -411,9 +466,9 @@ fn commands(old: Option<&Value>, new: Option<&Value>) -> (String, String) {
         ([old_before @ .., old], [new_before @ .., new])
             if old_before == new_before && !old_before.is_empty() =>
         {
-            (quoted(old), quoted(new))
+            text_change(old, new)
         }
-        _ => (quoted(&old.join(" ")), quoted(&new.join(" "))),
+        _ => text_change(&old.join(" "), &new.join(" ")),
     }
 }
 
@@ -425,17 +480,121 @@ fn variables(value: Option<&Value>) -> BTreeMap<&str, &str> {
         .collect()
 }
 
-/// A value of a definition for people: texts in quotes, one-field objects by their field.
+/// Two values of a definition for people.
+fn change(old: Option<&Value>, new: Option<&Value>) -> String {
+    match (text(old), text(new)) {
+        (Some(old), Some(new)) => text_change(old, new),
+        _ => {
+            let (old, new) = (in_words(old), in_words(new));
+            if old == new {
+                return format!("{}, from another place", cut(&new));
+            }
+            let (old, new) = where_they_differ(&old, &new);
+            format!("{} → {}", cut(&old), cut(&new))
+        }
+    }
+}
+
+/// Two texts for people, in quotes.
+fn text_change(old: &str, new: &str) -> String {
+    let (old, new) = where_they_differ(old, new);
+    format!("{} → {}", quoted(&old), quoted(&new))
+}
+
+/// Two texts, or what differs in them and a little around it where one of them is long.
+fn where_they_differ(old: &str, new: &str) -> (String, String) {
+    let [old, new] = [old, new].map(|text| text.chars().collect::<Vec<_>>());
+    let shorter = old.len().min(new.len());
+    let is_short = old.len().max(new.len()) <= VALUE_CHARS_MAX;
+    let pairs = old.iter().zip(&new);
+    let same_before = pairs.take_while(|(old, new)| old == new).count();
+    let pairs = old.iter().rev().zip(new.iter().rev());
+    let pairs = pairs.take(shorter - same_before);
+    let same_after = pairs.take_while(|(old, new)| old == new).count();
+    let part = |text: &[char]| {
+        let from = same_before.saturating_sub(AROUND_CHARS);
+        let to = text.len() - same_after.saturating_sub(AROUND_CHARS);
+        if is_short {
+            return text.iter().collect();
+        }
+        let before = if from > 0 { "…" } else { "" };
+        let after = if to < text.len() { "…" } else { "" };
+        let between: String = text[from..to].iter().collect();
+        format!("{before}{between}{after}")
+    };
+    (part(&old), part(&new))
+}
+
+/// A value that is a text, or has one field that is.
+fn text(value: Option<&Value>) -> Option<&str> {
+    match value? {
+        Value::String(text) => Some(text),
+        Value::Object(fields) if fields.len() == 1 => fields.values().next()?.as_str(),
+        _ => None,
+    }
+}
+
+/// A value of a definition for people, cut where it is long.
 fn shown(value: Option<&Value>) -> String {
+    text(value).map_or_else(|| cut(&in_words(value)), quoted)
+}
+
+/// A value of a definition as a Dockerfile or a flag would have it, whole; texts in quotes.
+fn in_words(value: Option<&Value>) -> String {
     match value {
         None | Some(Value::Null) => "none".to_owned(),
-        Some(Value::String(text)) => quoted(text),
-        Some(Value::Object(fields)) if fields.len() == 1 => match fields.iter().next() {
-            Some((_, inner)) => shown(Some(inner)),
-            None => "none".to_owned(),
-        },
-        Some(other) => cut(&other.to_string()),
+        Some(Value::String(text)) => format!("{text:?}"),
+        Some(Value::Array(parts)) => {
+            let parts: Vec<&str> = parts.iter().filter_map(Value::as_str).collect();
+            parts.join(":")
+        }
+        Some(Value::Object(fields)) => object(fields),
+        Some(other) => other.to_string(),
     }
+}
+
+/// `type=bind,source=/src,target=/s` of a mount, `<<NAME "CONTENT"` of a here-document, fields
+/// with their names of other objects; of those with one field, what is in it.
+fn object(fields: &Map<String, Value>) -> String {
+    if let Some(Value::String(content)) = fields.get("content") {
+        let name = fields.get("name").and_then(Value::as_str);
+        return format!("<<{} {content:?}", name.unwrap_or_default());
+    }
+    if let Some(Value::Object(kinds)) = fields.get("kind") {
+        let Some((kind, Value::Object(of_kind))) = kinds.iter().next() else {
+            return in_words(fields.get("kind"));
+        };
+        if of_kind.contains_key("content") {
+            return object(of_kind);
+        }
+        let mut parts = vec![format!("type={}", kind.to_lowercase())];
+        parts.extend(of_kind.iter().filter_map(part));
+        parts.extend(fields.get_key_value("target").and_then(part));
+        return parts.join(",");
+    }
+    let mut values = fields.values();
+    if let (Some(only), None) = (values.next(), values.next()) {
+        return in_words(Some(only));
+    }
+    let parts: Vec<String> = fields.iter().filter_map(part).collect();
+    parts.join(",")
+}
+
+/// `NAME=VALUE`; nothing of what is not there.
+fn part((name, value): (&String, &Value)) -> Option<String> {
+    let value = match value {
+        Value::Null | Value::Bool(false) => return None,
+        Value::Number(mode) if name == "mode" => mode
+            .as_u64()
+            .map_or(mode.to_string(), |mode| format!("{mode:o}")),
+        Value::String(text) if name == "sharing" => text.to_lowercase(),
+        Value::String(text) if name == "id" => text.trim_start_matches('/').to_owned(),
+        // By its number, which says nothing; what it has is compared for itself.
+        _ if name == "from" => return None,
+        Value::String(text) => text.clone(),
+        other => other.to_string(),
+    };
+    Some(format!("{name}={value}"))
 }
 
 /// `--chmod`, whose numbers people write in octal.
@@ -587,6 +746,134 @@ mod tests {
     }
 
     #[test]
+    fn steps_that_came_or_went_in_between_are_named() {
+        let below = |steps: &[(&str, &str)]| {
+            let steps = steps.iter().map(|(name, content)| step(name, content));
+            let layers = [base("a")].into_iter().chain(steps).collect();
+            run("[9/9] RUN b", "b", &[], layers)
+        };
+        let less = below(&[("[2/9] RUN a", "1"), ("[3/9] RUN c", "2")]);
+        let more = below(&[
+            ("[2/9] RUN a", "1"),
+            ("[3/9] RUN new", "3"),
+            ("[4/9] RUN c", "2"),
+        ]);
+        assert_eq!(
+            reasons(&less, &more),
+            [r#""[3/9] RUN new" is new below it"#]
+        );
+        assert_eq!(
+            reasons(&more, &less),
+            [r#""[3/9] RUN new" is no longer below it"#]
+        );
+        // Two that changed places are neither.
+        let turned = below(&[("[2/9] RUN c", "4"), ("[3/9] RUN a", "5")]);
+        assert_eq!(
+            reasons(&less, &turned),
+            [r#"below it, "[2/9] RUN a" → "[2/9] RUN c""#]
+        );
+    }
+
+    #[test]
+    fn mounts_networks_and_here_documents_are_in_a_dockerfiles_words() {
+        let with = |network: &str, mounts: Value| {
+            let mut step = run("[2/2] RUN a", "a", &[], Vec::new());
+            step.definition["run"][0]["network"] = json!(network);
+            step.definition["run"][0]["mounts"] = mounts;
+            step
+        };
+        let bind = |source: &str, context: u32| {
+            json!({ "target": "/s", "kind": { "Bind": {
+                "from": { "Context": context }, "source": source, "read_write": false,
+            } } })
+        };
+        let cache = |id: &str| {
+            json!({ "target": "/c", "kind": { "Cache": {
+                "id": id, "from": "Scratch", "source": "/", "sharing": "Locked",
+                "read_only": true, "mode": 0o750, "uid": null, "gid": null,
+            } } })
+        };
+        let script = |content: &str| {
+            json!({ "target": "/dev/pipes", "kind": { "Script": {
+                "name": "EOF", "content": content,
+            } } })
+        };
+        let old = with("Default", json!([bind("/a", 0), script("echo 1\n")]));
+        let new = with("None", json!([bind("/b", 0), script("echo 2\n")]));
+        assert_eq!(
+            reasons(&old, &new),
+            [
+                "--mount: type=bind,source=/a,target=/s → type=bind,source=/b,target=/s",
+                r#"here-document: <<EOF "echo 1\n" → <<EOF "echo 2\n""#,
+                "--network: default → none",
+            ]
+        );
+        assert_eq!(
+            reasons(
+                &with("None", json!([cache("//c"), bind("/a", 0)])),
+                &with("None", json!([cache("/x"), bind("/a", 0)]))
+            ),
+            [
+                "--mount: type=cache,id=c,mode=750,read_only=true,sharing=locked,source=/,target=/c → \
+                 type=cache,id=x,mode=750,read_only=true,sharing=locked,source=/,target=/c"
+            ]
+        );
+        assert_eq!(
+            reasons(
+                &with("None", json!([bind("/a", 0)])),
+                &with("None", json!([bind("/a", 1)]))
+            ),
+            ["--mount: type=bind,source=/a,target=/s, from another place"]
+        );
+        assert_eq!(
+            reasons(
+                &with("None", json!([])),
+                &with("None", json!([bind("/a", 1)]))
+            ),
+            ["--mount: type=bind,source=/a,target=/s is new"]
+        );
+    }
+
+    #[test]
+    fn of_long_values_the_part_that_differs_is_shown() {
+        let command = |middle: &str| {
+            let command = format!("{}{middle}{}", "a".repeat(300), "z".repeat(300));
+            run("[2/2] RUN", &command, &[], Vec::new())
+        };
+        // A dash before and after is the same in both.
+        let (before, after) = (
+            format!("…{}-", "a".repeat(AROUND_CHARS - 1)),
+            format!("-{}…", "z".repeat(AROUND_CHARS - 1)),
+        );
+        assert_eq!(
+            reasons(&command("-1-"), &command("-22-")),
+            [format!(
+                "command: \"{before}1{after}\" → \"{before}22{after}\""
+            )]
+        );
+        let (old, new) = (command("").definition, command("-new-").definition);
+        assert_eq!(
+            where_they_differ(
+                old["run"][0]["args"][2].as_str().unwrap(),
+                new["run"][0]["args"][2].as_str().unwrap()
+            ),
+            (
+                format!("…{}{}…", "a".repeat(AROUND_CHARS), "z".repeat(AROUND_CHARS)),
+                format!(
+                    "…{}-new-{}…",
+                    "a".repeat(AROUND_CHARS),
+                    "z".repeat(AROUND_CHARS)
+                )
+            )
+        );
+        // Short ones are whole.
+        assert_eq!(
+            where_they_differ("make all", "make none"),
+            ("make all".to_owned(), "make none".to_owned())
+        );
+    }
+
+    #[test]
     fn the_nearest_is_at_the_same_place_or_does_the_same() {
         let known = |name: &str, command: &str, seconds: u64| Known {
             step: run(name, command, &["V=1"], vec![base("a")]),
@@ -616,6 +903,40 @@ mod tests {
         assert_eq!(moved, ("[build 2/3] RUN a".to_owned(), Vec::new()));
         // Neither.
         assert_eq!(nearest_to("[other 7/7] RUN x", "x"), None);
+    }
+
+    #[test]
+    fn of_equally_near_records_that_with_most_layers_in_common_is_the_nearest() {
+        let layers = |contents: [&str; 3]| {
+            let [first, second, third] = contents;
+            vec![
+                base(first),
+                step("[2/4] RUN a", second),
+                step("[3/4] RUN b", third),
+            ]
+        };
+        let known = |contents: [&str; 3], seconds: u64| Known {
+            step: run("[4/4] RUN c", "c", &[], layers(contents)),
+            used: SystemTime::UNIX_EPOCH + Duration::from_secs(seconds),
+            key: (),
+        };
+        let all = [
+            known(["x", "other", "other"], 9),
+            known(["x", "1", "other"], 5),
+            known(["x", "1", "another"], 4),
+            known(["y", "1", "2"], 8),
+        ];
+        let now = run("[4/4] RUN c", "c", &[], layers(["x", "1", "2"]));
+        let (known, differences) = nearest(&all, &now, &BTreeSet::new()).unwrap();
+        assert_eq!(
+            known.used,
+            SystemTime::UNIX_EPOCH + Duration::from_secs(5),
+            "the younger of the two"
+        );
+        assert_eq!(
+            differences.reasons,
+            [r#""[3/4] RUN b" below it made another layer"#]
+        );
     }
 
     #[test]
