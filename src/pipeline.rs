@@ -266,7 +266,15 @@ async fn run(
     let mut settings = request.plans();
     let remote = (&*store, &*fetcher);
     let main = opened.source_date;
-    let epoch = epoch::resolve(request, &mut settings, &dockerfile, main, remote).await?;
+    let epoch = epoch::resolve(
+        request,
+        &mut settings,
+        &dockerfile,
+        main,
+        remote,
+        &**progress,
+    )
+    .await?;
 
     let resolving = Instant::now();
     let mut images = Images::default();

@@ -11,6 +11,7 @@ use crate::dockerfile::Dockerfile;
 use crate::failure::{Failure, Kind};
 use crate::layer::{Limits, archive};
 use crate::plan::{self, CopySource, SOURCE_DATE_EPOCH, SourceDate};
+use crate::progress::{BuildEvent, Progress};
 use crate::remote::{Fetcher, git, http};
 use crate::store::Store;
 
@@ -18,7 +19,8 @@ use crate::store::Store;
 /// from get the number instead, as in BuildKit.
 ///
 /// The date of a repository is the commit's, and that of a URL its `Last-Modified`, else the
-/// time of the newest file where it is an archive; directories and images have none.
+/// time of the newest file where it is an archive; directories and images have none, which is
+/// a warning.
 /// `main` is that of the main context. All platforms have one date.
 ///
 /// # Errors
@@ -30,6 +32,7 @@ pub(super) async fn resolve(
     dockerfile: &Dockerfile,
     main: Option<i64>,
     (store, fetcher): (&Store, &Fetcher),
+    progress: &dyn Progress,
 ) -> anyhow::Result<Option<i64>> {
     let mut said = Vec::new();
     for settings in &*platforms {
@@ -70,6 +73,13 @@ pub(super) async fn resolve(
             .await
             .with_context(|| format!("{SOURCE_DATE_EPOCH} of the stage that it names"))?,
     };
+    if let (None, Some(what)) = (date, named(&from)) {
+        progress.event(BuildEvent::Warning {
+            message: format!(
+                "{SOURCE_DATE_EPOCH}: {what} has no date, as a repository or an archive would, so the image has none either"
+            ),
+        });
+    }
     let text = date.map_or_else(String::new, |seconds| seconds.to_string());
     for settings in platforms {
         if let Some(given) = settings.build_args.get_mut(SOURCE_DATE_EPOCH) {
@@ -81,6 +91,16 @@ pub(super) async fn resolve(
         settings.source_date = Some(text.clone());
     }
     Ok(date)
+}
+
+/// What the date is asked of; nothing where it is said or not wanted.
+fn named(from: &SourceDate) -> Option<String> {
+    match from {
+        SourceDate::Nothing | SourceDate::Seconds(_) => None,
+        SourceDate::MainContext => Some("the build context".to_owned()),
+        SourceDate::NamedContext(name) => Some(format!("the build context {name:?}")),
+        SourceDate::Source(_) => Some("what the stage fetches".to_owned()),
+    }
 }
 
 /// The date of what a stage fetches.

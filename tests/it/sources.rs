@@ -301,15 +301,27 @@ fn compose_dates_come_from_what_is_named() {
         "a default",
     );
 
-    // What has no date leaves things as they are, and the argument empty.
-    let undated = |context: &str, args: &[&str]| {
+    // What has no date leaves things as they are, and the argument empty; that is said.
+    let undated = |what: &str, context: &str, args: &[&str]| {
+        let warned = [args, &["-o", "type=cacheonly"]].concat();
+        place
+            .build(&upstream, Path::new(context), &warned)
+            .success()
+            .says(&format!("SOURCE_DATE_EPOCH: {what} has no date"));
         let image = place.built(&upstream, Path::new(context), args);
         assert_eq!(image.run_config()["Labels"], json!({ "epoch": "" }));
         assert_ne!(created(&image).0, DATE_TEXT);
     };
-    undated(&local("", ""), &context);
-    undated(&named, &["--build-context", &format!("mine={no_tar}")]);
-    undated(&named, &["--build-context", &format!("mine={named}")]);
+    undated("the build context", &local("", ""), &context);
+    // The directory is the same one, with another Dockerfile by now.
+    let named = local("ARG SOURCE_DATE_EPOCH=mine", "");
+    let mine = r#"the build context "mine""#;
+    undated(
+        mine,
+        &named,
+        &["--build-context", &format!("mine={no_tar}")],
+    );
+    undated(mine, &named, &["--build-context", &format!("mine={named}")]);
 
     let stage = "FROM scratch AS mine\nCOPY f f\n";
     let wrong = local("ARG SOURCE_DATE_EPOCH=mine", stage);
