@@ -692,14 +692,21 @@ fn check_result_files(request: &BuildRequest) -> anyhow::Result<()> {
         ("--metadata-file", &request.metadata_file),
     ];
     for (flag, path) in files {
-        let Some(path) = path else { continue };
-        let parent = path
-            .parent()
-            .filter(|parent| !parent.as_os_str().is_empty());
-        if parent.is_some_and(|parent| !parent.is_dir()) {
-            let message = format!("{flag} {}: its directory is not there", path.display());
-            anyhow::bail!(Failure::new(Kind::Configuration, message));
+        if let Some(path) = path {
+            check_parent(flag, path)?;
         }
+    }
+    Ok(())
+}
+
+/// Refuses a file that `flag` names where there is no directory for it.
+fn check_parent(flag: &str, path: &Path) -> anyhow::Result<()> {
+    let parent = path
+        .parent()
+        .filter(|parent| !parent.as_os_str().is_empty());
+    if parent.is_some_and(|parent| !parent.is_dir()) {
+        let message = format!("{flag} {}: its directory is not there", path.display());
+        anyhow::bail!(Failure::new(Kind::Configuration, message));
     }
     Ok(())
 }

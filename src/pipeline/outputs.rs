@@ -63,6 +63,7 @@ pub(super) fn check(request: &BuildRequest) -> anyhow::Result<()> {
                     )?;
                 }
                 export::check_file(dest)?;
+                super::check_parent("--output", dest)?;
             }
             Output::Tar {
                 dest,
@@ -74,6 +75,7 @@ pub(super) fn check(request: &BuildRequest) -> anyhow::Result<()> {
                     )?;
                 }
                 export::check_file(dest)?;
+                super::check_parent("--output", dest)?;
             }
         }
     }

@@ -326,4 +326,18 @@ fn sandbox_a_failed_build_writes_nothing() {
         .failure()
         .says("is a directory")
         .does_not_say("RUN false");
+    let missing = out.join("missing/image.tar");
+    for form in ["oci", "docker", "tar"] {
+        let output = format!("type={form},dest={}", missing.display());
+        let ran = place
+            .build(&upstream, &context, &["-o", &output])
+            .failure()
+            .says(&format!(
+                "--output {}: its directory is not there",
+                missing.display()
+            ))
+            .does_not_say("RUN false");
+        assert_eq!(ran.status.code(), Some(2), "{form}");
+    }
+    assert_eq!(std::fs::read_dir(&out).unwrap().count(), 0);
 }
