@@ -301,10 +301,13 @@ fn run(command: &StoreCommand) -> anyhow::Result<(String, u8)> {
             }
         }
         Action::Verify { repair } => {
+            let is_there = store.is_some();
             let findings = store.map_or(Ok(Vec::new()), |store| store.verify(*repair))?;
             let is_sound = findings.iter().all(|finding| finding.repaired);
             let text = if command.json {
                 findings_json(&root, &findings)
+            } else if !is_there {
+                format!("there is no store at {root}\n")
             } else {
                 findings_text(&root, &findings)
             };

@@ -192,6 +192,14 @@ fn sandbox_the_store_tells_what_it_has_and_gives_it_up() {
 
     let sound = sockless(&place, &["store", "verify"]).success().stdout;
     assert!(sound.ends_with(" is sound\n"), "{sound}");
+    let nowhere = place.dir.join("nowhere");
+    let ran = sockless(
+        &place,
+        &["store", "verify", "--root", nowhere.to_str().unwrap()],
+    );
+    let expected = format!("there is no store at {}\n", nowhere.display());
+    assert_eq!(ran.success().stdout, expected);
+    assert!(!nowhere.exists());
     let would = asked(&place, &["prune", "--dry-run"]);
     assert_eq!(would["reclaimed_bytes"], du["bytes"]);
     assert_eq!(asked(&place, &["du"])["bytes"], du["bytes"]);
