@@ -242,7 +242,8 @@ pub(super) struct BuildArgs {
     #[arg(long, hide = true)]
     pub die_with_parent: bool,
 
-    /// The directory that COPY and ADD read from
+    /// What COPY and ADD read from: a directory, an archive's or a git repository's URL, or "-" for
+    /// an archive or a Dockerfile on standard input
     #[arg(value_name = "CONTEXT")]
     pub context: OsString,
 }
