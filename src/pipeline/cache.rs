@@ -162,7 +162,7 @@ impl Exporter<'_> {
         });
         let result = self.send(target, contents, mounts).await;
         let outcome = match &result {
-            Ok(Sent { blobs, bytes }) => format!("{blobs} blobs, {bytes} bytes sent"),
+            Ok(Sent { blobs, bytes }) => format!("{blobs} blobs, {bytes} bytes of them sent"),
             Err(_) => "failed".to_owned(),
         };
         self.progress.event(BuildEvent::TaskDone {
