@@ -365,7 +365,7 @@ impl Verifying<'_> {
                 } else {
                     self.known_names(
                         &path,
-                        &["lock", "filling", FILES, MOUNT_SIZE],
+                        &["lock", "reading", "filling", FILES, MOUNT_SIZE],
                         Repair::Remove,
                     )?;
                 }

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use crate::support::http;
-use crate::support::process::Ran;
+use crate::support::process::{Ran, run};
 use crate::support::registry::{Options, Registry, Request};
 use crate::support::sockless::Place;
 use crate::support::{images, namespaces, oci};
@@ -522,6 +522,13 @@ fn sandbox_cache_mounts_travel_and_only_what_changed_of_them() {
     let dir = shared.dir.join("cache");
     let local = format!("type=local,dest={},mounts=true", dir.display());
     build(&place, "h", &["--cache-to", &local]).says("in h: 48 files");
+    // Neither fetching a cache mount nor sending it leaves in the store what is not its own.
+    let verified = run(place.command().args(["store", "verify"])).success();
+    assert!(
+        verified.stdout.ends_with(" is sound\n"),
+        "{}",
+        verified.stdout
+    );
     let from = format!("type=local,src={}", dir.display());
     build(
         &Place::new(),
