@@ -24,7 +24,9 @@ pub(super) struct Watch {
 impl Watch {
     /// Watches until it is dropped.
     pub(super) fn start(cancelled: &Arc<AtomicBool>, limit: Duration) -> Self {
-        let stop = Arc::new(AtomicBool::new(cancelled.load(Ordering::Relaxed)));
+        // What has no time is over before the first tick, however fast the other side is.
+        let is_over = cancelled.load(Ordering::Relaxed) || limit.is_zero();
+        let stop = Arc::new(AtomicBool::new(is_over));
         let (done, wait) = mpsc::channel::<()>();
         let flags = (stop.clone(), cancelled.clone());
         let began = Instant::now();
