@@ -110,18 +110,13 @@ impl Failure {
 pub fn output_of_failed_step(error: &anyhow::Error) -> Option<&str> {
     let step = error
         .chain()
-        .find_map(|cause| unwrapped(cause).downcast_ref::<StepFailed>())?;
+        .find_map(|cause| Shared_::unwrapped(cause).downcast_ref::<StepFailed>())?;
     Some(step.tail.as_str()).filter(|tail| !tail.is_empty())
-}
-
-/// A cause, also where it came to several steps at once.
-fn unwrapped<'e>(cause: &'e (dyn Error + 'static)) -> &'e (dyn Error + 'static) {
-    cause.downcast_ref().map_or(cause, Shared_::cause)
 }
 
 /// What the type of one cause tells.
 fn kind_of_cause(cause: &(dyn Error + 'static)) -> Option<Kind> {
-    let cause = unwrapped(cause);
+    let cause = Shared_::unwrapped(cause);
     if cause.is::<DockerfileError>()
         || cause.is::<CheckError>()
         || cause.is::<LintError>()
@@ -188,8 +183,8 @@ fn is_of_machine(cause: &(dyn Error + 'static)) -> bool {
 }
 
 fn hint_of_cause(cause: &(dyn Error + 'static)) -> Option<String> {
-    let cause = unwrapped(cause);
-    if let Some(failed) = unwrapped(cause).downcast_ref::<StepFailed>() {
+    let cause = Shared_::unwrapped(cause);
+    if let Some(failed) = Shared_::unwrapped(cause).downcast_ref::<StepFailed>() {
         return failed.hint();
     }
     if let Some(NoRootfs { hint, .. }) = cause.downcast_ref() {

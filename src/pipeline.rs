@@ -322,7 +322,7 @@ async fn run(
         images,
         sandbox: request.sandbox,
         rootfs: request.rootfs,
-        world,
+        world: Arc::new(world),
         jobs: request.jobs,
         foreign,
         epoch,
@@ -611,36 +611,7 @@ async fn fetch_missing<'l>(
     layers: impl IntoIterator<Item = (&'l image::ImageLayer, &'l Option<Origin>)>,
 ) -> anyhow::Result<()> {
     for (layer, origin) in layers {
-        let digest = &layer.descriptor.digest;
-        if store.has_blob_of(&layer.descriptor) {
-            continue;
-        }
-        let origin = origin
-            .as_ref()
-            .with_context(|| format!("the blob {digest} is no longer in the store"))?;
-        let (store, digest) = (Arc::clone(store), digest.clone());
-        let origin = match origin {
-            Origin::Registry(repository) => repository,
-            Origin::Layout(layout) => {
-                let (layout, descriptor) = (layout.clone(), layer.descriptor.clone());
-                let import =
-                    tokio::task::spawn_blocking(move || layout.import(&descriptor, &store));
-                import.await.context("a task ended abnormally")??;
-                continue;
-            }
-        };
-        let stream = client.open_blob(origin, &layer.descriptor).await?;
-        let mut reader = tokio_util::io::SyncIoBridge::new(stream);
-        let fetch = tokio::task::spawn_blocking(move || -> anyhow::Result<()> {
-            let mut blob = store.write_blob()?;
-            std::io::copy(&mut reader, &mut blob)?;
-            blob.commit(Some(&digest))?;
-            Ok(())
-        });
-        fetch
-            .await
-            .context("a task ended abnormally")?
-            .with_context(|| format!("pulling {origin}"))?;
+        build::fetch_blob(client, store, origin.as_ref(), &layer.descriptor).await?;
     }
     Ok(())
 }

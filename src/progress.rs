@@ -37,7 +37,8 @@ pub enum BuildEvent {
         /// `file:line:column: …` where it has a place.
         message: String,
     },
-    /// How many steps there are.
+    /// How many steps there are. Comes again where the build begins again, because a layer of
+    /// an imported cache could not be had: then steps that had begun and not ended never do.
     Planned {
         /// The number of steps.
         steps: usize,

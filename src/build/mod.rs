@@ -26,6 +26,7 @@ mod subtree;
 mod unpack;
 mod user;
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -34,7 +35,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use futures_util::FutureExt as _;
-use futures_util::future::{BoxFuture, Shared, try_join_all};
+use futures_util::future::{BoxFuture, Shared, join, try_join_all};
 use thiserror::Error;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
@@ -51,14 +52,17 @@ use crate::sandbox::{self, Cancel, Sandbox, SandboxError, UsernsError, World};
 use crate::session::{Secrets, SshAgents};
 use crate::store::Store;
 
+use cache::LostLayer;
 use devices::Devices;
 use layer::{Filesystem, SharedError};
+use push::Sent;
 use slot::Slots;
 
 pub(crate) use cache::{BlobSource, CacheBlob, CacheDocument, INLINE_KEY, PackedMounts, import};
 pub use cache::{CacheContents, CacheSource, Imported, Importing};
 pub use devices::{DeviceError, DeviceSettings};
 pub use layer::Origin;
+pub(crate) use layer::fetch_blob;
 
 /// How many layers are fetched and unpacked at once. Unpacking is bound by CPU and disk;
 /// more would only take memory.
@@ -112,6 +116,7 @@ impl StepPlace {
 }
 
 /// What a build is made with.
+#[derive(Clone)]
 #[allow(missing_debug_implementations, reason = "holds trait objects")]
 pub struct Settings {
     /// Where layers are kept.
@@ -135,7 +140,7 @@ pub struct Settings {
     /// How root filesystems are made.
     pub rootfs: rootfs::Choice,
     /// The powers that this process has.
-    pub world: World,
+    pub world: Arc<World>,
     /// How many RUN steps run at once, `--jobs`; 0: as many as the graph allows, within
     /// reason.
     pub jobs: usize,
@@ -237,13 +242,14 @@ pub(crate) struct Engine {
     images: Vec<BaseImage>,
     sandbox_choice: sandbox::Choice,
     rootfs_choice: rootfs::Choice,
-    world: World,
+    world: Arc<World>,
     sandbox: OnceLock<Result<Box<dyn Sandbox>, Arc<SandboxError>>>,
     backend: OnceLock<rootfs::Backend>,
     slots: Slots,
     foreign: BTreeSet<String>,
     epoch: Option<i64>,
     keep_blobs: bool,
+    reads_files: bool,
     secrets: Arc<Secrets>,
     agents: Arc<SshAgents>,
     devices: Devices,
@@ -289,7 +295,8 @@ impl Timings {
 
 type StepFuture = Shared<BoxFuture<'static, Result<Filesystem, SharedError>>>;
 
-/// Performs `plan`.
+/// Performs `plan`. Where a layer of an imported cache cannot be had when it is needed, that
+/// is told, and the build begins again without it.
 ///
 /// # Errors
 /// The first step that failed, with its place; the others are stopped and waited for.
@@ -300,30 +307,52 @@ pub async fn build(
 ) -> anyhow::Result<Built> {
     let devices = Devices::new(settings.devices.clone(), plan);
     check_devices(plan, &devices)?;
-    let (forgotten, explains) = (forgotten_caches(plan), settings.explain);
-    let importing = settings.importing.clone();
-    let cache = cache::Cache::new(importing, plan, wanted(plan), forgotten.clone());
-    let layers = layer::Shared::new(plan, &settings);
-    let mut engine = Engine::new(settings, timings, wanted(plan), devices, layers, cache);
-    if explains {
-        let store = Arc::clone(&engine.store);
-        let reading = engine.blocking(move || Ok(explain::Explaining::read(&store)));
-        engine.explaining = Some(reading.await?);
-    }
-    let engine = Arc::new(engine);
-    let shared = Arc::clone(&engine);
-    engine
-        .blocking(move || {
-            let ids = forgotten.iter().map(String::as_str).collect();
-            for id in cache_mount::empty(&shared.store, &ids)? {
-                let id = id.trim_start_matches('/');
-                shared.warn(format!(
-                    "the cache mount {id:?} is in use by another build, so it is not emptied"
-                ));
+    let forgotten = forgotten_caches(plan);
+    forget_caches(&settings, &forgotten).await?;
+    let mut plan = Cow::Borrowed(plan);
+    let mut uploaded_bytes = BTreeMap::new();
+    loop {
+        let devices = Devices::new(settings.devices.clone(), &plan);
+        let engine = Engine::begin(&plan, &settings, &timings, devices, forgotten.clone());
+        let engine = engine.await?;
+        let Sent { bytes, failure } = match attempt(&plan, &engine).await {
+            Ok((images, sent)) => {
+                add(&mut uploaded_bytes, sent);
+                return Ok(Built {
+                    images,
+                    cache: engine.cache.contents(),
+                    uploaded_bytes,
+                });
             }
-            Ok(())
-        })
-        .await?;
+            Err(sent) => sent,
+        };
+        add(&mut uploaded_bytes, bytes);
+        let failure = failure.context("a build ended without a result")?;
+        let Some(lost) = LostLayer::of(&failure) else {
+            return Err(failure);
+        };
+        let without = settings.importing.clone().await.leave_out(lost);
+        engine.warn(lost.warning(without));
+        // Also what --no-cache has done anew is not done twice.
+        for number in engine.cache.done() {
+            plan.to_mut().steps[number - 1].use_cache = true;
+        }
+    }
+}
+
+/// Adds what was sent to what had been before.
+fn add(all: &mut BTreeMap<Repository, u64>, more: BTreeMap<Repository, u64>) {
+    for (repository, bytes) in more {
+        *all.entry(repository).or_default() += bytes;
+    }
+}
+
+/// Performs the steps of `plan` and sends their layers; with the images, gives the bytes sent to
+/// each repository. Of a failure too it is told what was sent.
+async fn attempt(
+    plan: &Joined,
+    engine: &Arc<Engine>,
+) -> Result<(Vec<BuiltImage>, BTreeMap<Repository, u64>), Sent> {
     engine.progress.event(BuildEvent::Planned {
         steps: plan.steps.len(),
     });
@@ -333,17 +362,12 @@ pub async fn build(
         let parent = step.parent.map(|id| futures[id.0].clone());
         let sources = step.sources().iter().map(|id| futures[id.0].clone());
         let sources = sources.collect();
-        let task = step::perform(
-            Arc::clone(&engine),
-            index + 1,
-            step.clone(),
-            parent,
-            sources,
-        );
+        let task = step::perform(Arc::clone(engine), index + 1, step.clone(), parent, sources);
         let future = task.map(|result| result.map_err(Arc::new)).boxed().shared();
         futures.push(future.clone());
         tasks.spawn(future);
     }
+    let mut lost = None;
     let mut failure = None;
     loop {
         let joined = tokio::select! {
@@ -359,6 +383,11 @@ pub async fn build(
                 Arc::new(anyhow::Error::new(error).context("a step's task ended abnormally"))
             }
         };
+        if LostLayer::of(&error).is_some() {
+            // What does not need the layer goes on, so that it need not be done again.
+            lost.get_or_insert(error);
+            continue;
+        }
         // Later ones only repeat it, or say that they were stopped.
         if failure.is_none() {
             let is_wanted = !engine.cancel.is_cancelled();
@@ -368,11 +397,22 @@ pub async fn build(
         }
     }
     if let Some((error, is_wanted)) = failure {
-        engine.push.abandon(&engine).await;
+        engine.push.abandon(engine).await;
         // What went well need not be done again when the rest is mended; only a user who
         // stops the build does not wait for that.
         engine.finish_records(is_wanted).await;
-        return Err(unshare(&error));
+        return Err(unshare(&error).into());
+    }
+    if let Some(error) = lost {
+        let sent = engine.push.settle().await;
+        engine.push.abandon(engine).await;
+        engine.finish_records(!engine.cancel.is_cancelled()).await;
+        engine.check_cancelled().map_err(anyhow::Error::from)?;
+        let failure = sent.failure.filter(|e| LostLayer::of(e).is_none());
+        return Err(Sent {
+            failure: Some(failure.unwrap_or_else(|| unshare(&error))),
+            ..sent
+        });
     }
     let mut filesystems = Vec::new();
     for target in &plan.targets {
@@ -383,13 +423,27 @@ pub async fn build(
     }
     let layers = try_join_all(filesystems.iter().map(Filesystem::names)).await;
     let layers = layers.map_err(|e| unshare(&e));
-    let uploaded = match &layers {
-        Ok(_) => engine.push.finish(&engine, &all(&filesystems)).await,
-        Err(_) => Ok(BTreeMap::new()),
+    let (sent, secured) = match &layers {
+        Ok(_) => {
+            let all = all(&filesystems);
+            let sending = engine.push.finish(engine, &all);
+            join(sending, engine.secure(&filesystems)).await
+        }
+        Err(_) => (Sent::default(), Ok(())),
     };
-    engine.push.abandon(&engine).await;
+    engine.push.abandon(engine).await;
     engine.finish_records(!engine.cancel.is_cancelled()).await;
-    let (layers, uploaded_bytes) = (layers?, uploaded?);
+    let layers = layers?;
+    let is_lost = |error: &anyhow::Error| LostLayer::of(error).is_some();
+    let mut failures = [sent.failure, secured.err()];
+    // What nothing but mending helps against is said first.
+    failures.sort_by_key(|failure| failure.as_ref().is_none_or(is_lost));
+    if let Some(failure) = failures.into_iter().flatten().next() {
+        return Err(Sent {
+            failure: Some(failure),
+            bytes: sent.bytes,
+        });
+    }
     let images = layers.into_iter().zip(filesystems);
     let images = images.map(|(layers, filesystem)| BuiltImage {
         created: filesystem
@@ -405,15 +459,11 @@ pub async fn build(
         are_new: filesystem.layers.iter().map(|l| l.is_new()).collect(),
         layers,
         files: Files {
-            engine: Arc::clone(&engine),
+            engine: Arc::clone(engine),
             filesystem,
         },
     });
-    Ok(Built {
-        images: images.collect(),
-        cache: engine.cache.contents(),
-        uploaded_bytes,
-    })
+    Ok((images.collect(), sent.bytes))
 }
 
 /// All layers of all images: what has to be sent.
@@ -448,6 +498,15 @@ impl Shared_ {
     }
 }
 
+impl Shared_ {
+    /// A cause, also where it came to several steps at once.
+    pub(crate) fn unwrapped<'e>(
+        cause: &'e (dyn std::error::Error + 'static),
+    ) -> &'e (dyn std::error::Error + 'static) {
+        cause.downcast_ref().map_or(cause, Self::cause)
+    }
+}
+
 impl std::fmt::Display for Shared_ {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         self.0.fmt(f)
@@ -475,6 +534,24 @@ fn forgotten_caches(plan: &Joined) -> BTreeSet<String> {
     ids.collect()
 }
 
+/// Empties the cache mounts of these IDs.
+async fn forget_caches(settings: &Settings, ids: &BTreeSet<String>) -> anyhow::Result<()> {
+    let (store, ids) = (Arc::clone(&settings.store), ids.clone());
+    let emptying = tokio::task::spawn_blocking(move || {
+        let ids = ids.iter().map(String::as_str).collect();
+        cache_mount::empty(&store, &ids)
+    });
+    for id in emptying.await.context("a task ended abnormally")?? {
+        let id = id.trim_start_matches('/');
+        settings.progress.event(BuildEvent::Warning {
+            message: format!(
+                "the cache mount {id:?} is in use by another build, so it is not emptied"
+            ),
+        });
+    }
+    Ok(())
+}
+
 /// Refuses what was not allowed before anything is pulled.
 fn check_devices(plan: &Joined, devices: &Devices) -> anyhow::Result<()> {
     for step in &plan.steps {
@@ -497,6 +574,27 @@ fn wanted(plan: &Joined) -> BTreeSet<usize> {
 }
 
 impl Engine {
+    /// What the steps of `plan` share; cache mounts of the IDs `forgotten` begin anew.
+    async fn begin(
+        plan: &Joined,
+        settings: &Settings,
+        timings: &Arc<Timings>,
+        devices: Devices,
+        forgotten: BTreeSet<String>,
+    ) -> anyhow::Result<Arc<Self>> {
+        let cache = cache::Cache::new(settings.importing.clone(), plan, wanted(plan), forgotten);
+        let layers = layer::Shared::new(plan, settings);
+        let (explains, timings) = (settings.explain, Arc::clone(timings));
+        let settings = settings.clone();
+        let mut engine = Self::new(settings, timings, wanted(plan), devices, layers, cache);
+        if explains {
+            let store = Arc::clone(&engine.store);
+            let reading = engine.blocking(move || Ok(explain::Explaining::read(&store)));
+            engine.explaining = Some(reading.await?);
+        }
+        Ok(Arc::new(engine))
+    }
+
     fn new(
         settings: Settings,
         timings: Arc<Timings>,
@@ -529,6 +627,7 @@ impl Engine {
             foreign: settings.foreign,
             epoch: settings.epoch,
             keep_blobs: settings.keep_blobs,
+            reads_files: settings.reads_files,
             secrets: settings.secrets,
             agents: settings.agents,
             unpacking: Semaphore::new(PARALLEL_UNPACKS),
@@ -556,6 +655,24 @@ impl Engine {
         } else {
             records.shutdown().await;
         }
+    }
+
+    /// Has in the store what outputs will need of imported caches, as long as the steps can
+    /// be done instead.
+    async fn secure(self: &Arc<Self>, filesystems: &[Filesystem]) -> anyhow::Result<()> {
+        for filesystem in filesystems {
+            let imported = filesystem.layers.iter().filter(|l| l.may_be_lost());
+            if self.reads_files && imported.clone().next().is_some() {
+                let stack = filesystem.stack(self).await;
+                stack.map_err(|error| unshare(&error))?;
+            }
+            for layer in imported.filter(|_| self.keep_blobs) {
+                let names = layer.names().await.map_err(|error| unshare(&error))?;
+                let fetched = layer.fetch(self, &names).await;
+                fetched.with_context(|| format!("pulling layer {}", names.descriptor.digest))?;
+            }
+        }
+        Ok(())
     }
 
     /// A build context.
@@ -615,7 +732,7 @@ impl Engine {
 
     /// Whether layers can be unpacked with their owners, and mounted.
     fn check_world(&self) -> Result<(), NoRootfs> {
-        match &self.world {
+        match &*self.world {
             World::Root | World::MappedUser { .. } => Ok(()),
             World::SingleId { reason } | World::None { reason } => Err(NoRootfs {
                 reason: format!("{reason}"),

@@ -8,8 +8,8 @@ use std::time::Instant;
 use anyhow::Context as _;
 use tokio::sync::{Mutex, OnceCell, mpsc};
 use tokio::task::JoinSet;
-use tokio_util::io::SyncIoBridge;
 
+use super::cache::LostLayer;
 use super::layer::{Filesystem, Layer, SharedError};
 use super::{Engine, PushDenied, unshare};
 use crate::image::{Descriptor, Digest, ImageLayer, Reference, Repository};
@@ -25,6 +25,24 @@ const PARALLEL_PUSHES: usize = 4;
 /// From this size on, in bytes, a layer goes up while it is still being sealed. A smaller one
 /// is soon complete, and then the registry may turn out to have it.
 const EARLY_BYTES: u64 = 8 << 20;
+
+/// What came of uploads.
+#[derive(Debug, Default)]
+pub(super) struct Sent {
+    /// The bytes sent to each repository.
+    pub(super) bytes: BTreeMap<Repository, u64>,
+    /// Why something was not sent.
+    pub(super) failure: Option<anyhow::Error>,
+}
+
+impl From<anyhow::Error> for Sent {
+    fn from(error: anyhow::Error) -> Self {
+        Self {
+            failure: Some(error),
+            ..Self::default()
+        }
+    }
+}
 
 /// Sends the layers of the result to where the image is wanted.
 pub(super) struct Pusher {
@@ -129,30 +147,36 @@ impl Pusher {
         }
     }
 
-    /// Sends what is left of `filesystem`, waits for all, and returns the bytes sent to
-    /// each repository.
-    pub(super) async fn finish(
-        &self,
-        engine: &Arc<Engine>,
-        filesystem: &Filesystem,
-    ) -> anyhow::Result<BTreeMap<Repository, u64>> {
+    /// Sends what is left of `filesystem`, and waits for all.
+    pub(super) async fn finish(&self, engine: &Arc<Engine>, filesystem: &Filesystem) -> Sent {
         let started = Instant::now();
         for layer in &filesystem.layers {
             self.send(engine, layer);
         }
-        let mut sent = BTreeMap::new();
+        let sent = self.settle().await;
+        engine.timings.add("push", started.elapsed());
+        sent
+    }
+
+    /// Waits for what is being sent. A lost layer does not stop the others, any other failure
+    /// does.
+    pub(super) async fn settle(&self) -> Sent {
+        let mut sent = Sent::default();
         let mut tasks = self.take_tasks();
         while let Some(joined) = tasks.join_next().await {
             match joined.context("a task ended abnormally").flatten() {
-                Ok((repository, bytes)) => *sent.entry(repository).or_default() += bytes,
+                Ok((repository, bytes)) => *sent.bytes.entry(repository).or_default() += bytes,
+                Err(error) if LostLayer::of(&error).is_some() => {
+                    sent.failure.get_or_insert(error);
+                }
                 Err(error) => {
                     tasks.shutdown().await;
-                    return Err(error);
+                    sent.failure = Some(error);
+                    break;
                 }
             }
         }
-        engine.timings.add("push", started.elapsed());
-        Ok(sent)
+        sent
     }
 
     /// Waits until an upload fails, and says why.
@@ -232,6 +256,13 @@ async fn push(engine: &Arc<Engine>, layer: &Layer, repository: &Repository) -> a
             .blocking(move || shared.check_blob(&digest).map_err(Into::into))
             .await?;
     }
+    let pushed = match pushed {
+        // Not what it is sent to has failed.
+        Err(error @ RegistryError::Content { .. }) if !is_file => {
+            Err(layer.lost(&descriptor.digest, error.into()))
+        }
+        pushed => pushed.map_err(Into::into),
+    };
     let pushed =
         pushed.with_context(|| format!("pushing layer {} to {repository}", descriptor.digest))?;
     Ok(task.done(pushed, descriptor.size))
@@ -287,7 +318,7 @@ impl Pusher {
         let mut descriptor = names.descriptor.clone();
         if wanted.converts(made, &descriptor.media_type) {
             // Once, wherever it goes.
-            let convert = || engine.convert(names, layer.origin(), wanted);
+            let convert = || engine.convert(layer, names, wanted);
             return layer.converted.get_or_try_init(convert).await.cloned();
         }
         if let Some(media_type) = descriptor.media_type.oci_layer() {
@@ -298,11 +329,11 @@ impl Pusher {
 }
 
 impl Engine {
-    /// The layer compressed as `wanted`; its blob is fetched from `origin` where it has to be.
-    pub(super) async fn convert(
+    /// The layer compressed as `wanted`; its blob is fetched where it has to be.
+    async fn convert(
         self: &Arc<Self>,
+        layer: &Layer,
         names: &ImageLayer,
-        origin: Option<&Repository>,
         wanted: LayerCompression,
     ) -> anyhow::Result<Descriptor> {
         if let Some(known) = layer::converted(&names.diff_id, wanted.compression, &self.store) {
@@ -311,20 +342,7 @@ impl Engine {
         // As many as are unpacked, which costs as much.
         let _permit = self.unpacking.acquire().await;
         let digest = &names.descriptor.digest;
-        if !self.store.has_blob_of(&names.descriptor) {
-            let origin =
-                origin.with_context(|| format!("the blob {digest} is no longer in the store"))?;
-            let stream = self.client.open_blob(origin, &names.descriptor).await?;
-            let mut reader = SyncIoBridge::new(stream);
-            let (shared, digest) = (Arc::clone(self), digest.clone());
-            let fetch = self.blocking(move || {
-                let mut blob = shared.store.write_blob()?;
-                std::io::copy(&mut reader, &mut blob)?;
-                blob.commit(Some(&digest))?;
-                Ok(())
-            });
-            fetch.await.with_context(|| format!("pulling {origin}"))?;
-        }
+        layer.fetch(self, names).await?;
         let (shared, names) = (Arc::clone(self), names.clone());
         let what = format!("compressing layer {digest} anew");
         let converting = self.blocking(move || {

@@ -11,7 +11,7 @@ use futures_util::future::{try_join, try_join_all};
 
 use super::additions::{Additions, NewDirectory, own_time};
 use super::below::Below;
-use super::cache::{Definition, Hit, Inputs, Record};
+use super::cache::{Definition, Hit, Inputs, LostLayer, Record};
 use super::content::ContentManifest;
 use super::explain::{Looked, MadeBy};
 use super::layer::{Filesystem, Layer};
@@ -67,7 +67,7 @@ pub(super) async fn perform(
             Ok(filesystem)
         }
         // Not the step's fault, so neither its failure nor its place.
-        Err(error) if error.is::<PushDenied>() => Err(error),
+        Err(error) if error.is::<PushDenied>() || LostLayer::of(&error).is_some() => Err(error),
         Err(error) => {
             let message = format!("{error:#}");
             beginning.tell();

@@ -4,8 +4,9 @@
 //! then the manifest under its name, so that whoever reads meanwhile finds a whole cache, the
 //! old one or the new one. Of two builds that export to one name the later one's stays.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fmt;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -13,15 +14,16 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use futures_util::future::join_all;
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
+use thiserror::Error;
 use tokio_util::io::SyncIoBridge;
 
 use crate::build::{
     BlobSource, CacheBlob, CacheContents, CacheDocument, Origin, PackedMounts, Timings,
 };
 use crate::export::{self, LayoutBlob};
-use crate::image::{Descriptor, Reference, Repository};
+use crate::image::{Descriptor, Digest, Reference, Repository};
 use crate::progress::{BuildEvent, Progress, millis};
-use crate::registry::{BlobContent, Client, PushedBlob};
+use crate::registry::{BlobContent, Client, PushedBlob, RegistryError};
 use crate::sandbox::Cancel;
 use crate::store::Store;
 
@@ -179,31 +181,54 @@ impl Exporter<'_> {
         contents: &CacheContents,
         mounts: &PackedMounts,
     ) -> anyhow::Result<Sent> {
-        let mut document = contents.document(self.store, target.max, mounts);
-        if document.is_none() && target.mounts {
-            self.warn(format!(
-                "cache mounts are not exported to {}: with their chunks the manifest would be larger than registries take",
-                target.place
-            ));
-            document = contents.document(self.store, target.max, &PackedMounts::default());
-        }
-        let document = document.context("there are too many layers for one manifest")?;
-        for note in &document.notes {
-            self.warn(format!("cache for {}: {note}", target.place));
-        }
-        match &target.place {
-            CachePlace::Registry(reference) => self.push(reference, &document).await,
-            CachePlace::Local { dir, tag } => self.write(dir, tag, document).await,
-            CachePlace::Inline => Ok(Sent::default()),
+        let nothing = PackedMounts::default();
+        let mut mounts = mounts;
+        let mut lost = BTreeSet::new();
+        loop {
+            let mut document = contents.document(self.store, target.max, mounts, &lost);
+            if document.is_none() && target.mounts {
+                self.warn(format!(
+                    "cache mounts are not exported to {}: with their chunks the manifest would be larger than registries take",
+                    target.place
+                ));
+                document = contents.document(self.store, target.max, &nothing, &lost);
+            }
+            let document = document.context("there are too many layers for one manifest")?;
+            for note in &document.notes {
+                self.warn(format!("cache for {}: {note}", target.place));
+            }
+            let sent = match &target.place {
+                CachePlace::Registry(reference) => self.push(reference, &document).await,
+                CachePlace::Local { dir, tag } => self.write(dir, tag, document).await,
+                CachePlace::Inline => Ok(Sent::default()),
+            };
+            let error = match sent {
+                Ok(sent) => return Ok(sent),
+                Err(error) => error,
+            };
+            // Each time with less, so this ends.
+            let Some(LostBlob { digest, .. }) = error.downcast_ref() else {
+                return Err(error);
+            };
+            let what = if mounts.has(digest) {
+                mounts = &nothing;
+                "cache mounts are"
+            } else if lost.insert(digest.clone()) {
+                "its step is"
+            } else {
+                return Err(error);
+            };
+            let place = &target.place;
+            self.warn(format!("cache for {place}: {what} left out: {error:#}"));
         }
     }
 
     async fn push(&self, to: &Reference, document: &CacheDocument) -> anyhow::Result<Sent> {
         let repository = to.repository();
-        let pushing = document.blobs.iter().map(|blob| async move {
-            let pushed = self.push_blob(repository, blob).await;
-            pushed.with_context(|| format!("pushing {}", blob.descriptor.digest))
-        });
+        let pushing = document
+            .blobs
+            .iter()
+            .map(|blob| self.push_blob(repository, blob));
         let pushed: Vec<u64> = stream::iter(pushing)
             .buffer_unordered(PARALLEL_BLOBS)
             .try_collect()
@@ -238,11 +263,20 @@ impl Exporter<'_> {
         if blob.is_of_result {
             mount_from = self.pushed.iter().find(has_layer);
         }
-        let pushed = self
+        let pushing = self
             .client
-            .push_blob(to, descriptor, mount_from, content, |_| {})
-            .await?;
-        Ok(sent_of(pushed, descriptor))
+            .push_blob(to, descriptor, mount_from, content, |_| {});
+        match pushing.await {
+            Ok(pushed) => Ok(sent_of(pushed, descriptor)),
+            Err(error @ RegistryError::Content { .. })
+                if matches!(blob.source, BlobSource::Origin(_)) =>
+            {
+                Err(LostBlob::error(descriptor, error))
+            }
+            Err(error) => {
+                Err(anyhow::Error::new(error).context(format!("pushing {}", descriptor.digest)))
+            }
+        }
     }
 
     async fn write(&self, dir: &Path, tag: &str, document: CacheDocument) -> anyhow::Result<Sent> {
@@ -299,7 +333,8 @@ impl Exporter<'_> {
         descriptor: &Descriptor,
         path: &Path,
     ) -> anyhow::Result<()> {
-        let stream = self.client.open_blob(from, descriptor).await?;
+        let stream = self.client.open_blob(from, descriptor).await;
+        let stream = stream.map_err(|error| LostBlob::error(descriptor, error))?;
         let (mut reader, path) = (SyncIoBridge::new(stream), path.to_owned());
         let task = tokio::task::spawn_blocking(move || -> anyhow::Result<()> {
             let mut file = std::fs::File::create(&path)
@@ -308,7 +343,34 @@ impl Exporter<'_> {
             Ok(())
         });
         let fetched = task.await.context("a task ended abnormally")?;
-        fetched.with_context(|| format!("pulling {from}"))
+        fetched.map_err(|error| {
+            let is_of_registry = error
+                .downcast_ref::<io::Error>()
+                .and_then(io::Error::get_ref)
+                .is_some_and(|inner| inner.is::<RegistryError>());
+            if is_of_registry {
+                LostBlob::error(descriptor, error)
+            } else {
+                error.context(format!("pulling {from}"))
+            }
+        })
+    }
+}
+
+/// A blob of an imported cache cannot be had any more.
+#[derive(Debug, Error)]
+#[error("{digest} cannot be had")]
+struct LostBlob {
+    digest: Digest,
+    source: anyhow::Error,
+}
+
+impl LostBlob {
+    fn error(descriptor: &Descriptor, source: impl Into<anyhow::Error>) -> anyhow::Error {
+        anyhow::Error::new(Self {
+            digest: descriptor.digest.clone(),
+            source: source.into(),
+        })
     }
 }
 

@@ -316,7 +316,8 @@ pub(super) fn from_io(error: io::Error) -> RegistryError {
     }
 }
 
-fn into_io(error: RegistryError) -> io::Error {
+/// The registry's error as one that comes out of a reader.
+pub(super) fn into_io(error: RegistryError) -> io::Error {
     let kind = match &error {
         RegistryError::Timeout { .. } => io::ErrorKind::TimedOut,
         error if error.is_integrity() => io::ErrorKind::InvalidData,

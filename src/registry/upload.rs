@@ -37,7 +37,7 @@ use url::Url;
 use super::address::Endpoint;
 use super::auth::Scopes;
 use super::http::Patience;
-use super::pull::{content_digest, from_io};
+use super::pull::{content_digest, into_io};
 use super::transport::{Answer, BodySource, Call, Payload};
 use super::{Client, RegistryError, lock};
 use crate::image::{Descriptor, Digest, Repository};
@@ -665,10 +665,15 @@ async fn open(
             Box::pin(stream::iter(pieces_of(rest).into_iter().map(Ok)))
         }
         Source::Remote(repository) => {
-            let chunks = client
-                .blob_chunks_from(repository, descriptor, offset)
-                .await?;
-            Box::pin(chunks.map(|chunk| chunk.map_err(from_io)))
+            // Of the source, and not of where it goes.
+            let what = format!("blob {} of {repository}", descriptor.digest);
+            let content = move |source| RegistryError::Content {
+                what: what.clone(),
+                source,
+            };
+            let chunks = client.blob_chunks_from(repository, descriptor, offset);
+            let chunks = chunks.await.map_err(|error| content(into_io(error)))?;
+            Box::pin(chunks.map(move |chunk| chunk.map_err(&content)))
         }
         Source::File(path) => {
             let content = |source| content_error(path, source);

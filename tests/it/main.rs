@@ -26,6 +26,8 @@ mod binary;
 mod build;
 /// Which steps the cache spares, here and on other machines.
 mod cache;
+/// Caches whose layers go away while a build uses them.
+mod cache_lost;
 /// `--check`, `--call`: questions that are answered without building.
 mod check;
 /// `compose.yaml` and `certs/make.sh`.

@@ -19,6 +19,7 @@ use tokio::io::AsyncReadExt as _;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::document::{self, CONFIG_LIMIT_BYTES, CONFIG_TYPE, Chunk, MountContents, Parsed};
+use super::lost::{LostLayer, Without};
 use super::records::{Definition, Inputs, Record};
 use super::{Origin, Timings, contents};
 use crate::image::{
@@ -76,6 +77,7 @@ impl fmt::Display for CacheSource {
 pub(super) struct Found {
     pub(super) record: Record,
     pub(super) origin: Origin,
+    pub(super) cache: CacheSource,
 }
 
 /// Whether a registry has a blob.
@@ -90,6 +92,8 @@ pub struct Imported {
     pub(super) mounts: BTreeMap<String, (MountContents, Origin)>,
     /// Whether registries have layers; each is asked once.
     answers: Mutex<HashMap<(Repository, Digest), Answer>>,
+    /// What registries turned out not to have, although they said so.
+    lost: Mutex<HashMap<Repository, Without>>,
     _asking: Option<AbortOnDropHandle<()>>,
 }
 
@@ -167,7 +171,7 @@ async fn read_all(
                         parsed.ignored
                     ));
                 }
-                imported.add(parsed, &origin);
+                imported.add(parsed, &origin, source);
             }
             Err(error) => warn(format!("the cache {source} is not used: {error:#}")),
         }
@@ -278,13 +282,14 @@ fn parse(all: Vec<(Manifest, Vec<u8>)>) -> anyhow::Result<Parsed> {
 }
 
 impl Imported {
-    fn add(&mut self, parsed: Parsed, origin: &Origin) {
+    fn add(&mut self, parsed: Parsed, origin: &Origin, cache: &CacheSource) {
         for record in parsed.records {
             let definition = Definition::of_record(&record.definition).digest().clone();
             let keys = record.inputs.keys();
             let found = Arc::new(Found {
                 record,
                 origin: origin.clone(),
+                cache: cache.clone(),
             });
             for key in keys {
                 self.records
@@ -332,6 +337,12 @@ impl Imported {
         digest: &Digest,
         progress: &Arc<dyn Progress>,
     ) -> Answer {
+        let lost = self.lost.lock();
+        let lost = lost.expect("nothing panics while it holds this lock");
+        if lost.get(repository) == Some(&Without::Cache) {
+            return std::future::ready(false).boxed().shared();
+        }
+        drop(lost);
         let mut answers = self
             .answers
             .lock()
@@ -357,6 +368,25 @@ impl Imported {
             question.boxed().shared()
         });
         answer.clone()
+    }
+
+    /// Does without a layer that was lost, and where it is the second of its repository,
+    /// without all that are there: so a build begins again twice for each cache at most.
+    pub(in crate::build) fn leave_out(&self, lost: &LostLayer) -> Without {
+        let of_registries = self.lost.lock();
+        let mut of_registries = of_registries.expect("nothing panics while it holds this lock");
+        let without = match of_registries.get(&lost.repository) {
+            None => Without::Layer,
+            Some(_) => Without::Cache,
+        };
+        of_registries.insert(lost.repository.clone(), without);
+        let answers = self.answers.lock();
+        let mut answers = answers.expect("nothing panics while it holds this lock");
+        // Others may have gone with it.
+        answers.retain(|(repository, _), _| *repository != lost.repository);
+        let key = (lost.repository.clone(), lost.digest.clone());
+        answers.insert(key, std::future::ready(false).boxed().shared());
+        without
     }
 
     /// Whether it has a step with this definition, on whatever inputs.
@@ -456,6 +486,58 @@ impl<I: Iterator<Item = io::Result<Vec<u8>>>> Read for Pieces<I> {
                 Some(piece) => self.piece = io::Cursor::new(piece?),
                 None => return Ok(0),
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::anyhow;
+
+    use super::*;
+    use crate::progress::NoProgress;
+    use crate::registry::Options;
+    use crate::registry::testing::TestRegistry;
+
+    #[tokio::test]
+    async fn a_lost_layer_is_left_out_and_a_second_one_takes_its_cache_with_it() {
+        let registry = TestRegistry::start().await;
+        let repository = registry.repository("cache");
+        let other = registry.repository("other");
+        let [first, second, third] = [b"1", b"2", b"3"].map(|bytes| {
+            registry.put_blob("other", bytes);
+            registry.put_blob("cache", bytes).digest
+        });
+        let options = Options {
+            insecure: [registry.name()].into(),
+            ..Options::default()
+        };
+        let client = Client::new(options).unwrap();
+        let progress: Arc<dyn Progress> = Arc::new(NoProgress);
+        let imported = Imported::default();
+        let has = |repository: &Repository, digest: &Digest| {
+            imported.has(&client, repository, digest, &progress)
+        };
+        let lost = |digest: &Digest| LostLayer {
+            cache: CacheSource::Registry(registry.reference("cache:main")),
+            repository: repository.clone(),
+            digest: digest.clone(),
+            source: anyhow!("404"),
+        };
+        assert!(has(&repository, &first).await && has(&repository, &second).await);
+        registry.forget_seen();
+
+        assert_eq!(imported.leave_out(&lost(&first)), Without::Layer);
+        assert!(!has(&repository, &first).await);
+        assert!(has(&repository, &second).await && has(&repository, &third).await);
+        // Each was asked after again, and the lost one never.
+        let asked = [&second, &third].map(|d| format!("HEAD /v2/cache/blobs/{d}"));
+        assert_eq!(registry.lines(), asked);
+
+        assert_eq!(imported.leave_out(&lost(&second)), Without::Cache);
+        for digest in [&first, &second, &third] {
+            assert!(!has(&repository, digest).await);
+            assert!(has(&other, digest).await);
         }
     }
 }

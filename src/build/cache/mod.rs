@@ -4,6 +4,7 @@
 //! records    what a step made, and where that is written on this machine
 //! document   records and cache mounts as documents of a registry
 //! import     caches of other machines
+//! lost       what they no longer have when it is needed
 //! chunks     streams in chunks that changes leave alone
 //! contents   a cache mount as two streams
 //! mounts     cache mounts that come and go
@@ -16,12 +17,14 @@
 //! it, so that the next build knows it without the other cache; until the blob is here too,
 //! it is passed over there.
 //!
-//! Whatever fails here is told and costs time, never the build.
+//! Whatever fails here is told and costs time, never the build. A layer that is no longer
+//! there when it is read has the build begin again without it ([`LostLayer`]).
 
 mod chunks;
 mod contents;
 mod document;
 mod import;
+mod lost;
 mod mounts;
 mod records;
 
@@ -42,6 +45,7 @@ pub use import::{CacheSource, Imported, Importing};
 
 pub(crate) use document::INLINE_KEY;
 pub(crate) use import::import;
+pub(super) use lost::LostLayer;
 pub(crate) use mounts::PackedMounts;
 pub(super) use records::{Definition, Inputs, Record, all as all_records};
 
@@ -53,6 +57,8 @@ pub(super) struct Cache {
     /// The numbers of the steps whose layers the result has.
     wanted: BTreeSet<usize>,
     steps: Mutex<Vec<CachedStep>>,
+    /// The numbers of the steps that were done here and recorded.
+    done: Mutex<BTreeSet<usize>>,
     /// The names of cache mounts that steps had.
     taken: Mutex<BTreeSet<String>>,
     /// The names of cache mounts of all steps, as far as they are known without any layer.
@@ -74,8 +80,14 @@ struct CachedStep {
 /// A record that was found.
 pub(super) struct Hit {
     record: Record,
-    origin: Option<Repository>,
+    elsewhere: Option<Elsewhere>,
     is_imported: bool,
+}
+
+/// Where the blob of a record is that the store does not have.
+struct Elsewhere {
+    repository: Repository,
+    cache: CacheSource,
 }
 
 impl Cache {
@@ -89,6 +101,7 @@ impl Cache {
             importing,
             wanted,
             steps: Mutex::default(),
+            done: Mutex::default(),
             taken: Mutex::default(),
             named: plan.steps.iter().flat_map(mounts::names).collect(),
             forgotten,
@@ -98,6 +111,13 @@ impl Cache {
     /// The caches of other machines; waits until they are read.
     async fn imported(&self) -> Arc<Imported> {
         self.importing.clone().await
+    }
+
+    /// The numbers of the steps that were done here and recorded.
+    pub(super) fn done(&self) -> BTreeSet<usize> {
+        let done = self.done.lock();
+        done.expect("nothing panics while it holds this lock")
+            .clone()
     }
 
     /// What there is to export when all steps are done.
@@ -134,7 +154,7 @@ impl Engine {
         if let Some(record) = here {
             return Some(Hit {
                 record,
-                origin: None,
+                elsewhere: None,
                 is_imported: false,
             });
         }
@@ -144,7 +164,7 @@ impl Engine {
             .filter_map(|key| imported.look_up(definition, key))
         {
             let descriptor = &found.record.descriptor;
-            let origin = match &found.origin {
+            let elsewhere = match &found.origin {
                 _ if self.store.has_blob_of(descriptor) => None,
                 Origin::Registry(repository) => {
                     let digest = &descriptor.digest;
@@ -152,7 +172,10 @@ impl Engine {
                     if !answer.await {
                         continue;
                     }
-                    Some(repository.clone())
+                    Some(Elsewhere {
+                        repository: repository.clone(),
+                        cache: found.cache.clone(),
+                    })
                 }
                 Origin::Layout(layout) => {
                     let (layout, store) = (layout.clone(), Arc::clone(&self.store));
@@ -167,7 +190,7 @@ impl Engine {
             };
             return Some(Hit {
                 record: found.record.clone(),
-                origin,
+                elsewhere,
                 is_imported: true,
             });
         }
@@ -184,7 +207,7 @@ impl Engine {
     ) -> Arc<Layer> {
         let Hit {
             mut record,
-            origin,
+            elsewhere,
             is_imported,
         } = hit;
         // The layers that are read may be others than last time, and what is read of them may
@@ -202,9 +225,12 @@ impl Engine {
             descriptor: record.descriptor.clone(),
         };
         let created = record.created.clone();
-        self.note_step(number, record, origin.clone());
-        Arc::new(match origin {
-            Some(origin) => Layer::cached_elsewhere(names, created, Origin::Registry(origin)),
+        let origin = elsewhere.as_ref().map(|found| found.repository.clone());
+        self.note_step(number, record, origin);
+        Arc::new(match elsewhere {
+            Some(Elsewhere { repository, cache }) => {
+                Layer::cached_elsewhere(names, created, repository, cache)
+            }
             None => Layer::sealed(names, Some(created)),
         })
     }
@@ -212,6 +238,9 @@ impl Engine {
     /// Records what step `number` made.
     pub(super) fn record(&self, number: usize, definition: &Definition, record: Record) {
         self.write_record(definition, &record);
+        let done = self.cache.done.lock();
+        done.expect("nothing panics while it holds this lock")
+            .insert(number);
         self.note_step(number, record, None);
     }
 
@@ -331,12 +360,14 @@ impl CacheContents {
     }
 
     /// The cache as documents: of all steps, or where not `max` of those whose layers the
-    /// result has. Absent with too many blobs for a manifest.
+    /// result has, but not of those whose layers are `lost`. Absent with too many blobs for a
+    /// manifest.
     pub(crate) fn document(
         &self,
         store: &Store,
         max: bool,
         mounts: &PackedMounts,
+        lost: &BTreeSet<Digest>,
     ) -> Option<CacheDocument> {
         let mut notes = mounts.notes.clone();
         let mut blobs: BTreeMap<_, CacheBlob> = BTreeMap::new();
@@ -345,6 +376,7 @@ impl CacheContents {
             let descriptor = &step.record.descriptor;
             let source = match &step.origin {
                 _ if store.has_blob_of(descriptor) => BlobSource::Store,
+                Some(_) if lost.contains(&descriptor.digest) => continue,
                 Some(origin) => BlobSource::Origin(Origin::Registry(origin.clone())),
                 None => {
                     notes.push(format!(

@@ -12,7 +12,7 @@ use super::import::read_chunks;
 use super::{BlobSource, CacheContents, Engine, Imported};
 use crate::build::cache_mount::{self, DETAIL, Reading};
 use crate::build::mounts::fixed_cache_names;
-use crate::image::Descriptor;
+use crate::image::{Descriptor, Digest};
 use crate::plan::{Operation, Step};
 use crate::progress::{BuildEvent, millis};
 use crate::store::Store;
@@ -186,6 +186,12 @@ impl CacheContents {
 }
 
 impl PackedMounts {
+    /// Whether it has a blob.
+    pub(crate) fn has(&self, digest: &Digest) -> bool {
+        let mut blobs = self.blobs.iter();
+        blobs.any(|(descriptor, _)| descriptor.digest == *digest)
+    }
+
     /// Takes what the imported caches have of a cache mount; says so, to be read after a reason.
     fn keep(&mut self, imported: &Imported, name: &str) -> &'static str {
         let Some((mount, origin)) = imported.mounts.get(name) else {

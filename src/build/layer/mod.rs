@@ -12,6 +12,7 @@
 //! pass, without writing any of them, and are there for all later builds. Where a plan has
 //! a step that will need the trees anyway, they are used for both.
 
+mod fetch;
 mod read;
 
 use std::collections::{BTreeSet, HashMap};
@@ -26,6 +27,7 @@ use futures_util::future::{BoxFuture, Shared as SharedFuture, try_join_all};
 use tokio::sync::{OnceCell, OwnedMutexGuard};
 
 use super::below::Below;
+use super::cache::{CacheSource, LostLayer};
 use super::explain::{self, MadeBy};
 use super::{BaseImage, Engine, Settings, seal};
 use crate::image::{Descriptor, DiffId, Digest, ImageLayer, Repository, chain_id};
@@ -34,6 +36,8 @@ use crate::layout::Layout;
 use crate::plan::{Joined, Operation};
 use crate::rootfs::{self, LayerForm, LayerView, Listing, Stack, Tree};
 use crate::store::GrowingBlob;
+
+pub(crate) use fetch::fetch_blob;
 
 use read::{LIST, UNPACK, Unpacked};
 
@@ -66,6 +70,9 @@ pub(super) struct Layer {
     listing: OnceCell<Arc<Listing>>,
     /// Where the blob can be fetched.
     origin: Option<Origin>,
+    /// The cache that it is from, where the store had no blob of it when its step was looked
+    /// up.
+    cache: Option<CacheSource>,
     /// Whether the bytes have been read, and are in the store where they are needed again.
     was_read: AtomicBool,
     push_started: AtomicBool,
@@ -156,10 +163,16 @@ impl Layer {
         }
     }
 
-    /// The layer of a step that ran on another machine.
-    pub(super) fn cached_elsewhere(names: ImageLayer, created: String, origin: Origin) -> Self {
+    /// The layer of a step that ran on another machine, whose blob is where `cache` has its.
+    pub(super) fn cached_elsewhere(
+        names: ImageLayer,
+        created: String,
+        origin: Repository,
+        cache: CacheSource,
+    ) -> Self {
         Self {
-            origin: Some(origin),
+            origin: Some(Origin::Registry(origin)),
+            cache: Some(cache),
             ..Self::sealed(names, Some(created))
         }
     }
@@ -174,6 +187,7 @@ impl Layer {
             tree: OnceCell::new(),
             listing: OnceCell::new(),
             origin: None,
+            cache: None,
             was_read: AtomicBool::new(false),
             push_started: AtomicBool::new(false),
             created,
@@ -206,6 +220,7 @@ impl Layer {
             tree: OnceCell::new_with(tree),
             listing: OnceCell::new(),
             origin: None,
+            cache: None,
             was_read: AtomicBool::new(false),
             push_started: AtomicBool::new(false),
             created: Some(created),
@@ -254,6 +269,25 @@ impl Layer {
         match &self.origin {
             Some(Origin::Layout(layout)) => Some(layout),
             _ => None,
+        }
+    }
+
+    /// Whether it is of an imported cache, so that it may turn out that it cannot be had.
+    pub(super) fn may_be_lost(&self) -> bool {
+        self.cache.is_some()
+    }
+
+    /// The error that its blob cannot be had: of an imported cache a [`LostLayer`], else as
+    /// it is.
+    pub(super) fn lost(&self, digest: &Digest, error: anyhow::Error) -> anyhow::Error {
+        match (&self.cache, &self.origin) {
+            (Some(cache), Some(Origin::Registry(repository))) => anyhow::Error::new(LostLayer {
+                cache: cache.clone(),
+                repository: repository.clone(),
+                digest: digest.clone(),
+                source: error,
+            }),
+            _ => error,
         }
     }
 

@@ -13,7 +13,7 @@ use tokio_util::io::SyncIoBridge;
 use super::super::Engine;
 use super::{Layer, Origin};
 use crate::image::{DiffId, Digest, ImageLayer};
-use crate::layer::{self, Limits};
+use crate::layer::{self, LayerError, Limits};
 use crate::progress::{BuildEvent, millis};
 use crate::rootfs::Listing;
 
@@ -137,19 +137,11 @@ impl Layer {
             total_bytes: Some(names.descriptor.size),
         });
         let started = Instant::now();
-        let is_step = self.created.is_some();
+        let digest = &names.descriptor.digest;
         let source: Compressed<'static> = match origin {
             Origin::Registry(repository) => {
-                let stream = engine.client.open_blob(repository, &names.descriptor);
-                let stream = match stream.await {
-                    // It was there when the step was looked up.
-                    Err(error) if is_step => {
-                        return Err(anyhow::Error::new(error).context(
-                            "the layer is one of an imported cache; --no-cache makes it anew",
-                        ));
-                    }
-                    stream => stream?,
-                };
+                let stream = engine.client.open_blob(repository, &names.descriptor).await;
+                let stream = stream.map_err(|error| self.lost(digest, error.into()))?;
                 Box::new(SyncIoBridge::new(stream))
             }
             Origin::Layout(layout) => {
@@ -159,24 +151,31 @@ impl Layer {
             }
         };
         // With its blob here, the step's record is one of this machine.
-        let keep = is_step || engine.keeps(origin, &names.diff_id, work.has_contents);
-        let (shared, names, label) = (Arc::clone(engine), names.clone(), task.clone());
+        let keep = self.may_be_lost() || engine.keeps(origin, &names.diff_id, work.has_contents);
+        let (shared, of, label) = (Arc::clone(engine), names.clone(), task.clone());
         let done = engine.blocking(move || {
-            let (engine, task) = (shared, label);
+            let (engine, task, names) = (shared, label, of);
+            let mut has_failed = false;
             let reader = ProgressReader::new(source, &engine, task);
             if !keep {
-                return (work.make)(&engine, Box::new(reader), &names);
+                return (work.make)(&engine, Box::new(reader), &names).map(Ok);
             }
             let mut blob = engine.store.write_blob()?;
             let tee = TeeReader {
                 inner: reader,
                 copy: &mut blob,
+                has_failed: &mut has_failed,
             };
-            let done = (work.make)(&engine, Box::new(tee), &names)?;
+            let done = match (work.make)(&engine, Box::new(tee), &names) {
+                Err(error) if !has_failed && is_of_bytes(&engine, &error) => {
+                    return Ok(Err(error));
+                }
+                done => done?,
+            };
             blob.commit(Some(&names.descriptor.digest))?;
-            Ok(done)
+            Ok(Ok(done))
         });
-        let done = done.await?;
+        let done = done.await?.map_err(|error| self.lost(digest, error))?;
         engine.progress.event(BuildEvent::TaskDone {
             id: task,
             outcome: String::new(),
@@ -184,6 +183,21 @@ impl Layer {
         });
         Ok(done)
     }
+}
+
+/// Whether the bytes of a layer are what is wrong: they do not come, or are not what they
+/// should be. Where they are also copied somewhere, that may be what failed instead.
+fn is_of_bytes(engine: &Engine, error: &anyhow::Error) -> bool {
+    let is_of_bytes = |cause: &(dyn std::error::Error + 'static)| {
+        let error = cause.downcast_ref();
+        error.is_some_and(|error| {
+            matches!(
+                error,
+                LayerError::Read(_) | LayerError::Malformed { .. } | LayerError::DiffId { .. }
+            )
+        })
+    };
+    engine.check_cancelled().is_ok() && error.chain().any(is_of_bytes)
 }
 
 impl Engine {
@@ -306,15 +320,19 @@ pub(in super::super) struct BlobDamaged {
 }
 
 /// Copies what is read.
-struct TeeReader<R, W> {
+struct TeeReader<'f, R, W> {
     inner: R,
     copy: W,
+    /// Whether the copy could not be written, which is no fault of what is read.
+    has_failed: &'f mut bool,
 }
 
-impl<R: Read, W: Write> Read for TeeReader<R, W> {
+impl<R: Read, W: Write> Read for TeeReader<'_, R, W> {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         let read = self.inner.read(buf)?;
-        self.copy.write_all(&buf[..read])?;
+        let copied = self.copy.write_all(&buf[..read]);
+        *self.has_failed |= copied.is_err();
+        copied?;
         Ok(read)
     }
 }

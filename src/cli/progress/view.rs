@@ -116,7 +116,12 @@ impl View {
                 message_rows(screen, Look::Warning, "warning: ", &message)
             }
             BuildEvent::Planned { steps } => {
-                self.planned = Some(steps);
+                if self.planned.replace(steps).is_some() {
+                    // The build begins again.
+                    self.done = 0;
+                    self.steps.clear();
+                    self.tasks.clear();
+                }
                 Vec::new()
             }
             BuildEvent::StepStarted { step, name } => {

@@ -9,6 +9,7 @@ pub mod http;
 pub mod images;
 pub mod oci;
 pub mod process;
+pub mod proxy;
 pub mod registry;
 pub mod sockless;
 pub mod tarball;
