@@ -200,7 +200,7 @@ pub async fn build(
     let mut limited = None;
     let result = run(&request, world, &progress, &cancel, &timings, &mut limited).await;
     if let Some(limited) = limited {
-        limited.end(&*progress, &cancel, &timings).await;
+        limited.end(&*progress, &timings).await;
     }
     timings.add("total", started.elapsed());
     progress.event(BuildEvent::Finished {

@@ -8,7 +8,6 @@ use tokio::task::JoinHandle;
 
 use crate::build::Timings;
 use crate::progress::{BuildEvent, Progress};
-use crate::sandbox::Cancel;
 use crate::store::{Pruned, Store};
 
 /// A store that is to stay below a limit.
@@ -29,16 +28,12 @@ impl LimitedStore {
         }
     }
 
-    /// Brings the store below the limit when the build has ended, whose layers count like
-    /// all others now. What fails is told and fails no build.
-    pub(super) async fn end(self, progress: &dyn Progress, cancel: &Cancel, timings: &Timings) {
+    /// Brings the store below the limit when the build has ended, well or not, whose layers
+    /// count like all others now. What fails is told and fails no build.
+    pub(super) async fn end(self, progress: &dyn Progress, timings: &Timings) {
         let started = Instant::now();
         let work = async {
             self.at_begin.await.context("a task ended abnormally")??;
-            if cancel.is_cancelled() {
-                // Whoever stopped the build does not wait for that; the next one does it.
-                return Ok(());
-            }
             self.store.release()?;
             let pruned = spawn(&self.store, self.limit_bytes).await;
             let pruned = pruned.context("a task ended abnormally")??;

@@ -250,8 +250,69 @@ fn sandbox_a_limit_is_kept_after_the_build() {
     assert_eq!(digest(&place, &upstream, &context, &[]), first);
 }
 
+#[test]
+fn sandbox_a_limit_is_kept_after_a_build_that_fails_or_is_stopped() {
+    let (upstream, place) = (upstream!(), Place::new());
+    let begin = "FROM busybox\nRUN --network=none seq 1 9000 > /one\n";
+    let fails = context(
+        &place,
+        "fails",
+        &format!("{begin}RUN --network=none exit 3\n"),
+    );
+    let waits = format!(
+        "{begin}RUN --network=none --mount=type=cache,target=/gate touch /gate/waiting; sleep 600\n"
+    );
+    let waits = context(&place, "waits", &waits);
+    let bytes = || asked(&place, &["du"])["bytes"].as_u64().expect("a number");
+
+    let failed = run(&mut build(&place, &upstream, &fails, &[])).failure();
+    assert_eq!(failed.status.code(), Some(1));
+    assert!(bytes() > 0, "what went well is kept");
+    let failed = run(&mut build(&place, &upstream, &fails, &["--store-limit=1"])).failure();
+    assert_eq!(failed.status.code(), Some(1));
+    assert_eq!(bytes(), 0);
+
+    for limit in [None, Some("--store-limit=1")] {
+        let args: Vec<_> = limit.into_iter().collect();
+        let mut running = Running::start(&place, build(&place, &upstream, &waits, &args));
+        let gate = wait_for(&mut running.0, &place, || gate(&place, "waiting"));
+        let status = running.interrupt();
+        assert_eq!(status.code(), Some(130));
+        assert_eq!(bytes() > 0, limit.is_none(), "{limit:?}");
+        let _ = std::fs::remove_file(gate.join("waiting"));
+    }
+    sockless(&place, &["store", "verify"]).success();
+    assert_eq!(files(&place), EMPTY);
+}
+
 /// A build under way. Dropped, it is killed.
 struct Running(Child);
+
+impl Running {
+    /// Starts it; what it says goes to `waits.log`.
+    fn start(place: &Place, mut command: std::process::Command) -> Self {
+        let log = std::fs::File::create(place.dir.join("waits.log")).expect("ours");
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log);
+        Self(command.spawn().expect("the program"))
+    }
+
+    /// Stops it as a keyboard does (SIGINT), and waits until it has ended.
+    fn interrupt(&mut self) -> std::process::ExitStatus {
+        let pid = rustix::process::Pid::from_child(&self.0);
+        rustix::process::kill_process(pid, rustix::process::Signal::INT).expect("our child");
+        self.0.wait().expect("our child")
+    }
+}
+
+/// The cache mount of a step, when the step has made the file `name` in it.
+fn gate(place: &Place, name: &str) -> Option<PathBuf> {
+    let mounts = std::fs::read_dir(place.dir.join("store/cache/mounts")).ok()?;
+    let mut gates = mounts.flatten().map(|entry| entry.path().join("0/files"));
+    gates.find(|gate| gate.join(name).exists())
+}
 
 impl Drop for Running {
     fn drop(&mut self) {
@@ -277,17 +338,8 @@ fn sandbox_pruning_leaves_what_a_running_build_has_found() {
     let metadata = place.dir.join("waits.json");
     let mut command = build(&place, &upstream, &waits, &[]);
     command.arg("--metadata-file").arg(&metadata);
-    let log = std::fs::File::create(place.dir.join("waits.log")).expect("ours");
-    command
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(log);
-    let mut running = Running(command.spawn().expect("the program"));
-    let gate = wait_for(&mut running.0, &place, || {
-        let mounts = std::fs::read_dir(place.dir.join("store/cache/mounts")).ok()?;
-        let gates = mounts.flatten().map(|entry| entry.path().join("0/files"));
-        gates.into_iter().find(|gate| gate.join("waiting").exists())
-    });
+    let mut running = Running::start(&place, command);
+    let gate = wait_for(&mut running.0, &place, || gate(&place, "waiting"));
 
     let pruned = asked(&place, &["prune", "--all"]);
     let removed = pruned["removed"].as_array().expect("a list");
