@@ -23,6 +23,7 @@ mod slot;
 mod stat_cache;
 mod step;
 mod subtree;
+mod twins;
 mod unpack;
 mod user;
 
@@ -57,6 +58,7 @@ use devices::Devices;
 use layer::{Filesystem, SharedError};
 use push::Sent;
 use slot::Slots;
+use twins::Twins;
 
 pub(crate) use cache::{BlobSource, CacheBlob, CacheDocument, INLINE_KEY, PackedMounts, import};
 pub use cache::{CacheContents, CacheSource, Imported, Importing};
@@ -258,6 +260,7 @@ pub(crate) struct Engine {
     timings: Arc<Timings>,
     push: push::Pusher,
     cache: cache::Cache,
+    twins: Twins,
     /// With `--explain`.
     explaining: Option<explain::Explaining>,
     /// Each waits for a layer and records it in the cache.
@@ -586,7 +589,11 @@ impl Engine {
         let layers = layer::Shared::new(plan, settings);
         let (explains, timings) = (settings.explain, Arc::clone(timings));
         let settings = settings.clone();
+        let epoch = settings.epoch;
+        let definitions = plan.steps.iter();
+        let definitions = definitions.filter_map(|one| step::definition(one, epoch));
         let mut engine = Self::new(settings, timings, wanted(plan), devices, layers, cache);
+        engine.twins = Twins::new(definitions);
         if explains {
             let store = Arc::clone(&engine.store);
             let reading = engine.blocking(move || Ok(explain::Explaining::read(&store)));
@@ -608,6 +615,7 @@ impl Engine {
             layers,
             cache,
             explaining: None,
+            twins: Twins::default(),
             push: push::Pusher::new(&settings.push, wanted, settings.force_compression),
             store: settings.store,
             client: settings.client,

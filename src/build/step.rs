@@ -16,6 +16,7 @@ use super::content::ContentManifest;
 use super::explain::{Looked, MadeBy};
 use super::layer::{Filesystem, Layer};
 use super::remote::{self, Fetched};
+use super::twins::{Made, Turn};
 use super::user::{Accounts, Owner};
 use super::{Engine, PushDenied, StepFuture, StepPlace, copy, mounts, run, seal, unshare};
 use crate::image::{Digest, ImageLayer};
@@ -149,8 +150,8 @@ async fn dispatch(
         }
         Operation::Run(run) => run_cached(engine, beginning, run, parent, sources).await,
         Operation::MakeDirectory(directory) => {
-            let definition = Definition::new("mkdir", &(directory, engine.epoch));
-            let cached = Cached::look_up(engine, beginning, definition, parent, None).await?;
+            let search = Search::begin(engine, beginning, parent, None).await?;
+            let cached = Cached::look_up(engine, beginning, search, parent, None).await?;
             beginning.tell();
             cached
                 .or_make(engine, parent, || {
@@ -166,10 +167,118 @@ async fn dispatch(
     }
 }
 
+/// What a step is, independent of what it is applied to; absent for an image.
+pub(super) fn definition(step: &Step, epoch: Option<i64>) -> Option<Definition> {
+    // The epoch clamps the times in the layer.
+    Some(match &step.operation {
+        Operation::Image(_) => return None,
+        Operation::Run(run) => Definition::new("run", &(run, step.platform.to_string(), epoch)),
+        Operation::MakeDirectory(directory) => Definition::new("mkdir", &(directory, epoch)),
+        Operation::Copy(copy) => {
+            // Checksums are checked whenever something is fetched and change nothing in what is
+            // copied.
+            let mut what = copy.definition.clone();
+            for source in &mut what.sources {
+                if let CopySource::Url { checksum, .. } | CopySource::Git { checksum, .. } = source
+                {
+                    *checksum = None;
+                }
+            }
+            Definition::new("copy", &(&what, epoch))
+        }
+    })
+}
+
+/// Looks for the record of a step.
+struct Search {
+    number: usize,
+    use_cache: bool,
+    definition: Definition,
+    /// Kept until the step is recorded. Absent where no other step of the build may be equal.
+    turn: Option<Turn>,
+}
+
+impl Search {
+    /// Begins to look for a step on `parent` that reads the layers `source`, where these say
+    /// all that it reads. Where an equal step is under way, waits until it is recorded.
+    async fn begin(
+        engine: &Engine,
+        beginning: &Beginning<'_>,
+        parent: &Filesystem,
+        source: Option<&Digest>,
+    ) -> anyhow::Result<Self> {
+        let step = beginning.step;
+        let definition = definition(step, engine.epoch).context("an image is not looked up")?;
+        let mut turn = None;
+        if engine.twins.has(&definition) {
+            let inputs = Inputs {
+                parent: parent.chain().await.map_err(|error| unshare(&error))?,
+                source: source.cloned(),
+                content: None,
+            };
+            turn = Some(engine.twins.turn(&definition, &inputs).await);
+            engine.check_cancelled()?;
+        }
+        Ok(Self {
+            number: beginning.number,
+            use_cache: step.use_cache,
+            definition,
+            turn,
+        })
+    }
+
+    /// What an equal step of this build made.
+    fn made(&self) -> Option<&Made> {
+        self.turn.as_ref()?.as_ref()
+    }
+
+    /// Whether any record could be the one of the step, so that it pays to find out what it
+    /// reads before it is done.
+    async fn may_find(&self, engine: &Engine) -> bool {
+        self.made().is_some() || (self.use_cache && engine.has_definition(&self.definition).await)
+    }
+
+    /// The record of the step on these inputs.
+    async fn find(&self, engine: &Engine, inputs: &Inputs) -> Option<Hit> {
+        let is_of = |made: &&Made| {
+            let keys = inputs.keys();
+            let mut keys = keys.iter();
+            keys.any(|key| made.record.is_of(&self.definition, key))
+        };
+        match self.made().filter(is_of) {
+            Some(made) => Some(Hit::made(made)),
+            None if self.use_cache => engine.look_up(&self.definition, inputs).await,
+            None => None,
+        }
+    }
+
+    /// The cached layer of a step that reads filesystems of these layers, where nothing else
+    /// needs to be read to know that it is the one.
+    async fn find_by_layers(
+        &self,
+        engine: &Engine,
+        parent: &Filesystem,
+        layers: Option<&Digest>,
+    ) -> anyhow::Result<Option<Arc<Layer>>> {
+        let Some(layers) = layers else {
+            return Ok(None);
+        };
+        if !self.may_find(engine).await {
+            return Ok(None);
+        }
+        let inputs = Inputs {
+            parent: parent.chain().await.map_err(|error| unshare(&error))?,
+            source: Some(layers.clone()),
+            content: None,
+        };
+        let hit = self.find(engine, &inputs).await;
+        Ok(hit.map(|hit| engine.layer_of((self.number, &self.definition), inputs, hit)))
+    }
+}
+
 /// The state of a step's look-up in the cache.
 struct Cached {
-    number: usize,
-    definition: Definition,
+    search: Search,
     name: String,
     reads: Option<Reads>,
     hit: Option<Hit>,
@@ -190,12 +299,6 @@ struct Reads {
     finally: Box<dyn FnOnce() -> anyhow::Result<Option<ContentManifest>> + Send + Sync>,
 }
 
-/// Whether any record could be the one of a step with this definition, so that it pays to
-/// find out what the step reads before it is done.
-async fn may_be_recorded(engine: &Engine, step: &Step, definition: &Definition) -> bool {
-    step.use_cache && engine.has_definition(definition).await
-}
-
 impl Cached {
     /// Looks a step up by its definition and what is below it.
     ///
@@ -204,14 +307,13 @@ impl Cached {
     async fn look_up(
         engine: &Arc<Engine>,
         beginning: &Beginning<'_>,
-        definition: Definition,
+        search: Search,
         parent: &Filesystem,
         reads: Option<Reads>,
     ) -> anyhow::Result<Self> {
         let step = beginning.step;
         let mut cached = Self {
-            number: beginning.number,
-            definition,
+            search,
             name: step.name.clone(),
             reads,
             hit: None,
@@ -221,9 +323,9 @@ impl Cached {
             .reads
             .as_ref()
             .is_none_or(|reads| reads.ahead.is_some());
-        if is_known && may_be_recorded(engine, step, &cached.definition).await {
+        if is_known && cached.search.may_find(engine).await {
             let inputs = cached.inputs(parent).await?;
-            cached.hit = engine.look_up(&cached.definition, &inputs).await;
+            cached.hit = cached.search.find(engine, &inputs).await;
         }
         if engine.explaining.is_some() {
             cached.explanation = cached.explain(engine, step, parent).await?;
@@ -251,7 +353,7 @@ impl Cached {
         }
         let now = Looked {
             name: self.name.clone(),
-            definition: self.definition.value().clone(),
+            definition: self.search.definition.value().clone(),
             below: Some(parent.in_words().await.map_err(|error| unshare(&error))?),
         };
         let arguments = match &step.operation {
@@ -285,7 +387,12 @@ impl Cached {
         F: Future<Output = anyhow::Result<Layer>>,
     {
         let explanation = std::mem::take(&mut self.explanation);
-        engine.explain(self.number, &self.name, self.hit.is_some(), explanation);
+        engine.explain(
+            self.search.number,
+            &self.name,
+            self.hit.is_some(),
+            explanation,
+        );
         if let Some(hit) = self.hit.take() {
             // Files that were touched and are the same need not be read again.
             let saving = Arc::clone(engine);
@@ -296,7 +403,8 @@ impl Cached {
                 .expect("nothing panics while it holds this lock")
                 .spawn_blocking(save);
             let inputs = self.inputs(parent).await?;
-            let layer = engine.layer_of((self.number, &self.definition), inputs, hit);
+            let step = (self.search.number, &self.search.definition);
+            let layer = engine.layer_of(step, inputs, hit);
             return Ok((parent.with(layer), true));
         }
         engine.push.check(engine).await?;
@@ -357,8 +465,14 @@ impl Cached {
                 source: layers,
                 content,
             };
+            let Search {
+                number,
+                definition,
+                turn,
+                ..
+            } = self.search;
             let record = Record::new(
-                &self.definition,
+                &definition,
                 inputs,
                 self.name.clone(),
                 layer.created.clone().unwrap_or_default(),
@@ -366,7 +480,10 @@ impl Cached {
                 names.descriptor,
             )
             .on(below);
-            engine.record(self.number, &self.definition, record);
+            engine.record(number, &definition, record.clone());
+            if let Some(mut turn) = turn {
+                *turn = Some(Made { record, layer });
+            }
         };
         engine
             .records
@@ -384,19 +501,18 @@ async fn run_cached(
     sources: &[Filesystem],
 ) -> anyhow::Result<(Filesystem, bool)> {
     let (number, step) = (beginning.number, beginning.step);
-    // The epoch clamps the times in the layer.
-    let what = (run, step.platform.to_string(), engine.epoch);
-    let definition = Definition::new("run", &what);
+    let mut chains = Vec::new();
+    for source in sources {
+        chains.push(source.chain().await.map_err(|error| unshare(&error))?);
+    }
+    // Layers say all there is to say, unless files of a context are mounted too.
+    let reads_context = mounts::reads_context(run);
+    let layers = (!sources.is_empty() && !reads_context).then(|| joined(&chains));
+    let search = Search::begin(engine, beginning, parent, layers.as_ref()).await?;
     let mut mounted = Vec::new();
     let mut reads = None;
-    if !sources.is_empty() || mounts::reads_context(run) {
-        let mut chains = Vec::new();
-        for source in sources {
-            chains.push(source.chain().await.map_err(|error| unshare(&error))?);
-        }
-        // Layers say all there is to say, unless files of a context are mounted too.
-        let layers = (!mounts::reads_context(run)).then(|| joined(&chains));
-        let found = look_up_layers(engine, beginning, &definition, parent, &layers);
+    if !sources.is_empty() || reads_context {
+        let found = search.find_by_layers(engine, parent, layers.as_ref());
         if let Some(layer) = found.await? {
             beginning.tell();
             explain_layers(engine, beginning);
@@ -413,7 +529,7 @@ async fn run_cached(
         let shown = engine.blocking(move || mounts::shown(&shared, &what, &read));
         let shown = Arc::new(shown.await?);
         let mut ahead = None;
-        if may_be_recorded(engine, beginning.step, &definition).await {
+        if search.may_find(engine).await {
             let shown = Arc::clone(&shown);
             ahead = engine.blocking(move || shown.manifest()).await?;
         }
@@ -423,7 +539,7 @@ async fn run_cached(
             finally: Box::new(move || shown.manifest()),
         });
     }
-    let cached = Cached::look_up(engine, beginning, definition, parent, reads).await?;
+    let cached = Cached::look_up(engine, beginning, search, parent, reads).await?;
     beginning.tell();
     cached
         .or_make(engine, parent, || {
@@ -445,30 +561,6 @@ fn joined(chains: &[Option<Digest>]) -> Digest {
         .map(|chain| chain.as_ref().map_or("", Digest::as_str))
         .collect();
     Digest::of(texts.join("\n").as_bytes())
-}
-
-/// The cached layer of a step that reads filesystems of these layers, where nothing else needs
-/// to be read to know that it is the one.
-async fn look_up_layers(
-    engine: &Arc<Engine>,
-    beginning: &Beginning<'_>,
-    definition: &Definition,
-    parent: &Filesystem,
-    layers: &Option<Digest>,
-) -> anyhow::Result<Option<Arc<Layer>>> {
-    let Some(layers) = layers else {
-        return Ok(None);
-    };
-    if !may_be_recorded(engine, beginning.step, definition).await {
-        return Ok(None);
-    }
-    let inputs = Inputs {
-        parent: parent.chain().await.map_err(|error| unshare(&error))?,
-        source: Some(layers.clone()),
-        content: None,
-    };
-    let hit = engine.look_up(definition, &inputs).await;
-    Ok(hit.map(|hit| engine.layer_of((beginning.number, definition), inputs, hit)))
 }
 
 async fn run_step(
@@ -536,20 +628,13 @@ async fn copy_step(
     source: &Filesystem,
 ) -> anyhow::Result<(Filesystem, bool)> {
     let step = beginning.step;
-    // Checksums are checked whenever something is fetched and change nothing in what is copied.
-    let mut what = copy.definition.clone();
-    for source in &mut what.sources {
-        if let CopySource::Url { checksum, .. } | CopySource::Git { checksum, .. } = source {
-            *checksum = None;
-        }
-    }
-    let definition = Definition::new("copy", &(&what, engine.epoch));
     let source_chain = match copy.from {
         CopyFrom::Context(_) => None,
         CopyFrom::Step => source.chain().await.map_err(|error| unshare(&error))?,
     };
+    let search = Search::begin(engine, beginning, parent, source_chain.as_ref()).await?;
     // Where the source's layers are those of last time, nothing needs to be read.
-    let found = look_up_layers(engine, beginning, &definition, parent, &source_chain);
+    let found = search.find_by_layers(engine, parent, source_chain.as_ref());
     if let Some(layer) = found.await? {
         beginning.tell();
         explain_layers(engine, beginning);
@@ -578,7 +663,7 @@ async fn copy_step(
         }
     };
     let what = copy.definition.clone();
-    let reads_ahead = may_be_recorded(engine, step, &definition).await;
+    let reads_ahead = search.may_find(engine).await;
     let (selection, ahead) = engine
         .blocking(move || {
             let selection = copy::select(&what, tree, place, fetched)?;
@@ -597,7 +682,7 @@ async fn copy_step(
         ahead,
         finally: Box::new(move || Ok(listing.copied()?)),
     };
-    let cached = Cached::look_up(engine, beginning, definition, parent, Some(reads)).await?;
+    let cached = Cached::look_up(engine, beginning, search, parent, Some(reads)).await?;
     cached
         .or_make(engine, parent, || {
             place_copy(engine, beginning, copy, selection, parent)

@@ -628,3 +628,63 @@ fn sandbox_triggers_are_cached_like_steps_of_ones_own() {
     assert_eq!(cached(&changed), 0, "{}", changed.stderr);
     changed.says("triggered 42");
 }
+
+/// The stages came to the same layers in different ways, and what runs there differs each time.
+#[test]
+fn sandbox_equal_steps_of_two_stages_run_once_and_the_next_build_makes_the_same() {
+    let all = registries!();
+    let dockerfile = "FROM busybox AS one\n\
+                      COPY a /a\n\
+                      RUN echo ran $((6*7)) && cat /proc/uptime /proc/sys/kernel/random/uuid > /made\n\
+                      FROM busybox AS two\n\
+                      COPY --chmod=0644 a /a\n\
+                      RUN echo ran $((6*7)) && cat /proc/uptime /proc/sys/kernel/random/uuid > /made\n\
+                      RUN --mount=from=one,target=/one echo also $((6*7)) && cat /one/made > /also\n\
+                      FROM busybox\n\
+                      COPY --from=one /made /one\n\
+                      COPY --from=two /made /two\n\
+                      COPY --from=two /also /also\n";
+    let files = [("Dockerfile", dockerfile), ("a", "a")];
+    let lines = |ran: &Ran, line: &str| ran.stderr.lines().filter(|l| l.ends_with(line)).count();
+    for first in [&[][..], &["--no-cache"]] {
+        let place = Place::new();
+        let (ran, digest) = all.push(&place, &files, "1", first);
+        assert_eq!(lines(&ran, " ran 42"), 1, "{}", ran.stderr);
+        assert_eq!(lines(&ran, " also 42"), 1, "{}", ran.stderr);
+        assert_eq!(cached(&ran), 1, "{}", ran.stderr);
+        let layout = place.dir.join("pulled");
+        all.registry.pull("app:1", &layout);
+        let image = oci::Image::read(&layout);
+        assert_eq!(image.text("one"), image.text("two"));
+        assert_eq!(image.text("one"), image.text("also"));
+        let (ran, again) = all.push(&place, &files, "2", &[]);
+        assert_eq!(cached(&ran), 8, "{}", ran.stderr);
+        assert_eq!(again, digest);
+    }
+}
+
+/// What fails is not waited for in vain: an equal step does not hang, and says why.
+#[test]
+fn sandbox_an_equal_step_of_one_that_fails_fails_too() {
+    let all = registries!();
+    let dockerfile = "FROM busybox AS one\n\
+                      COPY a /a\n\
+                      RUN echo ran $((6*7)) && exit 3\n\
+                      FROM busybox\n\
+                      COPY --chmod=0644 a /a\n\
+                      RUN echo ran $((6*7)) && exit 3\n\
+                      COPY --from=one /a /b\n";
+    let files = [("Dockerfile", dockerfile), ("a", "a")];
+    let ran = all
+        .build(&Place::new(), &files, &["-o", "type=cacheonly"])
+        .failure();
+    assert_eq!(ran.status.code(), Some(1));
+    assert_eq!(
+        ran.stderr
+            .lines()
+            .filter(|l| l.ends_with(" ran 42"))
+            .count(),
+        1
+    );
+    ran.says("exit code: 3");
+}

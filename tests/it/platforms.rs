@@ -224,6 +224,43 @@ fn sandbox_a_stage_for_this_machine_is_built_once_and_the_index_names_every_imag
     assert_eq!(inspected(&upstream, "app/a:1").0, digest);
 }
 
+/// The bases have equal layers, so that what is copied onto them is one layer with one date.
+#[test]
+fn equal_steps_of_two_platforms_are_done_once_and_the_next_build_makes_the_same() {
+    let [own, other, third] = architectures();
+    for first in [&[][..], &["--no-cache"]] {
+        let (place, upstream) = begin!();
+        let dockerfile = "FROM base\nWORKDIR /new\nCOPY file .\nCOPY --link file /linked\n";
+        let asked = platforms(&[own, other, third]);
+        let name = format!("{}/app:1", upstream.host);
+        let args = ["--platform", &asked, "--push", "-t", &name];
+        let ran = build(&place, &upstream, dockerfile, &[&args, first].concat()).success();
+        // Two of three have each of the three steps from the first.
+        assert_eq!(ran.stderr.matches(" CACHED").count(), 6, "{}", ran.stderr);
+        let (digest, index) = inspected(&upstream, "app:1");
+        let entries = index["manifests"].as_array().expect("a list");
+        let images = entries
+            .iter()
+            .map(|entry| pulled(&place, &upstream, "app:1", entry));
+        let images: Vec<Image> = images.collect();
+        for image in &images {
+            assert_eq!(image.manifest["layers"], images[0].manifest["layers"]);
+            assert_eq!(image.config["history"], images[0].config["history"]);
+            assert_eq!(image.config["created"], images[0].config["created"]);
+            assert_eq!(image.text("new/file"), "text\n");
+        }
+
+        let again = build(&place, &upstream, dockerfile, &args).success();
+        assert_eq!(
+            again.stderr.matches(" CACHED").count(),
+            9,
+            "{}",
+            again.stderr
+        );
+        assert_eq!(inspected(&upstream, "app:1").0, digest, "{first:?}");
+    }
+}
+
 #[test]
 fn archives_and_layouts_hold_the_index_with_its_annotations() {
     let (place, upstream) = begin!();

@@ -36,6 +36,7 @@ use serde_json::Value;
 
 use super::content::ContentManifest;
 use super::layer::{Layer, Origin};
+use super::twins::Made;
 use super::{Engine, Timings};
 use crate::image::{Descriptor, Digest, ImageLayer, RawManifest, Repository};
 use crate::plan::Joined;
@@ -82,6 +83,20 @@ pub(super) struct Hit {
     record: Record,
     elsewhere: Option<Elsewhere>,
     is_imported: bool,
+    /// The layer, where this build made it.
+    layer: Option<Arc<Layer>>,
+}
+
+impl Hit {
+    /// The record of an equal step of this build.
+    pub(super) fn made(made: &Made) -> Self {
+        Self {
+            record: made.record.clone(),
+            elsewhere: None,
+            is_imported: false,
+            layer: Some(Arc::clone(&made.layer)),
+        }
+    }
 }
 
 /// Where the blob of a record is that the store does not have.
@@ -156,6 +171,7 @@ impl Engine {
                 record,
                 elsewhere: None,
                 is_imported: false,
+                layer: None,
             });
         }
         let imported = self.cache.imported().await;
@@ -192,6 +208,7 @@ impl Engine {
                 record: found.record.clone(),
                 elsewhere,
                 is_imported: true,
+                layer: None,
             });
         }
         None
@@ -209,6 +226,7 @@ impl Engine {
             mut record,
             elsewhere,
             is_imported,
+            layer,
         } = hit;
         // The layers that are read may be others than last time, and what is read of them may
         // not have been looked at.
@@ -227,6 +245,9 @@ impl Engine {
         let created = record.created.clone();
         let origin = elsewhere.as_ref().map(|found| found.repository.clone());
         self.note_step(number, record, origin);
+        if let Some(layer) = layer {
+            return layer;
+        }
         Arc::new(match elsewhere {
             Some(Elsewhere { repository, cache }) => {
                 Layer::cached_elsewhere(names, created, repository, cache)
