@@ -42,6 +42,8 @@ mod content;
 mod dockerfile;
 /// `--explain`: why a step was not found in the cache.
 mod explain;
+/// Layers that go up while they are made: to several registries, slow ones, stopped ones.
+mod growing;
 /// What of a base image is fetched and made, and how often.
 mod lazy;
 /// How much memory a build takes.

@@ -224,7 +224,7 @@ fn ended(mut command: Command, kill_after: Option<Duration>) -> ExitStatus {
 /// Waits until the kernel has ended all processes with `mark` in their command line or in what
 /// they have mounted.
 #[track_caller]
-fn nothing_runs(mark: &str) {
+pub fn nothing_runs(mark: &str) {
     let running = || {
         let processes = std::fs::read_dir("/proc").expect("Linux").flatten();
         let marked = processes.filter_map(|process| {

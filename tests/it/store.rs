@@ -286,11 +286,11 @@ fn sandbox_a_limit_is_kept_after_a_build_that_fails_or_is_stopped() {
 }
 
 /// A build under way. Dropped, it is killed.
-struct Running(Child);
+pub struct Running(pub Child);
 
 impl Running {
     /// Starts it; what it says goes to `waits.log`.
-    fn start(place: &Place, mut command: std::process::Command) -> Self {
+    pub fn start(place: &Place, mut command: std::process::Command) -> Self {
         let log = std::fs::File::create(place.dir.join("waits.log")).expect("ours");
         command
             .stdin(Stdio::null())
@@ -300,7 +300,7 @@ impl Running {
     }
 
     /// Stops it as a keyboard does (SIGINT), and waits until it has ended.
-    fn interrupt(&mut self) -> std::process::ExitStatus {
+    pub fn interrupt(&mut self) -> std::process::ExitStatus {
         let pid = rustix::process::Pid::from_child(&self.0);
         rustix::process::kill_process(pid, rustix::process::Signal::INT).expect("our child");
         self.0.wait().expect("our child")
@@ -372,7 +372,7 @@ fn sandbox_pruning_leaves_what_a_running_build_has_found() {
 }
 
 /// Waits until `find` finds something, while `child` runs.
-fn wait_for<T>(child: &mut Child, place: &Place, find: impl Fn() -> Option<T>) -> T {
+pub fn wait_for<T>(child: &mut Child, place: &Place, find: impl Fn() -> Option<T>) -> T {
     let deadline = Instant::now() + Duration::from_secs(120);
     loop {
         if let Some(found) = find() {
