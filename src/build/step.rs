@@ -232,10 +232,11 @@ impl Search {
         self.turn.as_ref()?.as_ref()
     }
 
-    /// Whether any record could be the one of the step, so that it pays to find out what it
-    /// reads before it is done.
-    async fn may_find(&self, engine: &Engine) -> bool {
-        self.made().is_some() || (self.use_cache && engine.has_definition(&self.definition).await)
+    /// Whether any record could be the one of the step on `parent`, so that it pays to wait for
+    /// what it is looked up by: the names of layers that are being sealed, what it reads.
+    async fn may_find(&self, engine: &Engine, parent: &Filesystem) -> bool {
+        let may_have = || engine.may_have(&self.definition, parent.known());
+        self.made().is_some() || (self.use_cache && may_have().await)
     }
 
     /// The record of the step on these inputs.
@@ -263,7 +264,7 @@ impl Search {
         let Some(layers) = layers else {
             return Ok(None);
         };
-        if !self.may_find(engine).await {
+        if !self.may_find(engine, parent).await {
             return Ok(None);
         }
         let inputs = Inputs {
@@ -302,8 +303,8 @@ struct Reads {
 impl Cached {
     /// Looks a step up by its definition and what is below it.
     ///
-    /// Where no record has the definition, there is nothing to wait for: the step may run
-    /// while the layers below are still being sealed.
+    /// Where no record has the definition on layers that these may be, there is nothing to wait
+    /// for: the step may run while the layers below are still being sealed.
     async fn look_up(
         engine: &Arc<Engine>,
         beginning: &Beginning<'_>,
@@ -323,7 +324,7 @@ impl Cached {
             .reads
             .as_ref()
             .is_none_or(|reads| reads.ahead.is_some());
-        if is_known && cached.search.may_find(engine).await {
+        if is_known && cached.search.may_find(engine, parent).await {
             let inputs = cached.inputs(parent).await?;
             cached.hit = cached.search.find(engine, &inputs).await;
         }
@@ -529,7 +530,7 @@ async fn run_cached(
         let shown = engine.blocking(move || mounts::shown(&shared, &what, &read));
         let shown = Arc::new(shown.await?);
         let mut ahead = None;
-        if search.may_find(engine).await {
+        if search.may_find(engine, parent).await {
             let shown = Arc::clone(&shown);
             ahead = engine.blocking(move || shown.manifest()).await?;
         }
@@ -663,7 +664,7 @@ async fn copy_step(
         }
     };
     let what = copy.definition.clone();
-    let reads_ahead = search.may_find(engine).await;
+    let reads_ahead = search.may_find(engine, parent).await;
     let (selection, ahead) = engine
         .blocking(move || {
             let selection = copy::select(&what, tree, place, fetched)?;

@@ -688,3 +688,42 @@ fn sandbox_an_equal_step_of_one_that_fails_fails_too() {
     );
     ran.says("exit code: 3");
 }
+
+/// A step may be looked up before all layers below it have a name, and is found nevertheless.
+#[test]
+fn sandbox_a_step_is_found_where_what_is_below_ran_again_and_made_the_same() {
+    let all = registries!();
+    let place = Place::new();
+    let build = |dockerfile: &str, a: &str| {
+        let files = [("Dockerfile", dockerfile), ("a", a)];
+        let args = [
+            "--build-arg",
+            "SOURCE_DATE_EPOCH=1700000000",
+            "-o",
+            "type=cacheonly",
+        ];
+        all.build(&place, &files, &args).success()
+    };
+    let dockerfile = |word: &str| {
+        format!(
+            "FROM busybox\n\
+             COPY a /a\n\
+             RUN echo {word} $((6*7)) && seq 1 3000000 > /huge\n\
+             RUN echo child $((6*7)) && wc -l < /huge > /lines\n"
+        )
+    };
+    build(&dockerfile("first"), "a")
+        .says("first 42")
+        .says("child 42");
+    // The definition is another, and what it makes is not.
+    let ran = build(&dockerfile("second"), "a").says("second 42");
+    assert_eq!(cached(&ran), 2, "{}", ran.stderr);
+    ran.does_not_say("child 42");
+    // A layer further below is another: nothing can be found, and is not.
+    let ran = build(&dockerfile("second"), "b")
+        .says("second 42")
+        .says("child 42");
+    assert_eq!(cached(&ran), 0, "{}", ran.stderr);
+    let ran = build(&dockerfile("second"), "b");
+    assert_eq!(cached(&ran), 3, "{}", ran.stderr);
+}

@@ -38,7 +38,7 @@ use super::content::ContentManifest;
 use super::layer::{Layer, Origin};
 use super::twins::Made;
 use super::{Engine, Timings};
-use crate::image::{Descriptor, Digest, ImageLayer, RawManifest, Repository};
+use crate::image::{Descriptor, DiffId, Digest, ImageLayer, RawManifest, Repository};
 use crate::plan::Joined;
 use crate::store::Store;
 
@@ -155,10 +155,22 @@ impl Cache {
 }
 
 impl Engine {
-    /// Whether a step with this definition was ever recorded, with whatever inputs.
-    pub(super) async fn has_definition(&self, definition: &Definition) -> bool {
-        records::has_definition(&self.store, definition)
-            || self.cache.imported().await.has_definition(definition)
+    /// Whether a step with this definition may have been recorded on the layers `below`, base
+    /// first, as far as these are known yet.
+    pub(super) async fn may_have(
+        &self,
+        definition: &Definition,
+        below: Vec<Option<DiffId>>,
+    ) -> bool {
+        // Where all are known, looking it up costs less.
+        let may_be_here = records::has_definition(&self.store, definition)
+            && (below.iter().all(Option::is_some) || {
+                let (store, definition) = (Arc::clone(&self.store), definition.clone());
+                let reading = move || Ok(records::may_have(&store, &definition, &below));
+                // A task that ended abnormally has said nothing.
+                self.blocking(reading).await.unwrap_or(true)
+            });
+        may_be_here || self.cache.imported().await.has_definition(definition)
     }
 
     /// The record of a step on these inputs, under any of their keys, if its layer can be had.

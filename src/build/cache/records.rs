@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::build::explain::Below;
-use crate::image::{Descriptor, DiffId, Digest};
+use crate::image::{Descriptor, DiffId, Digest, chain_id};
 use crate::store::{Store, StoreError};
 
 /// Part of every definition. Counts up when the same definition comes to mean other layers:
@@ -143,6 +143,26 @@ pub(in crate::build) fn has_definition(store: &Store, definition: &Definition) -
     directory(store, definition).is_dir()
 }
 
+/// Whether a step with this definition was recorded on layers that may be those of `below`, base
+/// first, where not all of these are known yet.
+///
+/// A key names the layers below by one digest, for which all have to be known. But a record says
+/// them one by one, and where one that is known is another, no key can be that record's.
+pub(in crate::build) fn may_have(
+    store: &Store,
+    definition: &Definition,
+    below: &[Option<DiffId>],
+) -> bool {
+    let entries = std::fs::read_dir(directory(store, definition));
+    let mut entries = entries.into_iter().flatten().flatten();
+    entries.any(|entry| {
+        let record = std::fs::read(entry.path()).ok();
+        let record = record.and_then(|bytes| serde_json::from_slice::<Record>(&bytes).ok());
+        // What cannot be read is no record for a look-up either.
+        record.is_some_and(|record| record.may_be_on(below))
+    })
+}
+
 /// The record of the step under this key, if its layer is still here.
 ///
 /// A record that cannot be read is a miss: a cache failure never fails a build.
@@ -234,6 +254,21 @@ impl Record {
         }
     }
 
+    /// Whether the layers below may be these, base first, of which not all need be known.
+    fn may_be_on(&self, layers: &[Option<DiffId>]) -> bool {
+        let Some(below) = &self.below else {
+            return true;
+        };
+        let diff_ids: Vec<DiffId> = below.iter().map(|layer| layer.diff_id.clone()).collect();
+        // They are for people: only where the key says the same do they decide anything.
+        if chain_id(&diff_ids) != self.inputs.parent {
+            return true;
+        }
+        let mut pairs = diff_ids.iter().zip(layers);
+        diff_ids.len() == layers.len()
+            && pairs.all(|(has, known)| known.as_ref().is_none_or(|known| known == has))
+    }
+
     /// Whether it is of this step, and found under `key`.
     pub(in crate::build) fn is_of(&self, definition: &Definition, key: &Inputs) -> bool {
         self.definition == definition.value && self.inputs.answers(key)
@@ -316,6 +351,63 @@ mod tests {
         for key in [inputs(&other, &None), nothing] {
             std::fs::copy(&from, path(&store, &definition, &key)).unwrap();
             assert_eq!(found(&key), None);
+        }
+    }
+
+    #[test]
+    fn a_layer_that_is_known_and_another_rules_a_record_out_before_all_are_known() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let definition = Definition::new("run", &["make"]);
+        let layer = |text: &[u8]| DiffId::from_uncompressed(Digest::of(text));
+        let below = |names: &[&[u8]]| -> Vec<Below> {
+            let layers = names.iter().map(|name| Below {
+                diff_id: layer(name),
+                made_by: crate::build::explain::MadeBy::Step("RUN".into()),
+            });
+            layers.collect()
+        };
+        let record_on = |parent: Option<Digest>, below: Option<Vec<Below>>| {
+            let inputs = Inputs {
+                parent,
+                source: None,
+                content: None,
+            };
+            let descriptor = Descriptor::new(MediaType::LAYER_GZIP, Digest::of(b"blob"), 5);
+            let made = Record::new(
+                &definition,
+                inputs,
+                "RUN make".into(),
+                "2026-01-01T00:00:00Z".into(),
+                layer(b"made"),
+                descriptor,
+            );
+            record(&store, &definition, &Record { below, ..made }).unwrap();
+        };
+        let may_have = |layers: &[Option<&[u8]>]| {
+            let layers: Vec<_> = layers.iter().map(|name| name.map(layer)).collect();
+            super::may_have(&store, &definition, &layers)
+        };
+        assert!(!may_have(&[None, None]), "there is none at all");
+        let chain = chain_id(&[layer(b"base"), layer(b"huge")]);
+        record_on(chain, Some(below(&[b"base", b"huge"])));
+        let (base, huge, other) = (&b"base"[..], &b"huge"[..], &b"other"[..]);
+        for (layers, expected) in [
+            (&[Some(base), None][..], true),
+            (&[None, Some(huge)], true),
+            (&[Some(base), Some(huge)], true),
+            (&[Some(other), None], false),
+            (&[None, Some(other)], false),
+            (&[None], false),
+            (&[Some(base), None, None], false),
+            (&[], false),
+        ] {
+            assert_eq!(may_have(layers), expected, "{layers:?}");
+        }
+        // What does not say its layers, or says others than its key, rules nothing out.
+        for below in [None, Some(below(&[b"base"]))] {
+            record_on(Some(Digest::of(b"elsewhere")), below);
+            assert!(may_have(&[Some(other), None]));
         }
     }
 }

@@ -453,6 +453,15 @@ impl Filesystem {
         try_join_all(self.layers.iter().map(|layer| layer.names())).await
     }
 
+    /// The diff IDs of all layers, base first, as far as they are known now.
+    pub(super) fn known(&self) -> Vec<Option<DiffId>> {
+        let known = self.layers.iter().map(|layer| {
+            let names = layer.sealing.clone().now_or_never()?;
+            Some(names.ok()?.diff_id)
+        });
+        known.collect()
+    }
+
     /// What the layers are together; absent for none.
     pub(super) async fn chain(&self) -> Result<Option<Digest>, SharedError> {
         let diff_ids: Vec<DiffId> = self.names().await?.into_iter().map(|l| l.diff_id).collect();
