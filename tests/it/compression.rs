@@ -395,8 +395,13 @@ fn answer(stream: std::net::TcpStream) {
                 "HTTP/1.1 507 Insufficient Storage\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
             }
         };
-        if stream.write_all(reply.as_bytes()).is_err() || matches!(method.as_str(), "PATCH" | "PUT")
-        {
+        if stream.write_all(reply.as_bytes()).is_err() {
+            return;
+        }
+        if matches!(method.as_str(), "PATCH" | "PUT") {
+            // The kernel would take the answer back if this closed with bytes unread.
+            let _ = stream.shutdown(std::net::Shutdown::Write);
+            let _ = std::io::copy(&mut reader, &mut std::io::sink());
             return;
         }
     }
