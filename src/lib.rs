@@ -82,7 +82,8 @@
 //! [`sandbox::Sandbox`], and keeps the overlay's upper directory: that is the new layer's
 //! tree. Sealing (tar, diff ID, gzip, digest: one pass in [`layer::seal`]) and uploading
 //! go on beside the next step. Other machines' caches are read meanwhile, and exported when
-//! the image is out. COPY works out its changes without any root filesystem, and asks
+//! the image is out; a layer of theirs that is gone when it is needed has the build begin again
+//! without it. COPY works out its changes without any root filesystem, and asks
 //! listings of the layers below where nothing unpacks them ([`rootfs::Listing`]); its files
 //! are hashed on their way into the layer, or known from the context's stat cache;
 //! what ADD names by URL or in git, [`remote::Fetcher`] fetches first.

@@ -21,8 +21,11 @@ pub(super) struct Twins {
     /// The definitions that several steps have.
     definitions: BTreeSet<Digest>,
     /// By definition and inputs.
-    turns: Mutex<HashMap<(Digest, Digest), Arc<tokio::sync::Mutex<Option<Made>>>>>,
+    turns: Mutex<HashMap<(Digest, Digest), Arc<Taken>>>,
 }
+
+/// Held by the step whose turn it is; what one made before is in it.
+type Taken = tokio::sync::Mutex<Option<Made>>;
 
 /// What a step made.
 pub(super) struct Made {

@@ -61,7 +61,8 @@ impl Client {
     /// `descriptor.size`; it goes back where an attempt has to be repeated.
     ///
     /// # Errors
-    /// Any but [`RegistryError::Manifest`] and [`RegistryError::Config`].
+    /// Any but [`RegistryError::Manifest`] and [`RegistryError::Config`];
+    /// [`RegistryError::Content`] where not `to` but what `content` names has failed.
     pub async fn push_blob(
         &self,
         to: &Repository,

@@ -339,7 +339,14 @@ async fn a_blob_goes_straight_from_one_registry_to_another() {
         .push_blob(&to.repository("x"), &lie, None, content, |_| {})
         .await
         .unwrap_err();
-    assert!(matches!(error, RegistryError::Digest { .. }), "{error}");
+    // The source is at fault, and not what it goes to.
+    let RegistryError::Content { what, source } = error else {
+        panic!("{error}");
+    };
+    let base = hooked.repository("base");
+    assert_eq!(what, format!("blob {} of {base}", lie.digest));
+    let source = super::pull::from_io(source);
+    assert!(matches!(source, RegistryError::Digest { .. }), "{source}");
     assert!(to.blob("x", &lie.digest).is_none());
 }
 

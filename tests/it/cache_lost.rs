@@ -205,8 +205,10 @@ struct Goal {
     name: &'static str,
     args: Vec<String>,
     /// Reads `/both` of what was written.
-    read: Box<dyn Fn(&Scene, &Place) -> String>,
+    read: Box<ReadBoth>,
 }
+
+type ReadBoth = dyn Fn(&Scene, &Place) -> String;
 
 fn goals(scene: &Scene, place: &Place) -> Vec<Goal> {
     let pushed = |name: &'static str| {

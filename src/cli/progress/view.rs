@@ -388,6 +388,39 @@ mod tests {
     }
 
     #[test]
+    fn a_build_that_begins_again_counts_from_zero_and_draws_nothing_of_before() {
+        let mut view = View::new();
+        let task = BuildEvent::TaskStarted {
+            id: "t".into(),
+            name: "pulling a".into(),
+            total_bytes: None,
+        };
+        view.event(task, ms(0), &SCREEN);
+        view.event(BuildEvent::Planned { steps: 2 }, ms(0), &SCREEN);
+        start(&mut view, 1, "[1/2] FROM a");
+        let done = BuildEvent::StepDone {
+            step: 1,
+            cached: false,
+            duration_ms: 0,
+        };
+        view.event(done, ms(0), &SCREEN);
+        start(&mut view, 2, "[2/2] RUN b");
+        assert_eq!(
+            view.frame(ms(1000), &SCREEN),
+            [
+                "[+] building (1/2)        1.0s",
+                " => pulling a             1.0s",
+                " => [2/2] RUN b           0.0s",
+            ]
+        );
+        view.event(BuildEvent::Planned { steps: 2 }, ms(1000), &SCREEN);
+        assert_eq!(
+            view.frame(ms(1000), &SCREEN),
+            ["[+] building (0/2)        1.0s"]
+        );
+    }
+
+    #[test]
     fn tasks_show_bytes_and_vanish_with_their_outcome() {
         let mut view = View::new();
         let begin = BuildEvent::TaskStarted {
