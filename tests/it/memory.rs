@@ -72,7 +72,7 @@ fn a_build_of_many_large_layers_takes_no_more() {
 }
 
 /// Bytes that do not compress well: a counter run through a multiplier.
-fn write_large(path: &Path, mebibytes: u64, seed: u64) {
+pub fn write_large(path: &Path, mebibytes: u64, seed: u64) {
     let mut large = std::io::BufWriter::new(std::fs::File::create(path).expect("ours"));
     let mut state = seed;
     for _ in 0..mebibytes << 17 {
@@ -87,7 +87,7 @@ fn write_large(path: &Path, mebibytes: u64, seed: u64) {
 }
 
 /// The most memory that a build had, in KiB.
-fn peak_of(place: &Place, upstream: &str, args: &[&str], context: &Path) -> u64 {
+pub fn peak_of(place: &Place, upstream: &str, args: &[&str], context: &Path) -> u64 {
     let report = place.dir.join("time");
     let time = crate::support::find_program("time").expect("probed");
     run(place
