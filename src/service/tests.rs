@@ -667,7 +667,10 @@ async fn a_service_starts_and_ends() {
     let dir = tempfile::tempdir().unwrap();
     let (signals, receiver) = mpsc::channel(1);
     let (sender, address) = tokio::sync::oneshot::channel();
-    let service = tokio::spawn(run(config(dir.path()), receiver, |address| {
+    // At an address of its own: another test could take the port as soon as it is free.
+    let mut config_there = config(dir.path());
+    config_there.listen = "127.0.0.77:0".parse().unwrap();
+    let service = tokio::spawn(run(config_there, receiver, |address| {
         sender.send(address).unwrap();
     }));
     let address = address.await.unwrap();
