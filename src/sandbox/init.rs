@@ -17,7 +17,7 @@ use rustix::thread::{CapabilitySet, CapabilitySets};
 
 use super::enter::INIT_FDS;
 use super::wire::{self, Doing, Failure, Launch, Purpose, Report};
-use super::{Process, Security, User, limits, sys, userns};
+use super::{Process, Security, User, limits, seccomp, sys, userns};
 
 /// All capabilities that this program knows, by the names of the runtime specification, at
 /// their numbers; those of Linux 5.9. See `capabilities(7)`.
@@ -165,6 +165,11 @@ fn prepare(launch: &Launch, stdout: OwnedFd, stderr: OwnedFd) -> Result<Command,
             let capabilities = safe_capabilities();
             drop_bounding_set(capabilities)?;
             limits::apply(&process.ulimits)?;
+            // Before CAP_SYS_ADMIN is lost, which it takes where setuid programs are to work.
+            if let Some(program) = seccomp::program() {
+                let doing = || "filtering system calls".to_owned();
+                sys::filter_calls(&program).doing(doing)?;
+            }
             become_user(&process.user)?;
             keep_capabilities(&process.user, capabilities)?;
         }
@@ -358,7 +363,8 @@ fn uncover_proc() -> Result<(), Failure> {
 /// Those of `capget(2)`.
 pub(super) fn runtime_capabilities(security: Security) -> Result<Vec<&'static str>, Failure> {
     Ok(match security {
-        Security::Sandbox => names(CAPABILITIES),
+        // One more than the step's, to filter its system calls with; then it is given up.
+        Security::Sandbox => names(CAPABILITIES | CapabilitySet::SYS_ADMIN),
         // Not one that this process lacks, which it could not give.
         Security::Insecure => {
             let own = rustix::thread::capabilities(None);

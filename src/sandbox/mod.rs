@@ -24,8 +24,7 @@
 //! A private network takes longer to make than all the rest, so it is made before, by a chain of
 //! its own that ends in `__enter` (see `networks`), and serves one step after the other.
 //!
-//! What it does not do: limit memory or CPU (no cgroup is touched), filter system calls,
-//! or make mount points; [`mount_points`] tells the caller which are needed. Needs Linux
+//! What it does not do: limit memory or CPU (no cgroup is touched), or make mount points; [`mount_points`] tells the caller which are needed. Needs Linux
 //! 5.12 for `mount_setattr(2)`.
 
 #![allow(
@@ -48,6 +47,7 @@ mod network;
 mod networks;
 mod output;
 mod runc;
+mod seccomp;
 mod supervise;
 mod sys;
 mod userns;

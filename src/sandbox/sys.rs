@@ -161,6 +161,35 @@ pub(super) fn reset_signals() {
     }
 }
 
+/// Lets the kernel decide about each system call that this process and its children make from
+/// here on by `program`.
+///
+/// # Errors
+/// `EACCES` without `CAP_SYS_ADMIN` where `no_new_privs` is not set; `ENOSYS`, `EINVAL` on a kernel
+/// without filters.
+pub(super) fn filter_calls(program: &[libc::sock_filter]) -> io::Result<()> {
+    let length = u16::try_from(program.len()).map_err(|_| rustix::io::Errno::INVAL)?;
+    let program = libc::sock_fprog {
+        len: length,
+        filter: program.as_ptr().cast_mut(),
+    };
+    // SAFETY: the structure and the program, of the length it says, live through the call, which
+    // copies them and writes to neither.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_seccomp,
+            libc::SECCOMP_SET_MODE_FILTER,
+            0,
+            &raw const program,
+        )
+    };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
 /// Becomes the program at `path`; returns only where that failed.
 pub(super) fn execve(path: &CStr, args: &[CString], env: &[CString]) -> io::Error {
     let pointers = |strings: &[CString]| -> Vec<*const libc::c_char> {

@@ -389,6 +389,29 @@ fn sandbox_other_users_have_their_groups_and_no_capabilities() {
 }
 
 #[test]
+fn sandbox_system_calls_are_those_of_docker() {
+    everywhere(|fixture, sandbox| {
+        let script = "grep Seccomp: /proc/self/status; unshare --user true; echo $?; \
+                      chroot / echo chroot; (sleep 0.01; echo child) & wait";
+        let ran = fixture.run(sandbox, sh(script));
+        assert_eq!(
+            (ran.status, ran.stdout.as_str()),
+            (0, "Seccomp:\t2\n1\nchroot\nchild\n"),
+            "{sandbox} {:?} {ran:?}",
+            fixture.who
+        );
+        assert!(ran.stderr.contains("Operation not permitted"), "{ran:?}");
+        // Whoever may do everything may call everything.
+        let all = with(
+            "grep Seccomp: /proc/self/status",
+            json!({"security": "Insecure"}),
+        );
+        let ran = fixture.run(sandbox, all);
+        assert_eq!(ran.stdout, "Seccomp:\t0\n", "{sandbox} {ran:?}");
+    });
+}
+
+#[test]
 fn sandbox_nothing_outlives_the_step() {
     everywhere(|fixture, sandbox| {
         let marker = marker();
