@@ -3,44 +3,71 @@
 //! A step that misses is compared with the records that are there. The nearest is the one
 //! with the fewest differences, at the same place of the Dockerfile rather than elsewhere;
 //! of those the one with most layers below it in common, then the youngest. What differs from
-//! it is the reason. The comparison does no I/O; [`Explaining`] reads the records for it when
-//! the build begins.
+//! it is the reason. The comparison does no I/O; [`Explaining`] has the records for it, those
+//! of the store and those of imported caches, from when the build begins.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
 
 use super::Engine;
-use super::cache::{self, Record};
+use super::cache::{self, CacheSource, Imported, Record};
 use super::content::ContentManifest;
-use crate::image::DiffId;
+use crate::image::{DiffId, Digest, chain_id};
 use crate::progress::BuildEvent;
 use crate::store::Store;
 
-/// The records that were there when a build with `--explain` began.
+/// The records that were there, or in imported caches, when a build with `--explain` began.
 pub(super) struct Explaining {
-    known: Vec<Known<Record>>,
+    known: Vec<Known<Recorded>>,
+    imported: Arc<Imported>,
+}
+
+/// A record, and the cache that it was imported from; none for the store's.
+struct Recorded {
+    record: Record,
+    cache: Option<CacheSource>,
 }
 
 impl Explaining {
-    /// Reads all records. Blocking.
-    pub(super) fn read(store: &Store) -> Self {
-        let known = cache::all_records(store).into_iter();
-        let known = known.map(|(record, used)| Known {
+    /// Reads all records of the store, and has those of other machines. Blocking.
+    pub(super) fn read(store: &Store, imported: Arc<Imported>) -> Self {
+        let known = |record: Record, used: SystemTime, cache: Option<CacheSource>| Known {
             step: Looked {
                 name: record.name.clone(),
                 definition: record.definition.clone(),
                 below: record.below.clone(),
             },
             used,
-            key: record,
-        });
+            key: Recorded { record, cache },
+        };
+        let here = cache::all_records(store).into_iter();
+        let here = here.map(|(record, used)| known(record, used, None));
+        // When another machine used them nobody knows.
+        let made = |record: &Record| {
+            let made = OffsetDateTime::parse(&record.created, &Rfc3339);
+            made.map_or(SystemTime::UNIX_EPOCH, SystemTime::from)
+        };
+        let elsewhere = imported.records();
+        let elsewhere = elsewhere
+            .map(|(record, cache)| known(record.clone(), made(record), Some(cache.clone())));
         Self {
-            known: known.collect(),
+            known: here.chain(elsewhere).collect(),
+            imported,
         }
+    }
+
+    /// What a step read, by its digest.
+    fn content(&self, store: &Store, digest: &Digest) -> Option<ContentManifest> {
+        let here = std::fs::read(store.content_path(digest)).ok();
+        let here = here.as_deref().and_then(ContentManifest::parse);
+        here.or_else(|| self.imported.content(digest))
     }
 
     /// Why no record is that of `now`, which reads `content` as far as that is known. Blocking.
@@ -54,12 +81,19 @@ impl Explaining {
         let Some((known, differences)) = nearest(&self.known, now, arguments) else {
             return vec!["no step like this one is in the cache".to_owned()];
         };
+        let Recorded { record, cache } = &known.key;
         let mut reasons = differences.reasons;
-        if let (Some(old), Some(new)) = (&known.key.inputs.content, content)
+        // In an image's config no record says in words what is below it.
+        if let (None, Some(below)) = (&record.below, &now.below) {
+            let below: Vec<DiffId> = below.iter().map(|layer| layer.diff_id.clone()).collect();
+            if chain_id(&below) != record.inputs.parent {
+                reasons.push("other layers are below it".to_owned());
+            }
+        }
+        if let (Some(old), Some(new)) = (&record.inputs.content, content)
             && *old != new.digest()
         {
-            let text = std::fs::read(store.content_path(old)).ok();
-            match text.as_deref().and_then(ContentManifest::parse) {
+            match self.content(store, old) {
                 Some(old) => {
                     let files = old.compare(new);
                     let files: Vec<String> = files.iter().map(ToString::to_string).collect();
@@ -68,11 +102,18 @@ impl Explaining {
                 None => reasons.push("what it reads has changed".to_owned()),
             }
         }
-        if reasons.is_empty() {
-            reasons.push(format!(
-                "its layer {} is no longer in the store",
-                known.key.descriptor.digest
-            ));
+        let layer = &record.descriptor.digest;
+        match cache {
+            None if reasons.is_empty() => {
+                reasons.push(format!("its layer {layer} is no longer in the store"));
+            }
+            None => {}
+            Some(cache) if reasons.is_empty() => {
+                reasons.push(format!(
+                    "its layer {layer} cannot be had from the cache {cache}"
+                ));
+            }
+            Some(cache) => reasons.push(format!("compared with the cache {cache}")),
         }
         reasons
     }

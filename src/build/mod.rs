@@ -596,7 +596,8 @@ impl Engine {
         engine.twins = Twins::new(definitions);
         if explains {
             let store = Arc::clone(&engine.store);
-            let reading = engine.blocking(move || Ok(explain::Explaining::read(&store)));
+            let imported = engine.cache.imported().await;
+            let reading = engine.blocking(move || Ok(explain::Explaining::read(&store, imported)));
             engine.explaining = Some(reading.await?);
         }
         Ok(Arc::new(engine))

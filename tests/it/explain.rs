@@ -290,6 +290,111 @@ fn sandbox_what_differs_from_the_nearest_record_is_named() {
     }
 }
 
+/// What differs from the records of another machine is named as for one's own, with the cache
+/// that they are of.
+#[test]
+fn sandbox_records_of_an_imported_cache_are_compared_with() {
+    needs!(namespaces(), images::registry_present());
+    let upstream = match images::busybox() {
+        Ok(upstream) => upstream,
+        Err(reason) => skip!("{reason}"),
+    };
+    let registry = Registry::start(Options::default());
+    let insecure = format!("--insecure-registry={}", registry.host);
+    let cache = format!("{}/cache:main", registry.host);
+    let to = format!("type=registry,ref={cache},mode=max");
+    let place = Place::new();
+    let context = place.context("context", &FILES);
+    let args = [&*insecure, "--cache-to", &to];
+    explained(&place, &upstream, &context, &args);
+
+    let compared = format!("compared with the cache {cache}");
+    for case in CASES {
+        let place = Place::new();
+        let context = place.context("context", &FILES);
+        (case.change)(&context);
+        let args = [&[&*insecure, "--cache-from", &cache], case.args].concat();
+        let mut missed = misses(&explained(&place, &upstream, &context, &args));
+        let mut expected: Vec<(String, Vec<String>)> = case
+            .misses
+            .iter()
+            .map(|(name, reasons)| {
+                let mut reasons: Vec<_> = reasons.iter().map(|r| (*r).to_owned()).collect();
+                let compares = |reason: &str| {
+                    !reason.starts_with("no step like this") && !reason.starts_with("--no-cache")
+                };
+                if reasons.iter().all(|reason| compares(reason)) {
+                    reasons.push(compared.clone());
+                }
+                ((*name).to_owned(), reasons)
+            })
+            .collect();
+        expected.sort();
+        missed.sort();
+        assert_eq!(missed, expected, "{}", case.what);
+    }
+
+    // What was found is known here now, file by file, without the cache.
+    let place = Place::new();
+    let context = place.context("context", &FILES);
+    let args = [&*insecure, "--cache-from", &cache, "--cache-to", &to];
+    assert_eq!(misses(&explained(&place, &upstream, &context, &args)), []);
+    dir::write(&context, "src/a.rs", "changed\n");
+    let missed = misses(&explained(&place, &upstream, &context, &[]));
+    assert!(
+        missed.contains(&(COPY.to_owned(), vec!["src/a.rs changed".to_owned()])),
+        "{missed:?}"
+    );
+    // And is exported with it again.
+    let place = Place::new();
+    let context = place.context("context", &FILES);
+    dir::write(&context, "src/b.rs", "changed\n");
+    let args = [&*insecure, "--cache-from", &cache];
+    let missed = misses(&explained(&place, &upstream, &context, &args));
+    let reasons = vec!["src/b.rs changed".to_owned(), compared];
+    assert!(missed.contains(&(COPY.to_owned(), reasons)), "{missed:?}");
+}
+
+/// An image says of its own layers what they were made of, and nothing for people.
+#[test]
+fn sandbox_records_in_an_image_are_compared_with() {
+    needs!(namespaces(), images::registry_present());
+    let upstream = match images::busybox() {
+        Ok(upstream) => upstream,
+        Err(reason) => skip!("{reason}"),
+    };
+    let registry = Registry::start(Options::default());
+    let insecure = format!("--insecure-registry={}", registry.host);
+    let image = format!("{}/app:1", registry.host);
+    let dockerfile = "FROM busybox\nARG V=1\nCOPY seed /seed\nRUN echo $V > /v\n";
+    let files = [("Dockerfile", dockerfile), ("seed", "1")];
+    let place = Place::new();
+    let context = place.context("context", &files);
+    let args = [&*insecure, "-t", &image, "--push", "--cache-to=type=inline"];
+    explained(&place, &upstream, &context, &args);
+
+    let place = Place::new();
+    let context = place.context("context", &files);
+    let compared = format!("compared with the cache {image}");
+    let args = [&*insecure, "--cache-from", &image, "--build-arg", "V=2"];
+    let missed = misses(&explained(&place, &upstream, &context, &args));
+    let reasons = vec![r#"ARG V: "1" → "2""#.to_owned(), compared.clone()];
+    assert_eq!(missed, [("RUN echo $V > /v".to_owned(), reasons)]);
+
+    let place = Place::new();
+    let context = place.context("context", &files);
+    dir::write(&context, "seed", "2");
+    let args = [&*insecure, "--cache-from", &image];
+    let missed = misses(&explained(&place, &upstream, &context, &args));
+    let reasons = |reason: &str| vec![reason.to_owned(), compared.clone()];
+    let expected = [
+        ("COPY seed /seed", "what it reads has changed"),
+        ("RUN echo $V > /v", "other layers are below it"),
+    ];
+    let expected = expected.map(|(name, reason)| (name.to_owned(), reasons(reason)));
+    assert_eq!(missed, expected);
+}
+
 #[test]
 fn sandbox_a_new_base_is_named_with_both_digests() {
     needs!(namespaces(), images::registry_present());

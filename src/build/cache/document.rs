@@ -3,8 +3,12 @@
 //! ```text
 //! manifest   an OCI image manifest; its layers are all blobs that the config names, so that
 //!            a registry keeps them: layers of images, shared with those, and chunks
-//! config     of a type of our own: {"version": 1, "records": […], "mounts": […]}
+//! config     of a type of our own: {"version": 1, "records": […], "mounts": […], "contents": {…}}
 //! ```
+//!
+//! `contents` has what the steps read, file by file ([`ContentManifest`]), by its digest: zstd
+//! in base64. It is there for people alone, who are told what differs; what is large is left
+//! out.
 //!
 //! In an image (`type=inline`) the records of its own layers stand in its config, under a key
 //! of our own: layers by their place, without what the image says already.
@@ -12,12 +16,15 @@
 //! Whoever wrote it may be hostile. Documents have size limits, what a record names must be
 //! in the manifest, and what does not fit is left out and counted.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use time::format_description::well_known::Rfc3339;
 
+use super::super::content::ContentManifest;
 use super::records::{Inputs, Record};
 use crate::image::{
     Descriptor, Digest, ImageConfig, ImageLayer, MANIFEST_LIMIT_BYTES, Manifest, MediaType,
@@ -48,6 +55,19 @@ pub(super) const CHUNK_LIMIT_BYTES: u64 = 4 << 20;
 
 /// The largest blob of a chunk, in bytes: what cannot be compressed grows by less.
 const BLOB_LIMIT_BYTES: u64 = CHUNK_LIMIT_BYTES + (64 << 10);
+
+/// How hard texts of what steps read are compressed.
+const CONTENT_ZSTD_LEVEL: i32 = 9;
+
+/// The largest text of what a step read, in bytes: some thousand files.
+pub(super) const CONTENT_LIMIT_BYTES: u64 = 512 << 10;
+
+/// How large all texts of what steps read may become together, in bytes of base64: every
+/// build that uses the cache downloads them.
+const CONTENTS_LIMIT_BYTES: usize = 1 << 20;
+
+/// What steps read, by digest, as it is in a document.
+pub(super) type Contents = BTreeMap<Digest, String>;
 
 /// The largest contents of one cache mount, in bytes: those of the largest layers.
 pub(super) const MOUNT_LIMIT_BYTES: u64 = 64 << 30;
@@ -81,6 +101,8 @@ pub(super) struct MountContents {
 pub(super) struct Parsed {
     pub(super) records: Vec<Record>,
     pub(super) mounts: Vec<MountContents>,
+    /// What steps read; not looked at before it is wanted.
+    pub(super) contents: Contents,
     /// How many records and cache mounts do not fit.
     pub(super) ignored: usize,
 }
@@ -92,6 +114,8 @@ struct Raw {
     records: Vec<Value>,
     #[serde(default)]
     mounts: Vec<Value>,
+    #[serde(default)]
+    contents: Contents,
 }
 
 /// A record of a layer that is in the image.
@@ -119,9 +143,51 @@ impl MountContents {
 }
 
 /// The config of a cache.
-pub(super) fn config(records: &[&Record], mounts: &[MountContents]) -> Vec<u8> {
-    let document = json!({ "version": VERSION, "records": records, "mounts": mounts });
+pub(super) fn config(
+    records: &[&Record],
+    mounts: &[MountContents],
+    contents: &Contents,
+) -> Vec<u8> {
+    let document = json!({
+        "version": VERSION,
+        "records": records,
+        "mounts": mounts,
+        "contents": contents,
+    });
     document.to_string().into_bytes()
+}
+
+/// As much of what steps read as has its place in a document. `text` gives the text of each,
+/// where it is known.
+pub(super) fn contents<'d>(
+    digests: impl IntoIterator<Item = &'d Digest>,
+    text: impl Fn(&Digest) -> Option<Vec<u8>>,
+) -> Contents {
+    let mut contents = Contents::new();
+    let mut rest = CONTENTS_LIMIT_BYTES;
+    for digest in digests {
+        if contents.contains_key(digest) {
+            continue;
+        }
+        let packed = text(digest)
+            .filter(|text| text.len() as u64 <= CONTENT_LIMIT_BYTES)
+            .and_then(|text| zstd::bulk::compress(&text, CONTENT_ZSTD_LEVEL).ok())
+            .map(|bytes| BASE64.encode(bytes));
+        if let Some(packed) = packed.filter(|packed| packed.len() <= rest) {
+            rest -= packed.len();
+            contents.insert(digest.clone(), packed);
+        }
+    }
+    contents
+}
+
+/// What a step read, from a document that says that it is what `digest` names; absent where
+/// it is not.
+pub(super) fn open_content(digest: &Digest, packed: &str) -> Option<ContentManifest> {
+    let bytes = BASE64.decode(packed).ok()?;
+    let text = zstd::bulk::decompress(&bytes, CONTENT_LIMIT_BYTES as usize).ok()?;
+    let content = ContentManifest::parse(&text)?;
+    (content.digest() == *digest).then_some(content)
 }
 
 /// The manifest of a cache; absent where it would be larger than registries take.
@@ -151,7 +217,10 @@ pub(super) fn parse(manifest: &Manifest, bytes: &[u8]) -> Result<Parsed, String>
         .map(|blob| (&blob.digest, blob.size))
         .collect();
     let has = |digest: &Digest, size: u64| blobs.get(digest) == Some(&size);
-    let mut parsed = Parsed::default();
+    let mut parsed = Parsed {
+        contents: raw.contents,
+        ..Parsed::default()
+    };
     for value in raw.records {
         let record = serde_json::from_value(value).ok().and_then(checked);
         match record.filter(|r| has(&r.descriptor.digest, r.descriptor.size)) {
@@ -275,6 +344,7 @@ pub(super) fn parse_inline(
 
 #[cfg(test)]
 mod tests {
+    use super::super::super::content::Source;
     use super::super::records::Definition;
     use super::*;
     use crate::image::{DiffId, Platform};
@@ -323,16 +393,57 @@ mod tests {
     #[test]
     fn what_is_written_is_read() {
         let (records, mounts) = ([record("a"), record("b")], [mount()]);
-        let bytes = config(&records.iter().collect::<Vec<_>>(), &mounts);
+        let mut read = ContentManifest::default();
+        read.sources.push(Source::default());
+        let known = |digest: &Digest| (*digest == read.digest()).then(|| read.to_text());
+        let contents = contents([&read.digest(), &Digest::of(b"forgotten")], known);
+        let bytes = config(&records.iter().collect::<Vec<_>>(), &mounts, &contents);
         let manifest = manifest_of(&bytes, &records, &mounts);
         assert_eq!(manifest.config.media_type, CONFIG_TYPE);
         let parsed = parse(&manifest, &bytes).unwrap();
         let expected = Parsed {
             records: records.into(),
             mounts: mounts.into(),
+            contents,
             ignored: 0,
         };
         assert_eq!(parsed, expected);
+        let packed: Vec<_> = parsed.contents.iter().collect();
+        let [(digest, packed)] = packed[..] else {
+            panic!("{packed:?}");
+        };
+        assert_eq!(open_content(digest, packed), Some(read));
+        for (digest, packed) in [
+            (&Digest::of(b"other"), packed.as_str()),
+            (digest, ""),
+            (digest, "?"),
+            (digest, "AAAA"),
+        ] {
+            assert_eq!(open_content(digest, packed), None, "{digest} {packed}");
+        }
+    }
+
+    #[test]
+    fn large_lists_of_what_was_read_are_left_out() {
+        // What cannot be compressed, in base64.
+        let text = |digest: &Digest| {
+            let seeds = (0_u32..6000).map(|at| Digest::of(format!("{digest} {at}").as_bytes()));
+            Some(
+                seeds
+                    .flat_map(|seed| seed.hex().as_bytes().to_vec())
+                    .collect(),
+            )
+        };
+        let digests: Vec<Digest> = (0..9_u8).map(|at| Digest::of(&[at])).collect();
+        let some = contents(&digests, text);
+        let bytes: usize = some.values().map(String::len).sum();
+        assert!((1..9).contains(&some.len()), "{}", some.len());
+        assert!(bytes <= CONTENTS_LIMIT_BYTES, "{bytes}");
+        let large = |_: &Digest| Some(vec![b'a'; CONTENT_LIMIT_BYTES as usize + 1]);
+        assert_eq!(contents(&digests, large), Contents::new());
+        // One that becomes large when it is unpacked.
+        let bomb = zstd::bulk::compress(&vec![b'a'; 64 << 20], 1).unwrap();
+        assert_eq!(open_content(&digests[0], &BASE64.encode(bomb)), None);
     }
 
     #[test]

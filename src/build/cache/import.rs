@@ -18,7 +18,10 @@ use futures_util::{FutureExt as _, StreamExt as _, stream};
 use tokio::io::AsyncReadExt as _;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::document::{self, CONFIG_LIMIT_BYTES, CONFIG_TYPE, Chunk, MountContents, Parsed};
+use super::super::content::ContentManifest;
+use super::document::{
+    self, CONFIG_LIMIT_BYTES, CONFIG_TYPE, Chunk, Contents, MountContents, Parsed,
+};
 use super::lost::{LostLayer, Without};
 use super::records::{Definition, Inputs, Record};
 use super::{Origin, Timings, contents};
@@ -89,6 +92,10 @@ pub struct Imported {
     /// By definition and key.
     records: HashMap<(Digest, Digest), Arc<Found>>,
     definitions: HashSet<Digest>,
+    /// All of them, each once, in the order in which they were read.
+    all: Vec<Arc<Found>>,
+    /// What steps read, by digest.
+    contents: Contents,
     pub(super) mounts: BTreeMap<String, (MountContents, Origin)>,
     /// Whether registries have layers; each is asked once.
     answers: Mutex<HashMap<(Repository, Digest), Answer>>,
@@ -275,6 +282,7 @@ fn parse(all: Vec<(Manifest, Vec<u8>)>) -> anyhow::Result<Parsed> {
             let whole: &mut Parsed = whole.get_or_insert_default();
             whole.records.extend(parsed.records);
             whole.mounts.extend(parsed.mounts);
+            whole.contents.extend(parsed.contents);
             whole.ignored += parsed.ignored;
         }
     }
@@ -297,6 +305,10 @@ impl Imported {
                     .or_insert_with(|| Arc::clone(&found));
             }
             self.definitions.insert(definition);
+            self.all.push(found);
+        }
+        for (digest, packed) in parsed.contents {
+            self.contents.entry(digest).or_insert(packed);
         }
         for mount in parsed.mounts {
             self.mounts
@@ -404,6 +416,16 @@ impl Imported {
             .record
             .is_of(definition, key)
             .then(|| Arc::clone(found))
+    }
+
+    /// All records, each with the cache that it is of.
+    pub(in crate::build) fn records(&self) -> impl Iterator<Item = (&Record, &CacheSource)> {
+        self.all.iter().map(|found| (&found.record, &found.cache))
+    }
+
+    /// What a step read, where one of the caches says it.
+    pub(in crate::build) fn content(&self, digest: &Digest) -> Option<ContentManifest> {
+        document::open_content(digest, self.contents.get(digest)?)
     }
 
     /// Chunks that are somewhere already, by the digest of their bytes.

@@ -29,6 +29,7 @@ mod mounts;
 mod records;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
@@ -83,6 +84,8 @@ pub(super) struct Hit {
     record: Record,
     elsewhere: Option<Elsewhere>,
     is_imported: bool,
+    /// What the step read, where its record is imported and says it.
+    content: Option<ContentManifest>,
     /// The layer, where this build made it.
     layer: Option<Arc<Layer>>,
 }
@@ -94,6 +97,7 @@ impl Hit {
             record: made.record.clone(),
             elsewhere: None,
             is_imported: false,
+            content: None,
             layer: Some(Arc::clone(&made.layer)),
         }
     }
@@ -124,7 +128,7 @@ impl Cache {
     }
 
     /// The caches of other machines; waits until they are read.
-    async fn imported(&self) -> Arc<Imported> {
+    pub(super) async fn imported(&self) -> Arc<Imported> {
         self.importing.clone().await
     }
 
@@ -183,6 +187,7 @@ impl Engine {
                 record,
                 elsewhere: None,
                 is_imported: false,
+                content: None,
                 layer: None,
             });
         }
@@ -220,6 +225,12 @@ impl Engine {
                 record: found.record.clone(),
                 elsewhere,
                 is_imported: true,
+                content: found
+                    .record
+                    .inputs
+                    .content
+                    .as_ref()
+                    .and_then(|digest| imported.content(digest)),
                 layer: None,
             });
         }
@@ -238,8 +249,12 @@ impl Engine {
             mut record,
             elsewhere,
             is_imported,
+            content,
             layer,
         } = hit;
+        if let Some(content) = content {
+            self.keep_content(&content);
+        }
         // The layers that are read may be others than last time, and what is read of them may
         // not have been looked at.
         let whole = Inputs {
@@ -443,7 +458,11 @@ impl CacheContents {
             });
         }
         let blobs: Vec<CacheBlob> = blobs.into_values().collect();
-        let config = document::config(&records, &mounts.mounts);
+        let read = records
+            .iter()
+            .filter_map(|record| record.inputs.content.as_ref());
+        let contents = document::contents(read, |digest| fs::read(store.content_path(digest)).ok());
+        let config = document::config(&records, &mounts.mounts, &contents);
         let descriptors = blobs.iter().map(|blob| blob.descriptor.clone());
         Some(CacheDocument {
             manifest: document::manifest(&config, descriptors.collect())?,
