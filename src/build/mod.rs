@@ -298,8 +298,8 @@ impl Timings {
 
 type StepFuture = Shared<BoxFuture<'static, Result<Filesystem, SharedError>>>;
 
-/// Performs `plan`. Where a layer of an imported cache cannot be had when it is needed, that
-/// is told, and the build begins again without it.
+/// Performs `plan`. Where a layer of an imported cache cannot be had when it is needed, the build
+/// begins again without it; that is told, unless the cache never said that it has it.
 ///
 /// # Errors
 /// The first step that failed, with its place; the others are stopped and waited for.
@@ -335,7 +335,10 @@ pub async fn build(
             return Err(failure);
         };
         let without = settings.importing.clone().await.leave_out(lost);
-        engine.warn(lost.warning(without));
+        match lost.warning(without) {
+            Some(message) => engine.warn(message),
+            None => tracing::debug!("{lost}, so the build begins again and makes it"),
+        }
         // Also what --no-cache has done anew is not done twice.
         for number in engine.cache.done() {
             plan.to_mut().steps[number - 1].use_cache = true;

@@ -241,7 +241,7 @@ async fn push(engine: &Arc<Engine>, layer: &Layer, repository: &Repository) -> a
         let file = engine.blocking(move || Ok(layout.blob_file(&descriptor)?));
         BlobContent::File(file.await?)
     } else {
-        anyhow::bail!("the blob {} is no longer in the store", descriptor.digest);
+        return Err(layer.missing(&descriptor.digest));
     };
     let task = Task::start(engine, repository, &descriptor);
     let pushed = engine

@@ -191,10 +191,11 @@ fn sandbox_blobs_that_the_image_has_are_not_sent_twice_and_hits_are_exported_aga
     let min_layers = all.layers("cache", "main");
     assert_eq!(min_layers.len(), 3);
 
-    // The stage is not in it and runs; what it made is found by its content, as BuildKit has
-    // it, and everything after that too.
+    // The stage runs; what it made is found by its content, as BuildKit has it, and everything
+    // after that too.
     let next = format!("type=registry,ref={},mode=max", all.name("cache:next"));
     let args = ["--cache-from", &cache, "--cache-to", &next];
+    let args = [&args[..], &["--no-cache-filter", "build"]].concat();
     let (ran, _) = all.push(&Place::new(), &stages("b"), "2", &args);
     assert_eq!(cached(&ran), 3, "{}", ran.stderr);
     ran.says("built 42").does_not_say("last 42");
@@ -205,6 +206,138 @@ fn sandbox_blobs_that_the_image_has_are_not_sent_twice_and_hits_are_exported_aga
     let next = format!("type=registry,ref={}", all.name("cache:next"));
     let (ran, _) = all.push(&Place::new(), &stages("b"), "3", &["--cache-from", &next]);
     assert_eq!(cached(&ran), 5, "{}", ran.stderr);
+}
+
+/// A stage that makes another file each time, and steps that have it from there.
+const RANDOM: &str = "FROM busybox AS a\n\
+                      RUN echo stage $((6*7)) && cat /proc/sys/kernel/random/uuid > /r && cp /r /only\n\
+                      FROM busybox\n\
+                      RUN echo one $((6*7)) > /one\n\
+                      COPY --from=a /r /r\n\
+                      COPY seed /seed\n\
+                      RUN --mount=from=a,target=/a echo mounted $((6*7)) && cp /a/r /again\n";
+
+fn random(seed: &str) -> [(&'static str, &str); 2] {
+    [("Dockerfile", RANDOM), ("seed", seed)]
+}
+
+/// For each place of a cache without the layers of stages: its options of the build that
+/// exports, and of those that import.
+fn without_stages(all: &Registries, dir: &Path) -> Vec<(String, Vec<String>)> {
+    let registry = format!("type=registry,ref={}", all.name("cache:min"));
+    let local = |key: &str| format!("type=local,{key}={}", dir.display());
+    let again = "--cache-to=type=inline".to_owned();
+    vec![
+        (
+            "type=inline".to_owned(),
+            vec![format!("--cache-from={}", all.name("app:1")), again],
+        ),
+        (
+            format!("{registry},mode=min"),
+            vec![format!("--cache-from={registry}")],
+        ),
+        (
+            local("dest"),
+            vec![format!("--cache-from={}", local("src"))],
+        ),
+    ]
+}
+
+/// What stages made is known although their layers are nowhere.
+#[test]
+fn sandbox_a_cache_of_the_images_layers_alone_finds_all_steps() {
+    let all = registries!();
+    let shared = Place::new();
+    for (to, from) in without_stages(&all, &shared.dir.join("cache")) {
+        let from: Vec<&str> = from.iter().map(String::as_str).collect();
+        let args = ["--cache-to", &to];
+        let (ran, first) = all.push(&Place::new(), &random("s"), "1", &args);
+        ran.says("stage 42").says("mounted 42");
+        assert_eq!(all.layers("app", "1").len(), 5);
+
+        let before = all.now();
+        let (ran, second) = all.push(&Place::new(), &random("s"), "2", &from);
+        assert_eq!(cached(&ran), 5, "{to}: {}", ran.stderr);
+        let ran = ran.does_not_say("stage 42").does_not_say("mounted 42");
+        ran.does_not_say("warning");
+        assert_eq!(second, first, "{to}");
+        let downloaded = downloads(&all.since(before));
+        for (layer, _) in all.layers("app", "1") {
+            assert!(!downloaded.contains(&layer), "{to}: {downloaded:?}");
+        }
+
+        // A cache from this cache says as much, also where all layers are wanted.
+        let next = format!("type=registry,ref={}", all.name("cache:next"));
+        let max = format!("--cache-to={next},mode=max");
+        let args = [&from[..1], &[&max, "-o", "type=cacheonly"]].concat();
+        let ran = all.build(&Place::new(), &random("s"), &args).success();
+        assert_eq!(cached(&ran), 5, "{to}: {}", ran.stderr);
+        ran.does_not_say("warning");
+        assert_eq!(all.layers("cache", "next").len(), 4);
+        let args = ["--cache-from", &next, "-o", "type=cacheonly"];
+        let ran = all.build(&Place::new(), &random("s"), &args).success();
+        assert_eq!(cached(&ran), 5, "{to}: {}", ran.stderr);
+    }
+}
+
+/// Where a layer is wanted that the cache was exported without, its step is done after all.
+#[test]
+fn sandbox_a_stage_runs_where_a_step_or_an_output_needs_what_no_cache_has() {
+    let all = registries!();
+    let shared = Place::new();
+    for (to, from) in without_stages(&all, &shared.dir.join("cache")) {
+        let from: Vec<&str> = from.iter().map(String::as_str).collect();
+        let args = ["--cache-to", &to];
+        let (_, first) = all.push(&Place::new(), &random("s"), "1", &args);
+        let pulled = |place: &Place, tag: &str| {
+            let layout = place.dir.join(format!("pulled-{tag}"));
+            all.registry.pull(&format!("app:{tag}"), &layout);
+            oci::Image::read(&layout)
+        };
+        let place = Place::new();
+        let image = pulled(&place, "1");
+        let old = image.text("r");
+        assert_eq!(old, image.text("again"));
+
+        // The step that mounts the stage has to run.
+        let place = Place::new();
+        let (ran, digest) = all.push(&place, &random("other"), "2", &from);
+        assert_ne!(digest, first);
+        for line in ["stage 42", "mounted 42"] {
+            assert_eq!(ran.stderr.matches(line).count(), 1, "{to}: {}", ran.stderr);
+        }
+        ran.does_not_say("warning").does_not_say("begins again");
+        let image = pulled(&place, "2");
+        assert_eq!(image.text("seed"), "other");
+        assert_eq!(image.text("r"), image.text("again"), "{to}");
+        assert_ne!(image.text("r"), old, "{to}");
+        // All is here now.
+        let (ran, again) = all.push(&place, &random("other"), "3", &from);
+        assert_eq!(cached(&ran), 5, "{to}: {}", ran.stderr);
+        assert_eq!(again, digest, "{to}");
+
+        // The stage itself is wanted, as files and as an image.
+        let place = Place::new();
+        let archive = place.dir.join("stage.tar");
+        let output = format!("type=oci,dest={}", archive.display());
+        let args = [&from[..1], &["--target", "a", "-o", &output]].concat();
+        let ran = all.build(&place, &random("s"), &args).success();
+        assert_eq!(ran.stderr.matches("stage 42").count(), 1, "{}", ran.stderr);
+        let ran = ran.does_not_say("warning");
+        assert_eq!(
+            ran.stderr.matches("published ").count(),
+            1,
+            "{}",
+            ran.stderr
+        );
+        assert_ne!(place.archive(&archive).text("r"), old, "{to}");
+        let place = Place::new();
+        let args = [&from[..1], &["--target", "a"]].concat();
+        let (ran, _) = all.push(&place, &random("s"), "stage", &args);
+        let ran = ran.says("stage 42").does_not_say("warning");
+        assert_eq!(ran.stderr.matches("stage 42").count(), 1, "{}", ran.stderr);
+        assert_ne!(pulled(&place, "stage").text("r"), old, "{to}");
+    }
 }
 
 #[test]
@@ -267,7 +400,8 @@ fn sandbox_a_directory_is_a_cache() {
     let from = format!("type=local,src={}", moved.display());
     let args = ["--cache-from", &from, "-o", "type=cacheonly"];
     let ran = all.build(&Place::new(), &stages("b"), &args).success();
-    assert_eq!(cached(&ran), 3, "{}", ran.stderr);
+    // Those of the stage without their layers.
+    assert_eq!(cached(&ran), 5, "{}", ran.stderr);
 }
 
 const ONE_STAGE: &str = "FROM busybox\n\

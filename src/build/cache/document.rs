@@ -3,15 +3,20 @@
 //! ```text
 //! manifest   an OCI image manifest; its layers are all blobs that the config names, so that
 //!            a registry keeps them: layers of images, shared with those, and chunks
-//! config     of a type of our own: {"version": 1, "records": […], "mounts": […], "contents": {…}}
+//! config     of a type of our own:
+//!            {"version": 1, "records": […], "results": […], "mounts": […], "contents": {…}}
 //! ```
+//!
+//! `results` are records of steps whose layers are not there.
 //!
 //! `contents` has what the steps read, file by file ([`ContentManifest`]), by its digest: zstd
 //! in base64. It is there for people alone, who are told what differs; what is large is left
 //! out.
 //!
 //! In an image (`type=inline`) the records of its own layers stand in its config, under a key
-//! of our own: layers by their place, without what the image says already.
+//! of our own: layers by their place, without what the image says already. Of the other steps
+//! of the build, such as those of earlier stages, it says by digests alone which layers they
+//! made: their commands and arguments are nobody's business who has the image.
 //!
 //! Whoever wrote it may be hostile. Documents have size limits, what a record names must be
 //! in the manifest, and what does not fit is left out and counted.
@@ -25,9 +30,9 @@ use serde_json::{Value, json};
 use time::format_description::well_known::Rfc3339;
 
 use super::super::content::ContentManifest;
-use super::records::{Inputs, Record};
+use super::records::{Definition, Inputs, Record};
 use crate::image::{
-    Descriptor, Digest, ImageConfig, ImageLayer, MANIFEST_LIMIT_BYTES, Manifest, MediaType,
+    Descriptor, DiffId, Digest, ImageConfig, ImageLayer, MANIFEST_LIMIT_BYTES, Manifest, MediaType,
     RawManifest,
 };
 
@@ -46,6 +51,9 @@ pub(super) const CONFIG_LIMIT_BYTES: u64 = 32 << 20;
 
 /// The version of both forms. Another one is not read.
 const VERSION: u32 = 1;
+
+/// When a layer was made of which an image does not say it.
+const NO_TIME: &str = "1970-01-01T00:00:00Z";
 
 /// The longest name of a cache mount, in bytes.
 const NAME_LIMIT_BYTES: usize = 4096;
@@ -100,6 +108,8 @@ pub(super) struct MountContents {
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Parsed {
     pub(super) records: Vec<Record>,
+    /// Steps whose layers are not there.
+    pub(super) results: Vec<KnownResult>,
     pub(super) mounts: Vec<MountContents>,
     /// What steps read; not looked at before it is wanted.
     pub(super) contents: Contents,
@@ -113,9 +123,33 @@ struct Raw {
     #[serde(default)]
     records: Vec<Value>,
     #[serde(default)]
+    results: Vec<Value>,
+    #[serde(default)]
     mounts: Vec<Value>,
     #[serde(default)]
     contents: Contents,
+}
+
+/// A record of a step whose layer is not there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct KnownResult {
+    /// The digest of the step's definition.
+    pub(super) definition: Digest,
+    /// The record; its definition may be this digest.
+    pub(super) record: Record,
+}
+
+/// What an image says of a step whose layer it does not have. When that was made it does not
+/// say: the same layer made later is to give the same image.
+#[derive(Serialize, Deserialize)]
+struct InlineResult {
+    definition: Digest,
+    inputs: Inputs,
+    diff_id: DiffId,
+    #[serde(rename = "mediaType")]
+    media_type: MediaType,
+    digest: Digest,
+    size: u64,
 }
 
 /// A record of a layer that is in the image.
@@ -145,12 +179,14 @@ impl MountContents {
 /// The config of a cache.
 pub(super) fn config(
     records: &[&Record],
+    results: &[&Record],
     mounts: &[MountContents],
     contents: &Contents,
 ) -> Vec<u8> {
     let document = json!({
         "version": VERSION,
         "records": records,
+        "results": results,
         "mounts": mounts,
         "contents": contents,
     });
@@ -228,6 +264,16 @@ pub(super) fn parse(manifest: &Manifest, bytes: &[u8]) -> Result<Parsed, String>
             None => parsed.ignored += 1,
         }
     }
+    for value in raw.results {
+        let record = serde_json::from_value(value).ok().and_then(checked);
+        match record {
+            Some(record) => parsed.results.push(KnownResult {
+                definition: Definition::of_record(&record.definition).digest().clone(),
+                record,
+            }),
+            None => parsed.ignored += 1,
+        }
+    }
     for value in raw.mounts {
         let fits = |mount: &MountContents| {
             let bytes = mount.chunks().try_fold(0_u64, |sum, chunk| {
@@ -271,31 +317,41 @@ fn checked(record: Record) -> Option<Record> {
     })
 }
 
-/// What an image's config says of the records of its layers, each with its layer's place.
+/// What an image's config says of the records of its layers, each with its layer's place, and
+/// of the other steps of its build.
 ///
 /// The same build gives the same value, whether its steps ran or not: names of steps are
 /// left out, because those of a record are as they were when it was made.
-pub(super) fn inline<'r>(records: impl IntoIterator<Item = (usize, &'r Record)>) -> Value {
+pub(super) fn inline<'r>(
+    records: impl IntoIterator<Item = (usize, &'r Record)>,
+    results: impl IntoIterator<Item = &'r Record>,
+) -> Value {
+    let mut once: Vec<Value> = Vec::new();
+    for record in results {
+        let descriptor = &record.descriptor;
+        let result = json!(InlineResult {
+            definition: Definition::of_record(&record.definition).digest().clone(),
+            inputs: record.inputs.clone(),
+            diff_id: record.diff_id.clone(),
+            media_type: descriptor.media_type.clone(),
+            digest: descriptor.digest.clone(),
+            size: descriptor.size,
+        });
+        if !once.contains(&result) {
+            once.push(result);
+        }
+    }
     let records = records.into_iter().map(|(layer, record)| InlineRecord {
         layer,
         created: record.created.clone(),
         definition: record.definition.clone(),
-        inputs: match &record.inputs {
-            // The stages that were read are not in the image, and may be made anew: what
-            // was read of them says all.
-            Inputs {
-                parent,
-                content: Some(content),
-                ..
-            } => Inputs {
-                parent: parent.clone(),
-                source: None,
-                content: Some(content.clone()),
-            },
-            inputs => inputs.clone(),
-        },
+        inputs: record.inputs.clone(),
     });
-    json!({ "version": VERSION, "records": records.collect::<Vec<_>>() })
+    let mut value = json!({ "version": VERSION, "records": records.collect::<Vec<_>>() });
+    if !once.is_empty() {
+        value["results"] = Value::Array(once);
+    }
+    value
 }
 
 /// Reads what an image says of its layers; absent where it says nothing.
@@ -339,15 +395,36 @@ pub(super) fn parse_inline(
             None => parsed.ignored += 1,
         }
     }
+    for value in raw.results {
+        let result = serde_json::from_value::<InlineResult>(value).ok();
+        let result = result.and_then(|result| {
+            let record = checked(Record {
+                diff_id: result.diff_id,
+                descriptor: Descriptor::new(result.media_type, result.digest, result.size),
+                created: NO_TIME.to_owned(),
+                name: String::new(),
+                definition: json!(result.definition),
+                inputs: result.inputs,
+                below: None,
+            })?;
+            Some(KnownResult {
+                definition: result.definition,
+                record,
+            })
+        });
+        match result {
+            Some(result) => parsed.results.push(result),
+            None => parsed.ignored += 1,
+        }
+    }
     Ok(Some(parsed))
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::super::content::Source;
-    use super::super::records::Definition;
     use super::*;
-    use crate::image::{DiffId, Platform};
+    use crate::image::Platform;
 
     fn record(name: &str) -> Record {
         Record::new(
@@ -397,12 +474,19 @@ mod tests {
         read.sources.push(Source::default());
         let known = |digest: &Digest| (*digest == read.digest()).then(|| read.to_text());
         let contents = contents([&read.digest(), &Digest::of(b"forgotten")], known);
-        let bytes = config(&records.iter().collect::<Vec<_>>(), &mounts, &contents);
+        let result = record("c");
+        let all = records.iter().collect::<Vec<_>>();
+        let bytes = config(&all, &[&result], &mounts, &contents);
         let manifest = manifest_of(&bytes, &records, &mounts);
         assert_eq!(manifest.config.media_type, CONFIG_TYPE);
         let parsed = parse(&manifest, &bytes).unwrap();
         let expected = Parsed {
             records: records.into(),
+            // The manifest does not have its layer.
+            results: vec![KnownResult {
+                definition: Definition::new("run", &["c"]).digest().clone(),
+                record: result,
+            }],
             mounts: mounts.into(),
             contents,
             ignored: 0,
@@ -519,25 +603,54 @@ mod tests {
         };
         config.rootfs.diff_ids = vec![record("base").diff_id, made.diff_id.clone()];
         assert_eq!(parse_inline(&manifest, &config), Ok(None));
-        let value = inline([(1, &made)]);
-        assert_eq!(value["records"][0]["inputs"].as_object().unwrap().len(), 2);
+        let others = [record("b"), record("b")];
+        let value = inline([(1, &made)], &others);
+        assert_eq!(value["records"][0]["inputs"].as_object().unwrap().len(), 3);
+        let results = value["results"].to_string();
+        assert!(!results.contains("run"), "{results}");
         config.other.insert(INLINE_KEY.to_owned(), value);
         let parsed = parse_inline(&manifest, &config).unwrap().unwrap();
-        let content_only = Inputs {
-            source: None,
-            ..made.inputs.clone()
-        };
         let expected = Record {
             name: String::new(),
-            inputs: content_only,
             below: None,
             ..made.clone()
         };
         assert_eq!((parsed.records, parsed.ignored), (vec![expected], 0));
+        let definition = Definition::new("run", &["b"]).digest().clone();
+        let expected = KnownResult {
+            record: Record {
+                name: String::new(),
+                created: NO_TIME.to_owned(),
+                definition: json!(definition),
+                below: None,
+                ..record("b")
+            },
+            definition,
+        };
+        let definition = Definition::new("run", &["b"]);
+        let key = Inputs {
+            content: None,
+            ..record("b").inputs
+        };
+        assert!(expected.record.is_of(&definition, &key));
+        assert!(!expected.record.is_of(&Definition::new("run", &["a"]), &key));
+        assert_eq!(parsed.results, [expected]);
+        for edit in [
+            ("definition", json!("sha256:../../etc")),
+            ("mediaType", json!("text/html")),
+            ("size", json!(-1)),
+            ("inputs", json!(3)),
+        ] {
+            let mut value = inline([], &others);
+            value["results"][0][edit.0] = edit.1;
+            config.other.insert(INLINE_KEY.to_owned(), value);
+            let parsed = parse_inline(&manifest, &config).unwrap().unwrap();
+            assert_eq!((parsed.results.len(), parsed.ignored), (0, 1), "{}", edit.0);
+        }
 
         config
             .other
-            .insert(INLINE_KEY.to_owned(), inline([(2, &made)]));
+            .insert(INLINE_KEY.to_owned(), inline([(2, &made)], []));
         let parsed = parse_inline(&manifest, &config).unwrap().unwrap();
         assert_eq!((parsed.records.len(), parsed.ignored), (0, 1));
         config.other.insert(INLINE_KEY.to_owned(), json!("garbage"));

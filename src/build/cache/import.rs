@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
 use std::io::{self, Read};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
@@ -20,7 +21,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::super::content::ContentManifest;
 use super::document::{
-    self, CONFIG_LIMIT_BYTES, CONFIG_TYPE, Chunk, Contents, MountContents, Parsed,
+    self, CONFIG_LIMIT_BYTES, CONFIG_TYPE, Chunk, Contents, KnownResult, MountContents, Parsed,
 };
 use super::lost::{LostLayer, Without};
 use super::records::{Definition, Inputs, Record};
@@ -81,6 +82,8 @@ pub(super) struct Found {
     pub(super) record: Record,
     pub(super) origin: Origin,
     pub(super) cache: CacheSource,
+    /// Whether the layer was exported.
+    pub(super) has_layer: bool,
 }
 
 /// Whether a registry has a blob.
@@ -91,6 +94,10 @@ type Answer = Shared<BoxFuture<'static, bool>>;
 pub struct Imported {
     /// By definition and key.
     records: HashMap<(Digest, Digest), Arc<Found>>,
+    /// Those whose layers were not exported.
+    results: HashMap<(Digest, Digest), Arc<Found>>,
+    /// Whether such a layer was needed, so that they are of no use.
+    needs_layers: AtomicBool,
     definitions: HashSet<Digest>,
     /// All of them, each once, in the order in which they were read.
     all: Vec<Arc<Found>>,
@@ -281,6 +288,7 @@ fn parse(all: Vec<(Manifest, Vec<u8>)>) -> anyhow::Result<Parsed> {
         {
             let whole: &mut Parsed = whole.get_or_insert_default();
             whole.records.extend(parsed.records);
+            whole.results.extend(parsed.results);
             whole.mounts.extend(parsed.mounts);
             whole.contents.extend(parsed.contents);
             whole.ignored += parsed.ignored;
@@ -291,16 +299,27 @@ fn parse(all: Vec<(Manifest, Vec<u8>)>) -> anyhow::Result<Parsed> {
 
 impl Imported {
     fn add(&mut self, parsed: Parsed, origin: &Origin, cache: &CacheSource) {
-        for record in parsed.records {
+        let records = parsed.records.into_iter().map(|record| {
             let definition = Definition::of_record(&record.definition).digest().clone();
+            (definition, record, true)
+        });
+        let results = parsed.results.into_iter();
+        let results = results.map(|KnownResult { definition, record }| (definition, record, false));
+        for (definition, record, has_layer) in records.chain(results) {
             let keys = record.inputs.keys();
             let found = Arc::new(Found {
                 record,
                 origin: origin.clone(),
                 cache: cache.clone(),
+                has_layer,
             });
+            let known = if has_layer {
+                &mut self.records
+            } else {
+                &mut self.results
+            };
             for key in keys {
-                self.records
+                known
                     .entry((definition.clone(), key.digest()))
                     .or_insert_with(|| Arc::clone(&found));
             }
@@ -383,20 +402,28 @@ impl Imported {
     }
 
     /// Does without a layer that was lost, and where it is the second of its repository,
-    /// without all that are there: so a build begins again twice for each cache at most.
+    /// without all that are there; does without all that were not exported where it is one of
+    /// those. So a build begins again once, and twice for each cache, at most.
     pub(in crate::build) fn leave_out(&self, lost: &LostLayer) -> Without {
+        let LostLayer::Gone {
+            repository, digest, ..
+        } = lost
+        else {
+            self.needs_layers.store(true, Ordering::Relaxed);
+            return Without::NotExported;
+        };
         let of_registries = self.lost.lock();
         let mut of_registries = of_registries.expect("nothing panics while it holds this lock");
-        let without = match of_registries.get(&lost.repository) {
+        let without = match of_registries.get(repository) {
             None => Without::Layer,
             Some(_) => Without::Cache,
         };
-        of_registries.insert(lost.repository.clone(), without);
+        of_registries.insert(repository.clone(), without);
         let answers = self.answers.lock();
         let mut answers = answers.expect("nothing panics while it holds this lock");
         // Others may have gone with it.
-        answers.retain(|(repository, _), _| *repository != lost.repository);
-        let key = (lost.repository.clone(), lost.digest.clone());
+        answers.retain(|(of, _), _| of != repository);
+        let key = (repository.clone(), digest.clone());
         answers.insert(key, std::future::ready(false).boxed().shared());
         without
     }
@@ -406,16 +433,21 @@ impl Imported {
         self.definitions.contains(definition.digest())
     }
 
-    /// The record of the step under this key.
-    pub(super) fn look_up(&self, definition: &Definition, key: &Inputs) -> Option<Arc<Found>> {
-        let found = self
-            .records
-            .get(&(definition.digest().clone(), key.digest()))?;
-        // Digests name it; that it is the same in words costs nothing to see.
+    /// The records of the step under these keys, the best first: those whose layers were
+    /// exported, and in the order of the keys.
+    pub(super) fn look_up(&self, definition: &Definition, keys: &[Inputs]) -> Vec<Arc<Found>> {
+        let of = |known: &HashMap<_, Arc<Found>>, key: &Inputs| {
+            known
+                .get(&(definition.digest().clone(), key.digest()))
+                // Digests name it; that it is the same in words costs nothing to see.
+                .filter(|found| found.record.is_of(definition, key))
+                .cloned()
+        };
+        let mut found: Vec<_> = keys.iter().filter_map(|k| of(&self.records, k)).collect();
+        if !self.needs_layers.load(Ordering::Relaxed) {
+            found.extend(keys.iter().filter_map(|k| of(&self.results, k)));
+        }
         found
-            .record
-            .is_of(definition, key)
-            .then(|| Arc::clone(found))
     }
 
     /// All records, each with the cache that it is of.
@@ -517,9 +549,62 @@ mod tests {
     use anyhow::anyhow;
 
     use super::*;
+    use crate::image::DiffId;
     use crate::progress::NoProgress;
     use crate::registry::Options;
     use crate::registry::testing::TestRegistry;
+
+    #[test]
+    fn what_was_not_exported_comes_last_and_is_left_out_once_it_was_needed() {
+        let definition = Definition::new("run", &["make"]);
+        let inputs = Inputs {
+            parent: Some(Digest::of(b"parent")),
+            source: None,
+            content: None,
+        };
+        let record = |text: &str| {
+            let digest = Digest::of(text.as_bytes());
+            Record::new(
+                &definition,
+                inputs.clone(),
+                text.to_owned(),
+                "2026-01-01T00:00:00Z".to_owned(),
+                DiffId::from_uncompressed(digest.clone()),
+                Descriptor::new(MediaType::LAYER_GZIP, digest, 7),
+            )
+        };
+        let cache = CacheSource::Registry(Reference::parse("r.io/app:cache").unwrap());
+        let origin = Origin::Registry(Reference::parse("r.io/app").unwrap().repository().clone());
+        let mut imported = Imported::default();
+        let first = Parsed {
+            results: vec![KnownResult {
+                definition: definition.digest().clone(),
+                record: record("known"),
+            }],
+            ..Parsed::default()
+        };
+        let second = Parsed {
+            records: vec![record("there")],
+            ..Parsed::default()
+        };
+        imported.add(first, &origin, &cache);
+        imported.add(second, &origin, &cache);
+        let found = |imported: &Imported| -> Vec<(String, bool)> {
+            let found = imported.look_up(&definition, &inputs.keys()).into_iter();
+            found
+                .map(|found| (found.record.name.clone(), found.has_layer))
+                .collect()
+        };
+        let there = ("there".to_owned(), true);
+        let known = ("known".to_owned(), false);
+        assert_eq!(found(&imported), [there.clone(), known]);
+        let needed = LostLayer::NotExported {
+            cache,
+            digest: Digest::of(b"known"),
+        };
+        assert_eq!(imported.leave_out(&needed), Without::NotExported);
+        assert_eq!(found(&imported), [there]);
+    }
 
     #[tokio::test]
     async fn a_lost_layer_is_left_out_and_a_second_one_takes_its_cache_with_it() {
@@ -540,7 +625,7 @@ mod tests {
         let has = |repository: &Repository, digest: &Digest| {
             imported.has(&client, repository, digest, &progress)
         };
-        let lost = |digest: &Digest| LostLayer {
+        let lost = |digest: &Digest| LostLayer::Gone {
             cache: CacheSource::Registry(registry.reference("cache:main")),
             repository: repository.clone(),
             digest: digest.clone(),

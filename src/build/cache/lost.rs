@@ -1,4 +1,5 @@
-//! [`LostLayer`]: what an imported cache promised and does not have when it is needed.
+//! [`LostLayer`]: what an imported cache promised and does not have when it is needed, or never
+//! had: of steps whose layers were not exported it knows which they are.
 //!
 //! A step that was looked up is not done, so its layer may turn out to be missing when
 //! somebody reads it: a step, an upload, an output. Layers above it were found by what it
@@ -11,18 +12,29 @@ use super::CacheSource;
 use crate::build::Shared_;
 use crate::image::{Digest, Repository};
 
-/// A layer of an imported cache cannot be had, although its registry said that it has it.
+/// A layer of an imported cache cannot be had.
 #[derive(Debug, Error)]
-#[error("the layer {digest} of the cache {cache} cannot be had")]
-pub(in crate::build) struct LostLayer {
-    /// The cache.
-    pub(in crate::build) cache: CacheSource,
-    /// Where its layers are.
-    pub(in crate::build) repository: Repository,
-    /// The layer's blob.
-    pub(in crate::build) digest: Digest,
-    /// Why it cannot be had.
-    pub(in crate::build) source: anyhow::Error,
+pub(in crate::build) enum LostLayer {
+    /// Its registry said that it has it.
+    #[error("the layer {digest} of the cache {cache} cannot be had")]
+    Gone {
+        /// The cache.
+        cache: CacheSource,
+        /// Where its layers are.
+        repository: Repository,
+        /// The layer's blob.
+        digest: Digest,
+        /// Why it cannot be had.
+        source: anyhow::Error,
+    },
+    /// It was not exported.
+    #[error("the cache {cache} was exported without the layer {digest}")]
+    NotExported {
+        /// The cache.
+        cache: CacheSource,
+        /// The layer's blob.
+        digest: Digest,
+    },
 }
 
 /// What a build does without after a layer was lost.
@@ -32,6 +44,8 @@ pub(in crate::build) enum Without {
     Layer,
     /// All layers of the cache: it is the second that was lost.
     Cache,
+    /// All layers that were not exported, of all caches.
+    NotExported,
 }
 
 impl LostLayer {
@@ -41,16 +55,19 @@ impl LostLayer {
         causes.find_map(|cause| Shared_::unwrapped(cause).downcast_ref())
     }
 
-    /// What the user is told.
-    pub(in crate::build) fn warning(&self, without: Without) -> String {
+    /// What the user is told; nothing of what is nobody's fault.
+    pub(in crate::build) fn warning(&self, without: Without) -> Option<String> {
+        let Self::Gone { source, .. } = self else {
+            return None;
+        };
         let what = match without {
             Without::Layer => "it",
             Without::Cache => "that cache",
+            Without::NotExported => return None,
         };
-        format!(
-            "{self}, so the build begins again without {what}: {:#}",
-            self.source
-        )
+        Some(format!(
+            "{self}, so the build begins again without {what}: {source:#}"
+        ))
     }
 }
 
@@ -65,12 +82,16 @@ mod tests {
     use crate::build::unshare;
     use crate::image::Reference;
 
+    fn digest() -> Digest {
+        Digest::of(b"layer")
+    }
+
     fn lost() -> LostLayer {
         let cache = Reference::parse("r.io/app:cache").unwrap();
-        LostLayer {
+        LostLayer::Gone {
             repository: cache.repository().clone(),
             cache: CacheSource::Registry(cache),
-            digest: Digest::of(b"layer"),
+            digest: digest(),
             source: anyhow!("404").context("pulling"),
         }
     }
@@ -94,15 +115,24 @@ mod tests {
         let lost = lost();
         let begin = format!(
             "the layer {} of the cache r.io/app:cache cannot be had, so",
-            lost.digest
+            digest()
         );
         assert_eq!(
             lost.warning(Without::Layer),
-            format!("{begin} the build begins again without it: pulling: 404")
+            Some(format!(
+                "{begin} the build begins again without it: pulling: 404"
+            ))
         );
         assert_eq!(
             lost.warning(Without::Cache),
-            format!("{begin} the build begins again without that cache: pulling: 404")
+            Some(format!(
+                "{begin} the build begins again without that cache: pulling: 404"
+            ))
         );
+        let never_there = LostLayer::NotExported {
+            cache: CacheSource::Registry(Reference::parse("r.io/app:cache").unwrap()),
+            digest: digest(),
+        };
+        assert_eq!(never_there.warning(Without::NotExported), None);
     }
 }

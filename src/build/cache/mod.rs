@@ -17,8 +17,11 @@
 //! it, so that the next build knows it without the other cache; until the blob is here too,
 //! it is passed over there.
 //!
-//! Whatever fails here is told and costs time, never the build. A layer that is no longer
-//! there when it is read has the build begin again without it ([`LostLayer`]).
+//! Of steps whose layers are not exported, a cache says which layers they made. That is enough to
+//! find the steps after them, as long as nobody needs the layers themselves.
+//!
+//! Whatever fails here is told and costs time, never the build. A layer that is not there when
+//! it is read has the build begin again without it ([`LostLayer`]).
 
 mod chunks;
 mod contents;
@@ -76,6 +79,8 @@ struct CachedStep {
     record: Record,
     /// Where the blob can be fetched, if the store may not have it.
     origin: Option<Repository>,
+    /// Whether there is a blob at all: not of what was found without its layer.
+    has_layer: bool,
     is_of_result: bool,
 }
 
@@ -105,7 +110,8 @@ impl Hit {
 
 /// Where the blob of a record is that the store does not have.
 struct Elsewhere {
-    repository: Repository,
+    /// The registry that has it; none where the cache was exported without it.
+    repository: Option<Repository>,
     cache: CacheSource,
 }
 
@@ -192,13 +198,14 @@ impl Engine {
             });
         }
         let imported = self.cache.imported().await;
-        for found in keys
-            .iter()
-            .filter_map(|key| imported.look_up(definition, key))
-        {
+        for found in imported.look_up(definition, &keys) {
             let descriptor = &found.record.descriptor;
             let elsewhere = match &found.origin {
                 _ if self.store.has_blob_of(descriptor) => None,
+                _ if !found.has_layer => Some(Elsewhere {
+                    repository: None,
+                    cache: found.cache.clone(),
+                }),
                 Origin::Registry(repository) => {
                     let digest = &descriptor.digest;
                     let answer = imported.has(&self.client, repository, digest, &self.progress);
@@ -206,7 +213,7 @@ impl Engine {
                         continue;
                     }
                     Some(Elsewhere {
-                        repository: repository.clone(),
+                        repository: Some(repository.clone()),
                         cache: found.cache.clone(),
                     })
                 }
@@ -222,7 +229,10 @@ impl Engine {
                 }
             };
             return Some(Hit {
-                record: found.record.clone(),
+                record: Record {
+                    definition: definition.value().clone(),
+                    ..found.record.clone()
+                },
                 elsewhere,
                 is_imported: true,
                 content: found
@@ -261,17 +271,23 @@ impl Engine {
             content: inputs.content.or_else(|| record.inputs.content.clone()),
             ..inputs
         };
+        let has_layer = elsewhere
+            .as_ref()
+            .is_none_or(|found| found.repository.is_some());
         if is_imported || record.inputs != whole {
             record.inputs = whole;
-            self.write_record(definition, &record);
+            // Of what is nowhere nobody here can make use later.
+            if has_layer {
+                self.write_record(definition, &record);
+            }
         }
         let names = ImageLayer {
             diff_id: record.diff_id.clone(),
             descriptor: record.descriptor.clone(),
         };
         let created = record.created.clone();
-        let origin = elsewhere.as_ref().map(|found| found.repository.clone());
-        self.note_step(number, record, origin);
+        let origin = elsewhere.as_ref().and_then(|e| e.repository.clone());
+        self.note_step(number, record, origin, has_layer);
         if let Some(layer) = layer {
             return layer;
         }
@@ -289,7 +305,7 @@ impl Engine {
         let done = self.cache.done.lock();
         done.expect("nothing panics while it holds this lock")
             .insert(number);
-        self.note_step(number, record, None);
+        self.note_step(number, record, None, true);
     }
 
     /// Keeps the list of what a step read, so that a later miss can be told in names; gives
@@ -315,11 +331,18 @@ impl Engine {
         }
     }
 
-    fn note_step(&self, number: usize, record: Record, origin: Option<Repository>) {
+    fn note_step(
+        &self,
+        number: usize,
+        record: Record,
+        origin: Option<Repository>,
+        has_layer: bool,
+    ) {
         let step = CachedStep {
             number,
             record,
             origin,
+            has_layer,
             is_of_result: self.cache.wanted.contains(&number),
         };
         let steps = self.cache.steps.lock();
@@ -394,9 +417,10 @@ impl CacheContents {
     /// made or found.
     pub(crate) fn inline(&self, layers: &[ImageLayer]) -> Value {
         let mut rest = layers.iter().enumerate();
-        let steps = self.steps.iter().filter(|step| step.is_of_result);
+        let (of_result, others): (Vec<_>, Vec<_>) =
+            self.steps.iter().partition(|step| step.is_of_result);
         // Steps and layers are in the same order, and some layers are of no step.
-        document::inline(steps.filter_map(|step| {
+        let records = of_result.into_iter().filter_map(|step| {
             let mut ahead = rest.clone();
             let (place, _) = ahead.find(|(_, layer)| {
                 layer.diff_id == step.record.diff_id
@@ -404,12 +428,13 @@ impl CacheContents {
             })?;
             rest = ahead;
             Some((place, &step.record))
-        }))
+        });
+        document::inline(records, others.into_iter().map(|step| &step.record))
     }
 
-    /// The cache as documents: of all steps, or where not `max` of those whose layers the
-    /// result has, but not of those whose layers are `lost`. Absent with too many blobs for a
-    /// manifest.
+    /// The cache as documents: with the layers of all steps, or where not `max` of those whose
+    /// layers the result has; of the others it says what they made. Steps whose layers are
+    /// `lost` are left out. Absent with too many blobs for a manifest.
     pub(crate) fn document(
         &self,
         store: &Store,
@@ -420,12 +445,21 @@ impl CacheContents {
         let mut notes = mounts.notes.clone();
         let mut blobs: BTreeMap<_, CacheBlob> = BTreeMap::new();
         let mut records: Vec<&Record> = Vec::new();
-        for step in self.steps.iter().filter(|step| max || step.is_of_result) {
+        let mut results: Vec<&Record> = Vec::new();
+        for step in &self.steps {
+            if !(max || step.is_of_result) {
+                results.push(&step.record);
+                continue;
+            }
             let descriptor = &step.record.descriptor;
             let source = match &step.origin {
                 _ if store.has_blob_of(descriptor) => BlobSource::Store,
                 Some(_) if lost.contains(&descriptor.digest) => continue,
                 Some(origin) => BlobSource::Origin(Origin::Registry(origin.clone())),
+                None if !step.has_layer => {
+                    results.push(&step.record);
+                    continue;
+                }
                 None => {
                     notes.push(format!(
                         "the step {:?} is left out: its layer is no longer in the store",
@@ -449,6 +483,13 @@ impl CacheContents {
                 records.push(&step.record);
             }
         }
+        let mut once = Vec::new();
+        for result in results {
+            if !records.contains(&result) && !once.contains(&result) {
+                once.push(result);
+            }
+        }
+        let results = once;
         for (descriptor, source) in &mounts.blobs {
             let blob = blobs.entry(descriptor.digest.clone());
             blob.or_insert_with(|| CacheBlob {
@@ -458,11 +499,10 @@ impl CacheContents {
             });
         }
         let blobs: Vec<CacheBlob> = blobs.into_values().collect();
-        let read = records
-            .iter()
-            .filter_map(|record| record.inputs.content.as_ref());
+        let read = records.iter().chain(&results);
+        let read = read.filter_map(|record| record.inputs.content.as_ref());
         let contents = document::contents(read, |digest| fs::read(store.content_path(digest)).ok());
-        let config = document::config(&records, &mounts.mounts, &contents);
+        let config = document::config(&records, &results, &mounts.mounts, &contents);
         let descriptors = blobs.iter().map(|blob| blob.descriptor.clone());
         Some(CacheDocument {
             manifest: document::manifest(&config, descriptors.collect())?,

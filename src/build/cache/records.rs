@@ -55,7 +55,7 @@ pub(in crate::build) struct Record {
     pub(in crate::build) created: String,
     /// The step's name when it was made, for people.
     pub(in crate::build) name: String,
-    /// The definition in words.
+    /// The definition in words, or, in records from an image's config, its digest.
     pub(in crate::build) definition: Value,
     /// The inputs in words: all that is known of them, of which each key has a part.
     pub(in crate::build) inputs: Inputs,
@@ -271,7 +271,11 @@ impl Record {
 
     /// Whether it is of this step, and found under `key`.
     pub(in crate::build) fn is_of(&self, definition: &Definition, key: &Inputs) -> bool {
-        self.definition == definition.value && self.inputs.answers(key)
+        let is_same = match &self.definition {
+            Value::String(digest) => digest == definition.digest.as_str(),
+            words => *words == definition.value,
+        };
+        is_same && self.inputs.answers(key)
     }
 }
 

@@ -62,6 +62,9 @@ impl Layer {
         names: &ImageLayer,
     ) -> anyhow::Result<()> {
         let descriptor = &names.descriptor;
+        if self.origin.is_none() && !engine.store.has_blob_of(descriptor) {
+            return Err(self.missing(&descriptor.digest));
+        }
         let fetched = fetch_blob(
             &engine.client,
             &engine.store,

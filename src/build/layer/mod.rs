@@ -21,7 +21,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
-use anyhow::Context as _;
+use anyhow::{Context as _, anyhow};
 use futures_util::FutureExt as _;
 use futures_util::future::{BoxFuture, Shared as SharedFuture, try_join_all};
 use tokio::sync::{OnceCell, OwnedMutexGuard};
@@ -163,15 +163,16 @@ impl Layer {
         }
     }
 
-    /// The layer of a step that ran on another machine, whose blob is where `cache` has its.
+    /// The layer of a step that ran on another machine, whose blob is where `cache` has its;
+    /// without an origin, one that `cache` knows and does not have.
     pub(super) fn cached_elsewhere(
         names: ImageLayer,
         created: String,
-        origin: Repository,
+        origin: Option<Repository>,
         cache: CacheSource,
     ) -> Self {
         Self {
-            origin: Some(Origin::Registry(origin)),
+            origin: origin.map(Origin::Registry),
             cache: Some(cache),
             ..Self::sealed(names, Some(created))
         }
@@ -281,13 +282,26 @@ impl Layer {
     /// it is.
     pub(super) fn lost(&self, digest: &Digest, error: anyhow::Error) -> anyhow::Error {
         match (&self.cache, &self.origin) {
-            (Some(cache), Some(Origin::Registry(repository))) => anyhow::Error::new(LostLayer {
-                cache: cache.clone(),
-                repository: repository.clone(),
-                digest: digest.clone(),
-                source: error,
-            }),
+            (Some(cache), Some(Origin::Registry(repository))) => {
+                anyhow::Error::new(LostLayer::Gone {
+                    cache: cache.clone(),
+                    repository: repository.clone(),
+                    digest: digest.clone(),
+                    source: error,
+                })
+            }
             _ => error,
+        }
+    }
+
+    /// The error that its blob is neither in the store nor anywhere else.
+    pub(super) fn missing(&self, digest: &Digest) -> anyhow::Error {
+        match (&self.cache, &self.origin) {
+            (Some(cache), None) => anyhow::Error::new(LostLayer::NotExported {
+                cache: cache.clone(),
+                digest: digest.clone(),
+            }),
+            _ => anyhow!("the blob {digest} is no longer in the store"),
         }
     }
 

@@ -121,10 +121,7 @@ impl Layer {
         work: Work<T>,
     ) -> anyhow::Result<T> {
         let Some(origin) = &self.origin else {
-            anyhow::bail!(
-                "the blob {} is no longer in the store",
-                names.descriptor.digest
-            );
+            return Err(self.missing(&names.descriptor.digest));
         };
         let place = match origin {
             Origin::Registry(repository) => repository.to_string(),
