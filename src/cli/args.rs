@@ -147,7 +147,7 @@ pub(super) struct BuildArgs {
     #[arg(long = "cache-from", value_name = "type=TYPE,…")]
     pub cache_from: Vec<String>,
 
-    /// Exports the cache when the image is out: type=registry,ref=REF, type=local,dest=DIR or type=inline; mode=max has all steps, mounts=true cache mounts too; failures are warnings without ignore-error=false
+    /// Exports the cache when the image is out: type=registry,ref=REF, type=local,dest=DIR or type=inline; mode=max has the layers of all steps, mounts=true cache mounts too; failures are warnings without ignore-error=false
     #[arg(long = "cache-to", value_name = "type=TYPE,…")]
     pub cache_to: Vec<String>,
 

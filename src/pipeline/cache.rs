@@ -38,7 +38,7 @@ const POLL: Duration = Duration::from_millis(100);
 pub struct CacheTarget {
     /// Where.
     pub place: CachePlace,
-    /// `mode=max`: all steps of the build, and not only those whose layers the image has.
+    /// `mode=max`: the layers of all steps of the build, and not only those that the image has.
     pub max: bool,
     /// `mounts=true`: the contents of cache mounts too.
     pub mounts: bool,

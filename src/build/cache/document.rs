@@ -26,7 +26,7 @@ use std::collections::{BTreeMap, HashMap};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use time::format_description::well_known::Rfc3339;
 
 use super::super::content::ContentManifest;
@@ -127,7 +127,7 @@ struct Raw {
     #[serde(default)]
     mounts: Vec<Value>,
     #[serde(default)]
-    contents: Contents,
+    contents: Map<String, Value>,
 }
 
 /// A record of a step whose layer is not there.
@@ -253,10 +253,15 @@ pub(super) fn parse(manifest: &Manifest, bytes: &[u8]) -> Result<Parsed, String>
         .map(|blob| (&blob.digest, blob.size))
         .collect();
     let has = |digest: &Digest, size: u64| blobs.get(digest) == Some(&size);
-    let mut parsed = Parsed {
-        contents: raw.contents,
-        ..Parsed::default()
-    };
+    let mut parsed = Parsed::default();
+    for (digest, packed) in raw.contents {
+        match (Digest::parse(&digest), packed) {
+            (Ok(digest), Value::String(packed)) => {
+                parsed.contents.insert(digest, packed);
+            }
+            _ => parsed.ignored += 1,
+        }
+    }
     for value in raw.records {
         let record = serde_json::from_value(value).ok().and_then(checked);
         match record.filter(|r| has(&r.descriptor.digest, r.descriptor.size)) {
@@ -554,6 +559,15 @@ mod tests {
         let document = json!({ "version": 1, "records": [spoilt] });
         let parsed = parse(&whole, document.to_string().as_bytes()).unwrap();
         assert_eq!(parsed.records, good);
+
+        let document = json!({
+            "version": 1,
+            "contents": { "sha256:../../etc": "AAAA", Digest::of(b"").as_str(): 3 },
+            "results": [record("good"), { "diff_id": 3 }, null],
+        });
+        let parsed = parse(&whole, document.to_string().as_bytes()).unwrap();
+        assert_eq!((parsed.contents.len(), parsed.ignored), (0, 4));
+        assert_eq!(parsed.results.len(), 1);
 
         let bad_mount = |edit: &dyn Fn(&mut Value)| {
             let mut value = json!(mount());
