@@ -175,11 +175,11 @@ where
 }
 
 /// [`seal`], and the layer as a tree in the empty directory `tree`, from the same bytes and at the
-/// same time: what [`apply`] makes of it. Where that fails the layer is sealed all the same, and
+/// same time: what [`apply()`] makes of it. Where that fails the layer is sealed all the same, and
 /// the caller removes what there is of the tree.
 ///
 /// # Errors
-/// As [`seal`]; inside, as [`apply`].
+/// As [`seal`]; inside, as [`apply()`].
 pub fn seal_and_apply<E>(
     changes: impl IntoIterator<Item = Result<Change, E>>,
     options: &SealOptions,
