@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 
 use libc::sock_filter;
 
-use table::{ABIS, Abi, Numbers, Rule};
+use table::{ABIS, Numbers, Rule};
 
 /// Where the kernel shows what is called; `struct seccomp_data` of `seccomp(2)`.
 const NUMBER_AT: u32 = 0;
