@@ -142,7 +142,7 @@ fn sandbox_the_store_tells_what_it_has_and_gives_it_up() {
     let want = [
         ("blob", 3),
         ("mount", 1),
-        ("note", 4),
+        ("note", 3),
         ("step", 3),
         ("tree", 4),
     ];
