@@ -24,7 +24,7 @@ prepare_bases() {
       words 80 | split -b 256K -a 4 - "$work/layer/data/$at/words-"
       tar --create --sort=name --owner=0 --group=0 --file "$work/layer-$at.tar" --directory "$work/layer" "data/$at"
       layers+=("$work/layer-$at.tar")
-      rm -rf "$work/layer"
+      discard "$work/layer"
     done
     push_base six "${layers[@]}"
     rm -f "$work"/layer-*.tar ;;
@@ -33,10 +33,11 @@ prepare_bases() {
     mkdir -p "$work/layer/many"
     many_files "$work/layer/many" 500000 500 200
     tar --create --owner=0 --group=0 --file "$work/layer.tar" --directory "$work/layer" many
-    rm -rf "$work/layer"
+    discard "$work/layer"
     push_base tree "$kept" "$work/layer.tar"
     rm -f "$work/layer.tar" ;;
   esac
+  remove_discarded
 }
 
 # words MIB: text that compresses as source code does.
