@@ -67,6 +67,9 @@ pub(super) fn seal_changes(
             }
             // Whoever mounts it unpacks the blob, and says what is wrong.
             sealed => {
+                if let Ok((_, applied)) = &sealed {
+                    tracing::debug!(?applied, "the tree is not made while the layer is sealed");
+                }
                 if let Err(error) = crate::store::remove_tree(&tree) {
                     tracing::debug!(tree = %tree.display(), %error, "cannot remove an incomplete tree");
                 }

@@ -350,7 +350,9 @@ impl Cached {
             return Ok(vec![reads.to_owned()]);
         }
         if !step.use_cache {
-            return Ok(vec!["--no-cache has it done anew".to_owned()]);
+            return Ok(vec![
+                "--no-cache or --no-cache-filter has it done anew".to_owned(),
+            ]);
         }
         let now = Looked {
             name: self.name.clone(),

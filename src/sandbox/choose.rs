@@ -18,8 +18,8 @@ use super::output::{Ears, Heard, listen};
 use super::wire::{Attachment, Failure, Launch, Part, Purpose, Runtime, RuntimeKind};
 use super::{
     Cancel, Choice, Content, Device, Mount, MountSource, Network, Outcome, OutputSink, Process,
-    Refusal, Sandbox, SandboxError, Security, Ulimit, User, hosts, init, network, supervise,
-    userns,
+    Refusal, Sandbox, SandboxError, Security, Ulimit, User, hosts, init, network, seccomp,
+    supervise, userns,
 };
 use crate::progress::Stream;
 
@@ -107,6 +107,12 @@ impl Contained {
         }
         if kind == RuntimeKind::Crun && userns::is_initial() {
             notes.push("crun: RUN steps cannot make device nodes".to_owned());
+        }
+        if seccomp::program().is_none() {
+            notes.push(format!(
+                "system calls of RUN steps are not filtered: their numbers on {} are not known",
+                std::env::consts::ARCH
+            ));
         }
         if networks.is_none() {
             notes.push(format!(
