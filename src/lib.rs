@@ -48,7 +48,7 @@
 //! | [`config`] | the service's settings, as one table | what they are used for |
 //! | [`failure`] | which kind of failure an error is, and advice | |
 //!
-//! Shared by all: [`io`], [`secret`], [`confined`], [`progress`].
+//! Shared by all: [`io`], [`secret`], [`confined`], [`owners`], [`progress`].
 //!
 //! # Invariants
 //!
@@ -117,6 +117,7 @@ pub mod io;
 pub mod layer;
 pub mod layout;
 pub mod lint;
+pub mod owners;
 pub mod pipeline;
 pub mod plan;
 pub mod progress;

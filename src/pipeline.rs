@@ -225,7 +225,11 @@ async fn run(
 ) -> anyhow::Result<BuildResult> {
     check_result_files(request)?;
     outputs::check(request)?;
-    let store = Arc::new(Store::open(&request.root)?);
+    let mut store = Store::open(&request.root)?;
+    if world.records_owners() {
+        store = store.recording_owners();
+    }
+    let store = Arc::new(store);
     *limited = request
         .store_limit
         .map(|limit| LimitedStore::begin(&store, limit));

@@ -20,6 +20,7 @@ use anyhow::Context as _;
 use super::Cancelled;
 use crate::confined::remove_tree;
 use crate::image::Digest;
+use crate::owners::Owners;
 use crate::plan::Sharing;
 use crate::sandbox::Cancel;
 use crate::store::Store;
@@ -52,9 +53,7 @@ pub(super) fn take(
     mut waits: impl FnMut(),
     fill: impl FnOnce(&Path) -> anyhow::Result<PathBuf>,
 ) -> anyhow::Result<CacheDirectory> {
-    let all = store
-        .cache_mounts_path()
-        .join(Digest::of(name.as_bytes()).hex());
+    let all = directories(store, name);
     let mut number = 0;
     loop {
         let dir = all.join(number.to_string());
@@ -96,6 +95,17 @@ pub(super) fn take(
     }
 }
 
+/// Where the directories that `name` means are. Those whose owners are recorded are of no use where
+/// files have their own.
+fn directories(store: &Store, name: &str) -> PathBuf {
+    let kind = match store.records_owners() {
+        true => "\nowners recorded",
+        false => "",
+    };
+    let name = Digest::of(format!("{name}{kind}").as_bytes());
+    store.cache_mounts_path().join(name.hex())
+}
+
 fn lock_file(path: &Path) -> anyhow::Result<File> {
     let lock = File::options()
         .create(true)
@@ -133,9 +143,7 @@ pub(super) enum Reading {
 /// # Errors
 /// That the store cannot be read or written.
 pub(super) fn read(store: &Store, name: &str) -> anyhow::Result<Reading> {
-    let all = store
-        .cache_mounts_path()
-        .join(Digest::of(name.as_bytes()).hex());
+    let all = directories(store, name);
     let dir = all.join("0");
     let files = dir.join("files");
     if !files.is_dir() {
@@ -258,10 +266,26 @@ fn open(
         }
         if !files.is_dir() {
             let made = fill(&store.tmp_dir("cache-")?)?;
-            fs::rename(&made, &files).with_context(|| format!("naming {}", files.display()))?;
+            let naming = || format!("naming {}", files.display());
+            if store.records_owners() {
+                owners_of(&made)?.save(&files).with_context(naming)?;
+            }
+            fs::rename(&made, &files).with_context(naming)?;
         }
     }
     Ok(CacheDirectory { files, _lock: lock })
+}
+
+/// Whose the files in `made` are: a new directory, of which its own directory has the record.
+fn owners_of(made: &Path) -> anyhow::Result<Owners> {
+    let (Some(above), Some(name)) = (made.parent(), made.file_name()) else {
+        return Ok(Owners::default());
+    };
+    let owners = Owners::of(above);
+    let owners = owners.with_context(|| format!("reading the owners of {}", above.display()))?;
+    Ok(owners
+        .map(|owners| owners.inside(Path::new(name)))
+        .unwrap_or_default())
 }
 
 #[cfg(test)]

@@ -700,6 +700,13 @@ impl Engine {
             let sandbox = sandbox::choose(self.sandbox_choice).map_err(Arc::new)?;
             let message = format!("RUN steps run in {}", sandbox.name());
             self.progress.event(BuildEvent::Environment { message });
+            if let World::SingleId { reason } = &*self.world {
+                let message = format!(
+                    "users and owners are made up for RUN steps, which are traced: there is one \
+                     ID only ({reason})"
+                );
+                self.progress.event(BuildEvent::Environment { message });
+            }
             for note in sandbox.notes() {
                 self.progress
                     .event(BuildEvent::Environment { message: note });
@@ -745,8 +752,8 @@ impl Engine {
     /// Whether layers can be unpacked with their owners, and mounted.
     fn check_world(&self) -> Result<(), NoRootfs> {
         match &*self.world {
-            World::Root | World::MappedUser { .. } => Ok(()),
-            World::SingleId { reason } | World::None { reason } => Err(NoRootfs {
+            World::Root | World::MappedUser { .. } | World::SingleId { .. } => Ok(()),
+            World::None { reason } => Err(NoRootfs {
                 reason: format!("{reason}"),
                 hint: UsernsError::hint(reason),
             }),

@@ -14,8 +14,9 @@ use super::slot::Slot;
 use super::subtree::{self, SharedFiles, Subtree};
 use crate::confined;
 use crate::image::Digest;
+use crate::owners::{Inodes, Owner};
 use crate::plan::{Mount, MountFrom, MountKind, Run};
-use crate::rootfs::{Metadata, Rootfs, Stack, Tree};
+use crate::rootfs::{self, Metadata, Rootfs, Stack, Tree};
 use crate::sandbox::{self, Content, MountSource};
 use crate::session::{AgentSocket, SecretBytes};
 
@@ -44,6 +45,8 @@ pub(super) struct Mounts {
     /// By the place of a source first, then those of contexts.
     filesystems: Vec<Option<Rootfs>>,
     temporary: Vec<PathBuf>,
+    /// Whose the mounted files are, where that is recorded.
+    inodes: Option<Inodes>,
 }
 
 impl Mounts {
@@ -55,7 +58,10 @@ impl Mounts {
         sources: &[Source],
         slot: &mut Slot,
     ) -> anyhow::Result<Self> {
-        let mut mounts = Self::default();
+        let mut mounts = Self {
+            inodes: engine.store.records_owners().then(Inodes::default),
+            ..Self::default()
+        };
         mounts.filesystems.resize_with(sources.len(), || None);
         // Two steps that want the same caches take them in one order, and neither waits for
         // the other.
@@ -77,8 +83,35 @@ impl Mounts {
         Ok(mounts)
     }
 
+    /// Notes in `inodes`, those of a step's root filesystem, whose the mounted files are; from then
+    /// on the two are the same.
+    pub(super) fn join_owners(&mut self, inodes: &Inodes) -> anyhow::Result<()> {
+        let Some(own) = self.inodes.replace(inodes.clone()) else {
+            return Ok(());
+        };
+        inodes.add(&own);
+        let filesystems = self.filesystems.iter().flatten();
+        filesystems
+            .filter_map(Rootfs::inodes)
+            .for_each(|mounted| inodes.add(mounted));
+        for cache in self.caches.values() {
+            rootfs::learn_owners(&cache.files, inodes)?;
+        }
+        for dir in &self.temporary {
+            rootfs::learn_owners(dir, inodes)?;
+        }
+        Ok(())
+    }
+
     /// Unmounts and removes what is not kept. What cannot be removed goes with the store's `tmp/`.
     pub(super) fn finish(self) {
+        if let Some(inodes) = &self.inodes {
+            for cache in self.caches.values() {
+                if let Err(error) = rootfs::keep_owners(&cache.files, inodes) {
+                    tracing::warn!(%error, "the owners of a cache mount's files are lost");
+                }
+            }
+        }
         let filesystems = self.filesystems.into_iter().flatten();
         filesystems.for_each(Rootfs::discard);
         drop(self.sockets);
@@ -173,15 +206,22 @@ impl Mounts {
                     return Ok(());
                 }
                 let path = self.agent(engine, id)?;
-                subtree::dress(&path, mode & 0o777, *uid, *gid).context("dressing the socket")?;
+                let owner = Owner {
+                    uid: *uid,
+                    gid: *gid,
+                };
+                let inodes = self.inodes.as_ref();
+                subtree::dress(&path, mode & 0o777, owner, inodes)
+                    .context("dressing the socket")?;
                 self.push(mount, MountSource::Bind(path), false);
             }
             MountKind::Script { name, content } => {
                 let dir = self.temporary(engine, "script-")?;
-                subtree::dress(&dir, 0o755, 0, 0).context("dressing the directory")?;
+                let (nobody, inodes) = (Owner::default(), self.inodes.as_ref());
+                subtree::dress(&dir, 0o755, nobody, inodes).context("dressing the directory")?;
                 let path = dir.join(Path::new(name).file_name().unwrap_or_default());
                 fs::write(&path, content).with_context(|| format!("writing {}", path.display()))?;
-                subtree::dress(&path, 0o755, 0, 0).context("dressing the script")?;
+                subtree::dress(&path, 0o755, nobody, inodes).context("dressing the script")?;
                 self.push(mount, MountSource::Bind(dir), true);
             }
         }

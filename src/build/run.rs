@@ -54,8 +54,12 @@ pub(super) fn run(
     user.groups.extend(&devices.groups);
     let scratch = engine.store.tmp_dir("step-")?;
     let mut rootfs = engine.rootfs(below, &scratch)?;
+    if let Some(inodes) = rootfs.inodes() {
+        mounts.join_owners(inodes)?;
+    }
     let process = Process {
         rootfs: rootfs.path().to_owned(),
+        owners: rootfs.inodes().cloned(),
         args: run.args.iter().map(Into::into).collect(),
         env: environment(run, &account.home, &mounts.env, &devices.env),
         cwd: run.cwd.clone().into(),

@@ -10,6 +10,7 @@ use rustix::fs::{FileType, Gid, Mode, Uid};
 
 use super::copy::{SourceNode, SourceTree};
 use super::listing::{Listing, Origin, Role, read_ahead};
+use crate::owners::{Inodes, Owner};
 use crate::rootfs::{
     Change, ChangeKind, Data, Entry, FileContent, FileSource, Metadata, materialize,
 };
@@ -201,10 +202,20 @@ pub(super) fn empty(dir: &Path, mode: u32, uid: u32, gid: u32) -> anyhow::Result
     Ok(dir.join(ROOT))
 }
 
-/// Gives `path` an owner and a mode.
-pub(super) fn dress(path: &Path, mode: u32, uid: u32, gid: u32) -> io::Result<()> {
-    let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
-    rustix::fs::chown(path, Some(uid), Some(gid))?;
+/// Gives `path` a mode and an owner, who is noted in `inodes` where there are any.
+pub(super) fn dress(
+    path: &Path,
+    mode: u32,
+    owner: Owner,
+    inodes: Option<&Inodes>,
+) -> io::Result<()> {
+    if let Some(inodes) = inodes {
+        let found = rustix::fs::stat(path)?;
+        inodes.set((found.st_dev, found.st_ino), owner);
+    } else {
+        let (uid, gid) = (Uid::from_raw(owner.uid), Gid::from_raw(owner.gid));
+        rustix::fs::chown(path, Some(uid), Some(gid))?;
+    }
     rustix::fs::chmod(path, Mode::from_raw_mode(mode & 0o7777))?;
     Ok(())
 }

@@ -56,7 +56,8 @@ pub struct SkippedDevice {
 /// `user.overlay.opaque=y`; what the layer has itself at such a path stays. Names are
 /// resolved inside the tree: a leading `/` is dropped, `..` is refused, links in parents
 /// are followed inside, a link at the end is replaced. Of several entries of one path, the
-/// last counts. Metadata of the root itself is not applied; it becomes 0755.
+/// last counts. Metadata of the root itself is not applied; it becomes 0755. Where owners are
+/// recorded beside `tree` ([`crate::owners`]), those of the layer are, and no file is given away.
 ///
 /// `want` is verified over all uncompressed bytes, also those after the archive's end; the
 /// stream is read to its end, so that a reader that verifies a digest there does. It is
@@ -232,21 +233,23 @@ pub(super) fn action(entry: &TarEntry) -> Result<Action, LayerError> {
     })
 }
 
-struct Applier {
+struct Applier<'t> {
+    dir: &'t Path,
     tree: Tree,
     applied: AppliedLayer,
 }
 
-impl Applier {
-    fn new(tree: &Path, limits: &Limits) -> Result<Self, LayerError> {
+impl<'t> Applier<'t> {
+    fn new(tree: &'t Path, limits: &Limits) -> Result<Self, LayerError> {
         Ok(Self {
+            dir: tree,
             tree: Tree::open(tree, limits.clone())?,
             applied: AppliedLayer::default(),
         })
     }
 
     fn finish(self, uncompressed_bytes: u64) -> Result<AppliedLayer, LayerError> {
-        let (implied_directories, skipped_xattrs) = self.tree.finish()?;
+        let (implied_directories, skipped_xattrs) = self.tree.finish(self.dir)?;
         Ok(AppliedLayer {
             uncompressed_bytes,
             implied_directories,
@@ -312,7 +315,13 @@ impl Applier {
         write_content(tar, segments, entry.size_bytes, &file, &entry.name)?;
         let skipped = &mut self.tree.skipped_xattrs;
         let before = skipped.len();
-        set_on_fd(file.as_fd(), &entry.name, &entry.metadata, skipped)?;
+        set_on_fd(
+            file.as_fd(),
+            &place.path(),
+            &entry.metadata,
+            skipped,
+            self.tree.owners.as_mut(),
+        )?;
         self.account_for_skipped(before)
     }
 
@@ -354,7 +363,12 @@ impl Applier {
             &place.path(),
             &entry.metadata,
             skipped,
+            self.tree.owners.as_mut(),
         )?;
+        if let Some(owners) = &mut self.tree.owners {
+            // It is the same file.
+            owners.set(&target_place.path(), entry.metadata.owner());
+        }
         self.account_for_skipped(before)
     }
 
@@ -402,6 +416,7 @@ impl Applier {
             &entry.metadata,
             is_symlink,
             skipped,
+            self.tree.owners.as_mut(),
         )?;
         self.account_for_skipped(before)
     }

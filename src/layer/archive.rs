@@ -218,7 +218,7 @@ impl Extractor {
                     .map_err(LayerError::tree("creating", &path))?;
                 let file = File::from(file);
                 write_content(tar, segments.as_deref(), entry.size_bytes, &file, &path)?;
-                set_on_fd(file.as_fd(), &path, &entry.metadata, &mut Vec::new())?;
+                set_on_fd(file.as_fd(), &path, &entry.metadata, &mut Vec::new(), None)?;
                 let time = entry.metadata.mtime.seconds;
                 self.extracted.latest = self.extracted.latest.max(Some(time));
             }
@@ -339,7 +339,7 @@ impl Extractor {
 
     fn finish(self, directory: &Path) -> Result<Extracted, LayerError> {
         let mut extracted = self.extracted;
-        let (implied, _) = self.tree.finish()?;
+        let (implied, _) = self.tree.finish(directory)?;
         // Directories that no entry names belong to nobody, whatever had their inode before.
         for path in implied {
             let whole = directory.join(&path);
@@ -357,7 +357,15 @@ fn set(
     is_symlink: bool,
 ) -> Result<(), LayerError> {
     let (parent, name) = (place.parent(), place.name());
-    set_by_name(parent, name, path, metadata, is_symlink, &mut Vec::new())
+    set_by_name(
+        parent,
+        name,
+        path,
+        metadata,
+        is_symlink,
+        &mut Vec::new(),
+        None,
+    )
 }
 
 /// `name` as a path below the root, `..` resolved by text as other tools do; `entry` is for messages.

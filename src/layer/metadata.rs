@@ -12,6 +12,7 @@ use rustix::fs::{AtFlags, Gid, Mode, Timespec, Timestamps, Uid, XattrFlags};
 use rustix::io::Errno;
 
 use super::LayerError;
+use crate::owners::Owners;
 use crate::rootfs::{Metadata, Time};
 
 /// Extended attributes that steer overlay mounts of the tree.
@@ -46,15 +47,21 @@ pub(super) fn check_xattrs(path: &Path, metadata: &Metadata) -> Result<(), Layer
     }
 }
 
-/// Gives the open file or directory `fd` its metadata; `path` is for messages.
+/// Gives the open file or directory `fd` its metadata; the owner goes to `owners`, under `path`,
+/// where there are any.
 pub(super) fn set_on_fd(
     fd: BorrowedFd<'_>,
     path: &Path,
     metadata: &Metadata,
     skipped: &mut Vec<SkippedXattr>,
+    owners: Option<&mut Owners>,
 ) -> Result<(), LayerError> {
-    let (uid, gid) = owner(metadata);
-    rustix::fs::fchown(fd, Some(uid), Some(gid)).map_err(owner_error(path, metadata))?;
+    if let Some(owners) = owners {
+        owners.set(path, metadata.owner());
+    } else {
+        let (uid, gid) = owner(metadata);
+        rustix::fs::fchown(fd, Some(uid), Some(gid)).map_err(owner_error(path, metadata))?;
+    }
     for (name, value) in &metadata.xattrs {
         let result = rustix::fs::fsetxattr(fd, name, value, XattrFlags::empty());
         xattr_result(result, path, name, skipped)?;
@@ -66,7 +73,7 @@ pub(super) fn set_on_fd(
 }
 
 /// Gives `name` in the directory `parent`, which is no regular file and no directory, its
-/// metadata. A symbolic link has no mode of its own.
+/// metadata; the owner as [`set_on_fd`]. A symbolic link has no mode of its own.
 pub(super) fn set_by_name(
     parent: BorrowedFd<'_>,
     name: &OsStr,
@@ -74,16 +81,21 @@ pub(super) fn set_by_name(
     metadata: &Metadata,
     is_symlink: bool,
     skipped: &mut Vec<SkippedXattr>,
+    owners: Option<&mut Owners>,
 ) -> Result<(), LayerError> {
-    let (uid, gid) = owner(metadata);
-    rustix::fs::chownat(
-        parent,
-        name,
-        Some(uid),
-        Some(gid),
-        AtFlags::SYMLINK_NOFOLLOW,
-    )
-    .map_err(owner_error(path, metadata))?;
+    if let Some(owners) = owners {
+        owners.set(path, metadata.owner());
+    } else {
+        let (uid, gid) = owner(metadata);
+        rustix::fs::chownat(
+            parent,
+            name,
+            Some(uid),
+            Some(gid),
+            AtFlags::SYMLINK_NOFOLLOW,
+        )
+        .map_err(owner_error(path, metadata))?;
+    }
     set_xattrs_by_name(parent, name, path, metadata, skipped)?;
     if !is_symlink {
         // Does not follow, because the file was made a moment ago and nobody else is here.
@@ -101,19 +113,24 @@ pub(super) fn set_by_name(
 }
 
 /// Gives a hard link the metadata of its entry, where that differs from what the file has:
-/// a needless `chown` would take its capabilities.
+/// a needless `chown` would take its capabilities. The owner as [`set_on_fd`].
 pub(super) fn set_on_link(
     parent: BorrowedFd<'_>,
     name: &OsStr,
     path: &Path,
     metadata: &Metadata,
     skipped: &mut Vec<SkippedXattr>,
+    owners: Option<&mut Owners>,
 ) -> Result<(), LayerError> {
     let is = rustix::fs::statat(parent, name, AtFlags::SYMLINK_NOFOLLOW)
         .map_err(LayerError::tree("reading the metadata of", path))?;
     let is_symlink =
         rustix::fs::FileType::from_raw_mode(is.st_mode) == rustix::fs::FileType::Symlink;
-    let same_owner = (is.st_uid, is.st_gid) == (metadata.uid, metadata.gid);
+    let is_recorded = owners.is_some();
+    if let Some(owners) = owners {
+        owners.set(path, metadata.owner());
+    }
+    let same_owner = is_recorded || (is.st_uid, is.st_gid) == (metadata.uid, metadata.gid);
     if !same_owner {
         let (uid, gid) = owner(metadata);
         rustix::fs::chownat(

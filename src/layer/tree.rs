@@ -22,6 +22,7 @@ use rustix::io::Errno;
 
 use super::metadata::{self, SkippedXattr};
 use super::{LayerError, Limits, whiteout};
+use crate::owners::Owners;
 use crate::rootfs::Metadata;
 
 /// Open parents. A tar is mostly in path order, so few are enough.
@@ -66,6 +67,8 @@ pub(super) struct Tree {
     pub(super) owner_of_implied: (u32, u32),
     /// Attributes that could not be set.
     pub(super) skipped_xattrs: Vec<SkippedXattr>,
+    /// Where files are not given away.
+    pub(super) owners: Option<Owners>,
 }
 
 #[derive(Debug)]
@@ -132,6 +135,7 @@ impl Tree {
             remembered_bytes: 0,
             owner_of_implied: (0, 0),
             skipped_xattrs: Vec::new(),
+            owners: Owners::of(path).map_err(LayerError::tree("reading the owners of", path))?,
         })
     }
 
@@ -303,8 +307,12 @@ impl Tree {
         Ok(())
     }
 
-    /// Gives all directories their metadata; returns those that no entry names, in order.
-    pub(super) fn finish(mut self) -> Result<(Vec<PathBuf>, Vec<SkippedXattr>), LayerError> {
+    /// Gives all directories their metadata, and records owners beside `dir`, which is this tree,
+    /// where they are recorded; returns those that no entry names, in order.
+    pub(super) fn finish(
+        mut self,
+        dir: &Path,
+    ) -> Result<(Vec<PathBuf>, Vec<SkippedXattr>), LayerError> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         for (path, directory) in self.directories.iter().rev() {
             let fd = open_beneath(self.root.fd.as_fd(), path.as_os_str(), flags)
@@ -324,6 +332,7 @@ impl Tree {
                 path,
                 &directory.metadata,
                 &mut self.skipped_xattrs,
+                self.owners.as_mut(),
             )?;
         }
         // The root's own metadata is never taken from a layer, as in containerd. But the
@@ -342,6 +351,11 @@ impl Tree {
         };
         rustix::fs::futimens(&root, &epoch)
             .map_err(LayerError::tree("setting the time of", Path::new("/")))?;
+        if let Some(owners) = &self.owners {
+            owners
+                .save(dir)
+                .map_err(LayerError::tree("recording the owners of", dir))?;
+        }
         let implied = self.directories.into_iter().filter(|(_, d)| d.implied);
         Ok((implied.map(|(path, _)| path).collect(), self.skipped_xattrs))
     }

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use super::change::ChangeKind;
@@ -10,8 +11,9 @@ use super::plain::Copied;
 use super::stack::Stack;
 use super::stubs::{self, MountPoint, Stubs};
 use super::tree::Tree;
-use super::{RootfsError, changes};
+use super::{RootfsError, changes, keep_owners, ownership};
 use crate::confined::ConfinedDir;
+use crate::owners::{self, Inodes};
 
 /// Which way the user wants.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -57,7 +59,7 @@ fn try_overlay(scratch: &Path) -> Result<(), RootfsError> {
     make(&step)?;
     let tree = Tree::open(&lower).map_err(RootfsError::io("opening", &lower))?;
     let stack = Stack::new(vec![tree]);
-    let rootfs = Overlay::mount(&stack, &step)?;
+    let rootfs = Overlay::mount(&stack, &step, true)?;
     let dir = rootfs.path().join("dir");
     fs::remove_dir_all(&dir).map_err(RootfsError::io("removing", &dir))?;
     fs::create_dir(&dir).map_err(RootfsError::io("creating", &dir))?;
@@ -84,7 +86,17 @@ fn try_overlay(scratch: &Path) -> Result<(), RootfsError> {
 pub struct Rootfs {
     // Dropped first: their descriptors would keep a mount busy.
     stubs: Stubs,
+    recorded: Option<Recorded>,
     made: Made,
+}
+
+/// Whose the files are, where they cannot be given away.
+#[derive(Debug)]
+struct Recorded {
+    inodes: Inodes,
+    lower: Stack,
+    /// What keeps the inode numbers.
+    _pins: Vec<OwnedFd>,
 }
 
 #[derive(Debug)]
@@ -101,6 +113,9 @@ impl Backend {
     /// calling process must be in a mount namespace of its own, from which no mount
     /// propagates, and be allowed to mount there.
     ///
+    /// Where owners are recorded beside `scratch` ([`crate::owners`]), files are not given away:
+    /// [`Rootfs::inodes`] says whose they are.
+    ///
     /// Contents are not synced; a store that has to survive a crash syncs what it gives a
     /// name to.
     ///
@@ -109,14 +124,37 @@ impl Backend {
     /// beyond about 200, and [`RootfsError::Mount`] where the kernel refuses; for a copy
     /// [`RootfsError::Size`] where a file changes meanwhile; [`RootfsError::Io`].
     pub fn open(self, stack: &Stack, scratch: &Path) -> Result<Rootfs, RootfsError> {
-        let made = match self {
-            Self::Overlay => Made::Overlay(Overlay::mount(stack, scratch)?),
-            Self::Copy => Made::Copy(Copied::make(stack, scratch)?),
+        let is_recorded = owners::is_recorded(scratch)
+            .map_err(RootfsError::io("looking for the owners of", scratch))?;
+        let (made, inodes) = match self {
+            Self::Overlay => {
+                let overlay = Overlay::mount(stack, scratch, !is_recorded)?;
+                let inodes = Inodes::of_overlay(owners::Overlay {
+                    upper: overlay.upper(),
+                    device: overlay.device()?,
+                });
+                (Made::Overlay(overlay), inodes)
+            }
+            Self::Copy => {
+                let inodes = Inodes::default();
+                let copied = Copied::make(stack, scratch, is_recorded.then_some(&inodes))?;
+                (Made::Copy(copied), inodes)
+            }
         };
-        Ok(Rootfs {
+        let mut rootfs = Rootfs {
             stubs: Stubs::default(),
+            recorded: None,
             made,
-        })
+        };
+        if is_recorded {
+            let pins = ownership::find(stack, rootfs.root(), &inodes)?;
+            rootfs.recorded = Some(Recorded {
+                inodes,
+                lower: stack.clone(),
+                _pins: pins,
+            });
+        }
+        Ok(rootfs)
     }
 }
 
@@ -136,6 +174,11 @@ impl Rootfs {
             Made::Overlay(_) => Vec::new(),
             Made::Copy(copied) => copied.left_out().collect(),
         }
+    }
+
+    /// Whose the files in it are, where that is recorded: to be kept true by whoever changes it.
+    pub fn inodes(&self) -> Option<&Inodes> {
+        self.recorded.as_ref().map(|recorded| &recorded.inodes)
     }
 
     fn root(&self) -> &ConfinedDir {
@@ -178,20 +221,36 @@ impl Rootfs {
         let removed = self.stubs.remove();
         match self.made {
             Made::Overlay(overlay) => {
+                // While the inode numbers are those that the step saw.
+                let owners = self.recorded.map(|recorded| {
+                    let Recorded { inodes, lower, .. } = &recorded;
+                    ownership::of_changed(&overlay.upper(), overlay.root(), inodes, lower)
+                });
                 let changed = overlay.finish();
                 removed?;
-                changed
+                let changed = changed?;
+                match owners.transpose()? {
+                    Some(owners) => ownership::save(&owners, changed),
+                    None => Ok(changed),
+                }
             }
             Made::Copy(copied) => {
                 removed?;
-                copied.finish()
+                let changed = copied.finish()?;
+                match self.recorded {
+                    Some(Recorded { inodes, .. }) => {
+                        keep_owners(&changed.upper, &inodes)?;
+                        Ok(changed)
+                    }
+                    None => Ok(changed),
+                }
             }
         }
     }
 
     /// Unmounts it and removes what was changed. Failures are left to whoever removes `scratch`.
     pub fn discard(self) {
-        drop(self.stubs);
+        drop((self.stubs, self.recorded));
         match self.made {
             Made::Overlay(overlay) => overlay.discard(),
             Made::Copy(copied) => copied.discard(),

@@ -10,6 +10,8 @@ use std::sync::Arc;
 
 use rustix::fs::FileType;
 
+use crate::owners::Owner;
+
 /// One path that a layer adds, modifies or removes.
 ///
 /// In a list of changes, paths are in the order of [`order`]: parents before
@@ -53,6 +55,16 @@ pub struct Metadata {
     pub mtime: Time,
     /// Extended attributes that belong into a layer, by name.
     pub xattrs: BTreeMap<OsString, Vec<u8>>,
+}
+
+impl Metadata {
+    /// User and group.
+    pub fn owner(&self) -> Owner {
+        Owner {
+            uid: self.uid,
+            gid: self.gid,
+        }
+    }
 }
 
 /// A time of a file.

@@ -26,7 +26,6 @@ use super::change::{Change, ChangeKind, Data, Entry, FileContent, FileSource, Me
 use super::stack::{Node, Stack};
 use super::tree::{self, Attributes, Tree};
 use super::{RootfsError, xattr};
-use crate::confined::ConfinedDir;
 
 /// Lists what `upper` changes relative to `lower`, in the order of [`super::order`].
 ///
@@ -38,7 +37,7 @@ use crate::confined::ConfinedDir;
 /// Each item may be one; nothing follows it. [`RootfsError::Io`] and [`RootfsError::Redirect`].
 pub fn changes(upper: &Tree, lower: &Stack) -> Changes {
     Changes {
-        upper: Arc::clone(upper.root()),
+        upper: upper.clone(),
         lower: lower.clone(),
         state: State::New,
         levels: Vec::new(),
@@ -50,7 +49,7 @@ pub fn changes(upper: &Tree, lower: &Stack) -> Changes {
 /// The iterator of [`changes`].
 #[derive(Debug)]
 pub struct Changes {
-    upper: Arc<ConfinedDir>,
+    upper: Tree,
     lower: Stack,
     state: State,
     /// The directories from the root down to the one that is being read.
@@ -105,7 +104,7 @@ impl Changes {
     fn start(&mut self) -> Result<(), RootfsError> {
         let failed = || RootfsError::io("reading the layer", self.upper.path());
         let lower = self.lower.root().map_err(failed())?;
-        let opaque = xattr::is_opaque((*self.upper).as_fd()).map_err(failed())?;
+        let opaque = xattr::is_opaque(self.upper.root().as_ref().as_fd()).map_err(failed())?;
         self.state = State::Walking;
         self.enter(PathBuf::new(), Some(lower), opaque, None)
     }
@@ -125,7 +124,7 @@ impl Changes {
             Some(dir) => self.lower.child(dir, &name).map_err(failed())?,
             None => None,
         };
-        let found = tree::look_at(&self.upper, &path).map_err(failed())?;
+        let found = self.upper.look_at(&path).map_err(failed())?;
         let hides = |found: &Attributes| found.is_whiteout() || found.file_type == FileType::Socket;
         let Some((fd, found)) = found.filter(|(_, found)| !hides(found)) else {
             if lower.is_some() {
@@ -217,7 +216,8 @@ impl Changes {
         let (major, minor) = (major(found.rdev), minor(found.rdev));
         Ok(match found.file_type {
             FileType::RegularFile => {
-                let (root, path, found) = (Arc::clone(&self.upper), path.to_owned(), *found);
+                let root = Arc::clone(self.upper.root());
+                let (path, found) = (path.to_owned(), *found);
                 Data::File(FileContent {
                     size_bytes: found.size,
                     source: FileSource::Open(Box::new(move || {
@@ -260,7 +260,7 @@ impl Changes {
         match found.file_type {
             FileType::RegularFile if below.size != found.size => Ok(false),
             FileType::RegularFile => {
-                let upper = tree::open_file(&self.upper, path, found)?;
+                let upper = tree::open_file(self.upper.root(), path, found)?;
                 same_content(upper, self.lower.open(node)?)
             }
             FileType::Symlink => Ok(read_link(fd)? == self.lower.read_link(node)?),
@@ -283,7 +283,7 @@ impl Changes {
         unchanged: Option<Change>,
     ) -> Result<(), RootfsError> {
         let failed = || RootfsError::io("listing", &path);
-        let entries = tree::list(&self.upper, &path).map_err(failed())?;
+        let entries = tree::list(self.upper.root(), &path).map_err(failed())?;
         let mut names: Vec<OsString> = entries.into_iter().map(|(name, _)| name).collect();
         if let (true, Some(dir)) = (opaque, &lower) {
             let hidden = self.lower.read_dir(dir).map_err(failed())?;

@@ -10,6 +10,7 @@ use super::stack::{Node, Stack};
 use super::tree::look_at;
 use super::{RootfsError, xattr};
 use crate::confined::ConfinedDir;
+use crate::owners::Owners;
 
 /// Gives the `directories` of the tree at `dir` what the same directories have in `below`.
 ///
@@ -26,6 +27,7 @@ pub fn inherit_metadata(
     below: &Stack,
 ) -> Result<(), RootfsError> {
     let root = ConfinedDir::open(dir).map_err(RootfsError::io("opening", dir))?;
+    let mut owners = Owners::of(dir).map_err(RootfsError::io("reading the owners of", dir))?;
     // The innermost first: a mode that shuts out this process must not come before what is inside.
     for path in directories.iter().rev() {
         let Some(node) = find(&root, path, below)? else {
@@ -38,7 +40,12 @@ pub fn inherit_metadata(
         let fd = root
             .open_exact(path, flags, Mode::empty())
             .map_err(RootfsError::io("opening", path))?;
-        apply_metadata(&fd, path, &metadata)?;
+        apply_metadata(&fd, path, &metadata, owners.as_mut())?;
+    }
+    if let Some(owners) = owners {
+        owners
+            .save(dir)
+            .map_err(RootfsError::io("recording the owners of", dir))?;
     }
     Ok(())
 }

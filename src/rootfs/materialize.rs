@@ -13,13 +13,15 @@ use super::change::{Change, ChangeKind, Data, Entry, FileContent, FileSource, Me
 use super::tree::{Attributes, look_at};
 use super::{RootfsError, order, xattr};
 use crate::confined::ConfinedDir;
+use crate::owners::Owners;
 
 /// Writes `changes`, in the order of [`order`] and each after its parents, into the empty
 /// directory `dir` as a tree.
 ///
 /// Whoever made the list may be hostile: nothing outside `dir` is touched. Owners, modes,
 /// times and extended attributes become those of the list, those of a directory after
-/// everything in it. The directory itself gets the mode 0755.
+/// everything in it. The directory itself gets the mode 0755. Where owners are recorded beside
+/// `dir` ([`crate::owners`]), those of the list are, and the files stay this process's own.
 ///
 /// # Errors
 /// [`RootfsError::BadChange`] where the list breaks its rules, [`RootfsError::Attribute`]
@@ -35,17 +37,26 @@ pub fn materialize(
     rustix::fs::chmod(dir, mode).map_err(RootfsError::io("changing the mode of", dir))?;
     let mut writer = Writer {
         root,
+        owners: Owners::of(dir).map_err(RootfsError::io("reading the owners of", dir))?,
         open: Vec::new(),
         last: PathBuf::new(),
     };
     for change in changes {
         writer.write(change)?;
     }
-    writer.close_until(None)
+    writer.close_until(None)?;
+    if let Some(owners) = &writer.owners {
+        owners
+            .save(dir)
+            .map_err(RootfsError::io("recording the owners of", dir))?;
+    }
+    Ok(())
 }
 
 struct Writer {
     root: ConfinedDir,
+    /// Where files are not given away.
+    owners: Option<Owners>,
     /// Directories that are not finished, each inside the one before.
     open: Vec<(PathBuf, Metadata)>,
     last: PathBuf,
@@ -147,11 +158,11 @@ impl Writer {
             Data::Fifo => node(FileType::Fifo, 0, 0)?,
         }
         let fd = open_made(parent, name).map_err(failed())?;
-        apply_metadata(&fd, path, &metadata)
+        apply_metadata(&fd, path, &metadata, self.owners.as_mut())
     }
 
     fn link(
-        &self,
+        &mut self,
         parent: &OwnedFd,
         name: &OsStr,
         path: &Path,
@@ -182,7 +193,11 @@ impl Writer {
         }
         let (from, from_name) = self.root.open_exact_parent(target).map_err(failed())?;
         rustix::fs::linkat(&from, from_name, parent, name, AtFlags::empty())
-            .map_err(RootfsError::io("linking", path))
+            .map_err(RootfsError::io("linking", path))?;
+        if let Some(owners) = &mut self.owners {
+            owners.set(path, owners.get(target));
+        }
+        Ok(())
     }
 
     /// Finishes the directories that `parent` is not in; all without one.
@@ -197,7 +212,7 @@ impl Writer {
                 .open_exact_parent(&path)
                 .and_then(|(parent, name)| Ok(open_made(&parent, name)?))
                 .map_err(RootfsError::io("opening", &path))?;
-            apply_metadata(&fd, &path, &metadata)?;
+            apply_metadata(&fd, &path, &metadata, self.owners.as_mut())?;
         }
         Ok(())
     }
@@ -210,16 +225,20 @@ fn open_made(parent: &OwnedFd, name: &OsStr) -> Result<OwnedFd, Errno> {
 }
 
 /// Owner, attributes, mode, time: in this order, because a new owner takes away
-/// capabilities and the setuid bit, and the mode may forbid to set attributes.
+/// capabilities and the setuid bit, and the mode may forbid to set attributes. The owner goes to
+/// `owners` where there are any.
 pub(super) fn apply_metadata(
     fd: &OwnedFd,
     path: &Path,
     want: &Metadata,
+    owners: Option<&mut Owners>,
 ) -> Result<(), RootfsError> {
     let failed = |action| RootfsError::io(action, path);
     let stat = rustix::fs::fstat(fd).map_err(failed("reading"))?;
     let found = Attributes::from(&stat);
-    if (found.uid, found.gid) != (want.uid, want.gid) {
+    if let Some(owners) = owners {
+        owners.set(path, want.owner());
+    } else if (found.uid, found.gid) != (want.uid, want.gid) {
         let (uid, gid) = (Uid::from_raw(want.uid), Gid::from_raw(want.gid));
         rustix::fs::chownat(fd, "", Some(uid), Some(gid), AtFlags::EMPTY_PATH)
             .map_err(failed("changing the owner of"))?;

@@ -27,6 +27,7 @@ mod inherit;
 pub(crate) mod listing;
 mod materialize;
 mod overlay;
+mod ownership;
 mod plain;
 mod stack;
 mod stubs;
@@ -51,6 +52,7 @@ pub use listing::Listing;
 pub(crate) use materialize::copy as copy_content;
 pub use materialize::materialize;
 pub use overlay::Changed;
+pub use ownership::{keep_owners, learn_owners};
 pub use stack::{LayerForm, LayerView, Node, Stack};
 pub use stubs::MountPoint;
 #[cfg(test)]

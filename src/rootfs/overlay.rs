@@ -54,7 +54,7 @@ impl Overlay {
     /// Mounts `stack` below a new upper directory.
     ///
     /// `scratch` is an existing, empty directory; `upper`, `work`, `merged` and `none` are
-    /// made in it. The calling process must be in a mount namespace of its own, from which
+    /// made in it; the root is given to its owner where it `gives_away`. The calling process must be in a mount namespace of its own, from which
     /// no mount propagates, and be allowed to mount there.
     ///
     /// Contents are not synced when it is unmounted; a store that has to survive a crash
@@ -63,8 +63,12 @@ impl Overlay {
     /// # Errors
     /// [`RootfsError::TooManyLayers`] beyond 500, or on Linux before 6.5 beyond about 200;
     /// [`RootfsError::Mount`] where the kernel refuses; [`RootfsError::Io`].
-    pub(super) fn mount(stack: &Stack, scratch: &Path) -> Result<Self, RootfsError> {
-        let first = match Self::mount_by(stack, scratch, Method::Config) {
+    pub(super) fn mount(
+        stack: &Stack,
+        scratch: &Path,
+        gives_away: bool,
+    ) -> Result<Self, RootfsError> {
+        let first = match Self::mount_by(stack, scratch, gives_away, Method::Config) {
             Err(first) => first,
             mounted => return mounted,
         };
@@ -83,13 +87,18 @@ impl Overlay {
         if !is_age {
             return Err(first);
         }
-        match Self::mount_by(stack, scratch, Method::Mount) {
+        match Self::mount_by(stack, scratch, gives_away, Method::Mount) {
             Err(_) if !messages.is_empty() => Err(first),
             second => second,
         }
     }
 
-    fn mount_by(stack: &Stack, scratch: &Path, method: Method) -> Result<Self, RootfsError> {
+    fn mount_by(
+        stack: &Stack,
+        scratch: &Path,
+        gives_away: bool,
+        method: Method,
+    ) -> Result<Self, RootfsError> {
         let root = stack
             .root()
             .map_err(RootfsError::io("reading the layers below", scratch))?;
@@ -104,7 +113,8 @@ impl Overlay {
         }
         let open = |path: &Path| ConfinedDir::open(path).map_err(RootfsError::io("opening", path));
         let (upper_dir, work_dir) = (open(&upper)?, open(&work)?);
-        dress_root(&upper, root.attributes()).map_err(RootfsError::io("preparing", &upper))?;
+        dress_root(&upper, root.attributes(), gives_away)
+            .map_err(RootfsError::io("preparing", &upper))?;
 
         let none_dir = open(&none)?;
         let mut seen = std::collections::HashSet::new();
@@ -157,6 +167,18 @@ impl Overlay {
     /// Where it is mounted.
     pub(super) fn path(&self) -> &Path {
         &self.merged
+    }
+
+    /// The directory that takes the changes.
+    pub(super) fn upper(&self) -> PathBuf {
+        self.scratch.join("upper")
+    }
+
+    /// The device number of the mount.
+    pub(super) fn device(&self) -> Result<u64, RootfsError> {
+        let found = rustix::fs::stat(&self.merged);
+        let found = found.map_err(RootfsError::io("reading", &self.merged))?;
+        Ok(found.st_dev)
     }
 
     /// The root directory.
@@ -323,11 +345,11 @@ fn messages(context: BorrowedFd<'_>) -> String {
 }
 
 /// Gives the upper directory what the root directory of the mounted filesystem should have.
-fn dress_root(upper: &Path, want: &super::tree::Attributes) -> io::Result<()> {
+fn dress_root(upper: &Path, want: &super::tree::Attributes, gives_away: bool) -> io::Result<()> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let fd = rustix::fs::open(upper, flags, Mode::empty())?;
     let stat = rustix::fs::fstat(&fd)?;
-    if (stat.st_uid, stat.st_gid) != (want.uid, want.gid) {
+    if gives_away && (stat.st_uid, stat.st_gid) != (want.uid, want.gid) {
         let (uid, gid) = (Uid::from_raw(want.uid), Gid::from_raw(want.gid));
         rustix::fs::fchown(&fd, Some(uid), Some(gid))?;
     }
@@ -379,7 +401,8 @@ mod tests {
                     let stack = Stack::new(all.trees()[..count].to_vec());
                     for method in methods {
                         let scratch = tempfile::tempdir().unwrap();
-                        let rootfs = Overlay::mount_by(&stack, scratch.path(), *method).unwrap();
+                        let rootfs =
+                            Overlay::mount_by(&stack, scratch.path(), true, *method).unwrap();
                         if count < 100 {
                             let views = (view_of_dir(rootfs.path()), view_of_stack(&stack));
                             assert_eq!(views.0, views.1, "{count} {method:?}");
@@ -413,7 +436,7 @@ mod tests {
             || {
                 let (_dirs, stack) = trees(501);
                 let mount = |scratch: &Path, method| {
-                    Overlay::mount_by(&stack, scratch, method)
+                    Overlay::mount_by(&stack, scratch, true, method)
                         .unwrap_err()
                         .to_string()
                 };
@@ -424,7 +447,8 @@ mod tests {
                  for instance by copying all of it in one COPY --from"
                 );
                 let (_dirs, stack) = trees(300);
-                let error = Overlay::mount_by(&stack, scratch.path(), Method::Mount).unwrap_err();
+                let error =
+                    Overlay::mount_by(&stack, scratch.path(), true, Method::Mount).unwrap_err();
                 let RootfsError::TooManyLayers {
                     layers: 300,
                     limit,
@@ -440,7 +464,7 @@ mod tests {
                 let inner = scratch.path().join("upper/inner");
                 fs::create_dir_all(&inner).unwrap();
                 let stack = Stack::new(vec![Tree::open(&inner).unwrap()]);
-                let error = Overlay::mount(&stack, scratch.path()).unwrap_err();
+                let error = Overlay::mount(&stack, scratch.path(), true).unwrap_err();
                 let RootfsError::Mount {
                     path,
                     layers: 1,
@@ -470,7 +494,7 @@ mod tests {
                 };
                 let before = mounts();
                 let scratch = tempfile::tempdir().unwrap();
-                let rootfs = Overlay::mount(&Stack::default(), scratch.path()).unwrap();
+                let rootfs = Overlay::mount(&Stack::default(), scratch.path(), true).unwrap();
                 fs::write(rootfs.path().join("f"), "x").unwrap();
                 let busy = fs::File::open(rootfs.path().join("f")).unwrap();
                 assert_eq!(mounts(), before + 1);
@@ -480,7 +504,7 @@ mod tests {
                 drop(busy);
 
                 let scratch = tempfile::tempdir().unwrap();
-                drop(Overlay::mount(&Stack::default(), scratch.path()).unwrap());
+                drop(Overlay::mount(&Stack::default(), scratch.path(), true).unwrap());
                 assert_eq!(mounts(), before);
             },
         );

@@ -40,6 +40,7 @@ use super::stack::{Node, ROOT_MODE, Stack};
 use super::tree::{self, Attributes};
 use super::{RootfsError, xattr};
 use crate::confined::{self, ConfinedDir};
+use crate::owners::{Inodes, Owners};
 
 /// How many threads copy at most; more only wait for the same disk.
 const THREADS_MAX: usize = 8;
@@ -59,6 +60,8 @@ pub(super) struct Copied {
     stack: Stack,
     facts: Facts,
     left_out: BTreeSet<PathBuf>,
+    /// Whose files these are, where they cannot be given away.
+    inodes: Option<Inodes>,
 }
 
 /// What every file of the copy was when it was made, by inode number.
@@ -82,11 +85,16 @@ impl Copied {
     ///
     /// Owners, modes, times, attributes and holes are as in `stack`; blocks are shared with
     /// it where the file system can do that. Devices that this process may not make are left
-    /// out: see [`Self::left_out`].
+    /// out: see [`Self::left_out`]. With `inodes`, files are not given to their owners: whoever
+    /// uses the copy fills them in there.
     ///
     /// # Errors
     /// [`RootfsError::Io`]; [`RootfsError::Size`] where a file below changes meanwhile.
-    pub(super) fn make(stack: &Stack, scratch: &Path) -> Result<Self, RootfsError> {
+    pub(super) fn make(
+        stack: &Stack,
+        scratch: &Path,
+        inodes: Option<&Inodes>,
+    ) -> Result<Self, RootfsError> {
         let path = scratch.join("copy");
         fs::create_dir(&path).map_err(RootfsError::io("creating", &path))?;
         let root = ConfinedDir::open(&path).map_err(RootfsError::io("opening", &path))?;
@@ -98,6 +106,7 @@ impl Copied {
             root: &root,
             queue: Queue::default(),
             can_clone: AtomicBool::new(true),
+            gives_away: inodes.is_none(),
         };
         let copies = copier.run(node)?;
         let last = copies.facts.iter().map(|(_, fact)| fact.changed).max();
@@ -110,6 +119,7 @@ impl Copied {
             stack: stack.clone(),
             facts: copies.facts.into_iter().collect(),
             left_out: copies.left_out.into_iter().collect(),
+            inodes: inodes.cloned(),
         })
     }
 
@@ -287,6 +297,8 @@ struct Copier<'a> {
     queue: Queue,
     /// Whether sharing of blocks has never failed.
     can_clone: AtomicBool,
+    /// Whether files are given to their owners.
+    gives_away: bool,
 }
 
 impl Copier<'_> {
@@ -366,7 +378,7 @@ impl Copier<'_> {
         } else {
             metadata.xattrs = self.attributes(node).map_err(place.failed("reading"))?;
         }
-        dress(&dir, path, &metadata)?;
+        dress(&dir, path, &metadata, self.gives_away)?;
         let stat = rustix::fs::fstat(&dir).map_err(place.failed("reading"))?;
         copies.facts.push((
             inode,
@@ -423,7 +435,8 @@ impl Copier<'_> {
             xattrs: self.attributes(node).map_err(place.failed("reading"))?,
             ..node.metadata()
         };
-        apply_metadata(&fd, path, &metadata)?;
+        let mut nobodys = (!self.gives_away).then(Owners::default);
+        apply_metadata(&fd, path, &metadata, nobodys.as_mut())?;
         rustix::fs::fstat(&fd)
             .map(Some)
             .map_err(place.failed("reading"))
@@ -455,7 +468,7 @@ impl Copier<'_> {
             ..node.metadata()
         };
         let fd = OwnedFd::from(target);
-        dress(&fd, path, &metadata)?;
+        dress(&fd, path, &metadata, self.gives_away)?;
         rustix::fs::fstat(&fd).map_err(place.failed("reading"))
     }
 
@@ -494,12 +507,15 @@ impl Copier<'_> {
     }
 }
 
-/// Gives a new file or directory, which is open for more than its name, its owner,
-/// attributes, mode and time; in this order, as [`apply_metadata`] says.
-fn dress(fd: &OwnedFd, path: &Path, want: &Metadata) -> Result<(), RootfsError> {
+/// Gives a new file or directory, which is open for more than its name, its owner (where it
+/// `gives_away`), attributes, mode and time; in this order, as [`apply_metadata`] says.
+fn dress(fd: &OwnedFd, path: &Path, want: &Metadata, gives_away: bool) -> Result<(), RootfsError> {
     let place = Place(path);
-    let (uid, gid) = (Uid::from_raw(want.uid), Gid::from_raw(want.gid));
-    rustix::fs::fchown(fd, Some(uid), Some(gid)).map_err(place.failed("changing the owner of"))?;
+    if gives_away {
+        let (uid, gid) = (Uid::from_raw(want.uid), Gid::from_raw(want.gid));
+        rustix::fs::fchown(fd, Some(uid), Some(gid))
+            .map_err(place.failed("changing the owner of"))?;
+    }
     for (name, value) in &want.xattrs {
         xattr::set_copied(fd.as_fd(), name, value)
             .map_err(place.failed("setting an attribute of"))?;
@@ -557,7 +573,12 @@ impl Gather<'_> {
             let fd = (self.upper)
                 .open_exact(path, OFlags::PATH | OFlags::NOFOLLOW, Mode::empty())
                 .map_err(RootfsError::io("opening", path))?;
-            apply_metadata(&fd, path, metadata)?;
+            let mut nobodys = self.copied.inodes.as_ref().map(|_| Owners::default());
+            apply_metadata(&fd, path, metadata, nobodys.as_mut())?;
+            if let Some(inodes) = &self.copied.inodes {
+                let stat = rustix::fs::fstat(&fd).map_err(RootfsError::io("reading", path))?;
+                inodes.set(Attributes::from(&stat).id, metadata.owner());
+            }
         }
         Ok(())
     }
@@ -682,10 +703,14 @@ impl Gather<'_> {
                 .open_exact(path, flags, Mode::empty())
                 .and_then(|fd| xattr::of_layer(fd.as_fd()))
                 .map_err(RootfsError::io("reading the attributes of", path))?;
-            let metadata = Metadata {
+            let mut metadata = Metadata {
                 xattrs,
                 ..above.attributes.metadata()
             };
+            if let Some(inodes) = &self.copied.inodes {
+                let owner = inodes.get(above.attributes.id);
+                (metadata.uid, metadata.gid) = (owner.uid, owner.gid);
+            }
             self.made.push((path.clone(), metadata));
             above.made = true;
         }
@@ -766,7 +791,7 @@ mod tests {
     /// What is left in a scratch directory after `act` in a copy of `stack`, and the changes.
     fn changed_by(stack: &Stack, act: impl FnOnce(&Path)) -> (tempfile::TempDir, Vec<String>) {
         let scratch = tempfile::tempdir().unwrap();
-        let copied = Copied::make(stack, scratch.path()).unwrap();
+        let copied = Copied::make(stack, scratch.path(), None).unwrap();
         act(copied.path());
         let upper = copied.finish().unwrap().upper;
         let tree = Tree::open(&upper).unwrap();
@@ -812,7 +837,7 @@ mod tests {
                 Stack::default(),
             ] {
                 let scratch = tempfile::tempdir().unwrap();
-                let copied = Copied::make(&stack, scratch.path()).unwrap();
+                let copied = Copied::make(&stack, scratch.path(), None).unwrap();
                 let root = copied.path();
                 assert_eq!(view_of_dir(root), view_of_stack(&stack));
                 if !stack.trees().is_empty() {
@@ -922,7 +947,7 @@ mod tests {
                 assert_eq!(list, ["755 new/", "755 new/in/"]);
                 // A device that would hide a file.
                 let scratch = tempfile::tempdir().unwrap();
-                let copied = Copied::make(&stack, scratch.path()).unwrap();
+                let copied = Copied::make(&stack, scratch.path(), None).unwrap();
                 fs::create_dir(copied.path().join("new")).unwrap();
                 let hiding = copied.path().join("new/x");
                 let kind = FileType::CharacterDevice;
@@ -948,7 +973,7 @@ mod tests {
                 for target in ["d/empty", "new/in", "d/file"] {
                     for finish in [true, false] {
                         let scratch = tempfile::tempdir().unwrap();
-                        let copied = Copied::make(&stack, scratch.path()).unwrap();
+                        let copied = Copied::make(&stack, scratch.path(), None).unwrap();
                         fs::create_dir_all(copied.path().join("new/in")).unwrap();
                         let is_dir = target != "d/file";
                         let file = canary.path().join("file");
@@ -988,7 +1013,7 @@ mod tests {
             rustix::fs::symlinkat("old", &fd, "link").unwrap();
             let stack = Stack::new(vec![base]);
             let scratch = tempfile::tempdir().unwrap();
-            let copied = Copied::make(&stack, scratch.path()).unwrap();
+            let copied = Copied::make(&stack, scratch.path(), None).unwrap();
             fs::remove_file(copied.path().join("many/7")).unwrap();
             let (parent, link) = (deep.clone(), deep.join("link"));
             let flags = OFlags::PATH | OFlags::DIRECTORY;

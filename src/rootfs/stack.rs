@@ -157,7 +157,7 @@ impl LayerForm {
     fn look_at(&self, path: &Path) -> io::Result<Option<Found>> {
         match self {
             Self::Tree(tree) => {
-                let Some((fd, attributes)) = tree::look_at(tree.root(), path)? else {
+                let Some((fd, attributes)) = tree.look_at(path)? else {
                     return Ok(None);
                 };
                 Ok(Some(Found {

@@ -11,23 +11,29 @@ use rustix::io::Errno;
 
 use super::change::{Metadata, Time};
 use crate::confined::ConfinedDir;
+use crate::owners::Owners;
 
 /// One unpacked layer in overlay form.
 ///
 /// It holds the directory open, so it goes on working when the directory is renamed.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Tree {
     root: Arc<ConfinedDir>,
+    /// Where files do not have their own.
+    owners: Option<Arc<Owners>>,
 }
 
 impl Tree {
     /// Opens the directory `path`, which is trusted; what is in it is not.
     ///
+    /// Where its owners are recorded ([`crate::owners`]), those are what it shows.
+    ///
     /// # Errors
-    /// Those of `open(2)`.
+    /// Those of `open(2)` and of [`Owners::of`].
     pub fn open(path: &Path) -> io::Result<Arc<Self>> {
         let root = Arc::new(ConfinedDir::open(path)?);
-        Ok(Arc::new(Self { root }))
+        let owners = Owners::of(path)?.map(Arc::new);
+        Ok(Arc::new(Self { root, owners }))
     }
 
     /// Where it was when it was opened; for messages, never for opening.
@@ -38,6 +44,21 @@ impl Tree {
     /// The directory; a clone keeps it open.
     pub(super) fn root(&self) -> &Arc<ConfinedDir> {
         &self.root
+    }
+
+    /// Its owners, where they are recorded.
+    pub(super) fn owners(&self) -> Option<&Owners> {
+        self.owners.as_deref()
+    }
+
+    /// Opens `path` as [`look_at`] does, with the owner that it has in the image.
+    pub(super) fn look_at(&self, path: &Path) -> io::Result<Option<(OwnedFd, Attributes)>> {
+        let mut found = look_at(&self.root, path)?;
+        if let (Some((_, attributes)), Some(owners)) = (&mut found, &self.owners) {
+            let owner = owners.get(path);
+            (attributes.uid, attributes.gid) = (owner.uid, owner.gid);
+        }
+        Ok(found)
     }
 }
 

@@ -4,13 +4,15 @@
 use std::ffi::OsString;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Child;
 use std::sync::OnceLock;
+use std::thread::JoinHandle;
 
 use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use rustix::pipe::PipeFlags;
+use rustix::process::Pid;
 use serde::Deserialize;
 
 use super::networks::Networks;
@@ -19,8 +21,9 @@ use super::wire::{Attachment, Failure, Launch, Part, Purpose, Runtime, RuntimeKi
 use super::{
     Cancel, Choice, Content, Device, Mount, MountSource, Network, Outcome, OutputSink, Process,
     Refusal, Sandbox, SandboxError, Security, Ulimit, User, hosts, init, network, seccomp,
-    supervise, userns,
+    supervise, tracer, userns,
 };
+use crate::owners::{Inodes, Owner};
 use crate::progress::Stream;
 
 /// Finds a sandbox that works here, by running nothing in it.
@@ -221,12 +224,13 @@ pub(super) fn nothing_in(rootfs: &Path) -> Process {
         devices: Vec::new(),
         shm_size: None,
         ulimits: Vec::new(),
+        owners: None,
     }
 }
 
 pub(super) fn launch(
     runtime: &Runtime,
-    process: Process,
+    mut process: Process,
     network: Attachment,
     purpose: Purpose,
 ) -> Result<Launch, SandboxError> {
@@ -240,6 +244,10 @@ pub(super) fn launch(
         ),
         false => None,
     };
+    let file_owners = match process.owners {
+        Some(_) => take_file_owners(&mut process.mounts),
+        None => Vec::new(),
+    };
     Ok(Launch {
         runtime: runtime.clone(),
         purpose,
@@ -247,9 +255,26 @@ pub(super) fn launch(
         hosts: hosts::text(&process.hostname, &process.extra_hosts, gateway),
         reach_host,
         old_mounts: userns::old_mounts().cloned(),
+        is_traced: process.owners.is_some(),
+        file_owners,
         network,
         process,
     })
+}
+
+/// Has files in memory belong to the only user there is; returns whom they should belong to.
+fn take_file_owners(mounts: &mut [Mount]) -> Vec<(PathBuf, Owner)> {
+    let mut owners = Vec::new();
+    for mount in mounts {
+        if let MountSource::File { uid, gid, .. } = &mut mount.source {
+            let owner = Owner {
+                uid: std::mem::take(uid),
+                gid: std::mem::take(gid),
+            };
+            owners.push((mount.target.clone(), owner));
+        }
+    }
+    owners
 }
 
 /// Starts the stages of `launch`; `netns` is a network that is held.
@@ -275,6 +300,10 @@ pub(super) fn start(
         None,
     )
     .map_err(|error| io("making a socket")(error.into()))?;
+    if launch.is_traced {
+        rustix::net::sockopt::set_socket_passcred(&socket, true)
+            .map_err(|error| io("preparing a socket")(error.into()))?;
+    }
     let mut fds = vec![exe, &launch_file, &far_log];
     fds.extend(netns);
     let mut child =
@@ -308,9 +337,15 @@ fn run(
         return Err(SandboxError::Cancelled);
     }
     let (mut child, ears) = start(launch, netns)?;
+    let mut tracing = None;
     let heard = {
         use std::os::fd::AsFd;
-        listen(&ears, waker.as_fd(), output)
+        let mut traceable = |pid| {
+            let inodes = launch.process.owners.clone().unwrap_or_default();
+            tracing = Some(trace(pid, inodes, launch.file_owners.clone(), &ears)?);
+            Ok(())
+        };
+        listen(&ears, waker.as_fd(), output, &mut traceable)
     };
     if heard.is_err() {
         // Makes the supervisor kill everything.
@@ -318,7 +353,38 @@ fn run(
     }
     // Its last breath comes after that of all others.
     child.wait().map_err(io("waiting for the sandbox"))?;
+    if let Some(tracing) = tracing
+        && let Err(error) = tracing
+            .join()
+            .unwrap_or_else(|_| Err(std::io::Error::other("the thread that traces it has died")))
+    {
+        let refusal = Refusal::NotPermitted {
+            program: "ptrace",
+            message: error.to_string(),
+        };
+        return Err(SandboxError::Refused { sandbox, refusal });
+    }
     conclude(sandbox, heard.map_err(io("reading the step's output"))?)
+}
+
+/// Traces `pid` on a thread of its own, until it has ended.
+fn trace(
+    pid: Pid,
+    inodes: Inodes,
+    files: Vec<(PathBuf, Owner)>,
+    ears: &Ears,
+) -> std::io::Result<JoinHandle<std::io::Result<()>>> {
+    let socket = ears.socket.try_clone()?;
+    let thread = std::thread::Builder::new().name("tracer".to_owned());
+    thread.spawn(move || {
+        use std::os::fd::AsFd;
+        let traced = tracer::trace(pid, &inodes, &files, socket.as_fd());
+        if traced.is_err() {
+            // Makes the supervisor kill everything.
+            let _ = rustix::net::shutdown(&socket, rustix::net::Shutdown::Both);
+        }
+        traced
+    })
 }
 
 /// What came of it.
@@ -543,6 +609,7 @@ impl Request {
             devices: self.devices.iter().map(device).collect(),
             shm_size: self.shm_size,
             ulimits: self.ulimits.clone(),
+            owners: None,
         }
     }
 }

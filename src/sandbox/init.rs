@@ -17,7 +17,7 @@ use rustix::thread::{CapabilitySet, CapabilitySets};
 
 use super::enter::INIT_FDS;
 use super::wire::{self, Doing, Failure, Launch, Purpose, Report};
-use super::{Process, Security, User, limits, seccomp, sys, userns};
+use super::{Process, Security, User, limits, seccomp, sys, tracer, userns};
 
 /// All capabilities that this program knows, by the names of the runtime specification, at
 /// their numbers; those of Linux 5.9. See `capabilities(7)`.
@@ -115,7 +115,10 @@ pub(super) fn init_main(args: &[OsString]) -> i32 {
     drop(exe);
     let prepared = wire::read_launch(&launch)
         .doing(|| "reading the launch".to_owned())
-        .and_then(|launch| prepare(&launch, stdout, stderr).map(|command| (launch, command)));
+        .and_then(|launch| {
+            let command = prepare(&launch, &socket, stdout, stderr)?;
+            Ok((launch, command))
+        });
     drop(launch);
     match prepared {
         Ok((launch, command)) => {
@@ -144,7 +147,12 @@ struct Command {
     path: OsString,
 }
 
-fn prepare(launch: &Launch, stdout: OwnedFd, stderr: OwnedFd) -> Result<Command, Failure> {
+fn prepare(
+    launch: &Launch,
+    socket: &OwnedFd,
+    stdout: OwnedFd,
+    stderr: OwnedFd,
+) -> Result<Command, Failure> {
     let process = &launch.process;
     let command = command(process)?;
     // Fails where a runtime has already done it.
@@ -170,14 +178,23 @@ fn prepare(launch: &Launch, stdout: OwnedFd, stderr: OwnedFd) -> Result<Command,
                 let doing = || "filtering system calls".to_owned();
                 sys::filter_calls(&program).doing(doing)?;
             }
-            become_user(&process.user)?;
-            keep_capabilities(&process.user, capabilities)?;
+            if launch.is_traced {
+                wait_for_tracer(socket)?;
+                keep_capabilities(&User::default(), capabilities)?;
+            }
+            become_user(&process.user, launch.is_traced)?;
+            if !launch.is_traced {
+                keep_capabilities(&process.user, capabilities)?;
+            }
         }
         Security::Insecure => {
             limits::apply(&process.ulimits)?;
             let doing = || "keeping capabilities".to_owned();
             rustix::thread::set_keep_capabilities(true).doing(doing)?;
-            become_user(&process.user)?;
+            if launch.is_traced {
+                wait_for_tracer(socket)?;
+            }
+            become_user(&process.user, launch.is_traced)?;
             keep_all_capabilities().doing(doing)?;
         }
     }
@@ -282,7 +299,20 @@ fn drop_bounding_set(kept: CapabilitySet) -> Result<(), Failure> {
     rustix::thread::clear_ambient_capability_set().doing(doing)
 }
 
-fn become_user(user: &User) -> Result<(), Failure> {
+/// Waits until this process is traced, and has its calls asked about from then on.
+fn wait_for_tracer(socket: &OwnedFd) -> Result<(), Failure> {
+    let doing = || "waiting to be traced".to_owned();
+    wire::send_report(socket, &Report::Traceable);
+    let mut byte = [0];
+    let read = rustix::io::retry_on_intr(|| rustix::io::read(socket, &mut byte[..]));
+    if read.doing(doing)? == 0 {
+        return Err(Failure::new(doing(), &io::ErrorKind::UnexpectedEof.into()));
+    }
+    sys::filter_calls(&tracer::filter()).doing(|| "having system calls traced".to_owned())
+}
+
+/// Becomes the user; for who `is_traced`, users and groups are made up that do not exist.
+fn become_user(user: &User, is_traced: bool) -> Result<(), Failure> {
     let map = |kind: &str| std::fs::read_to_string(format!("/proc/self/{kind}_map"));
     let known = |kind: &str| map(kind).map_or(u64::MAX, |map| userns::mapped_ids(&map));
     let switching = |kind: &'static str, what: String, error: Errno| {
@@ -298,7 +328,7 @@ fn become_user(user: &User) -> Result<(), Failure> {
     };
     // With a single ID there are no other groups to be had, and the kernel may forbid
     // even to ask.
-    if known("gid") > 1 {
+    if is_traced || known("gid") > 1 {
         let groups: Vec<Gid> = user.groups.iter().map(|&gid| Gid::from_raw(gid)).collect();
         rustix::thread::set_thread_groups(&groups)
             .map_err(|error| switching("gid", format!("groups {:?}", user.groups), error))?;

@@ -24,6 +24,9 @@
 //! A private network takes longer to make than all the rest, so it is made before, by a chain of
 //! its own that ends in `__enter` (see `networks`), and serves one step after the other.
 //!
+//! Where there is a single ID, a thread of `sockless build` traces the step and has it see the
+//! users and owners that it would see otherwise (see `tracer`).
+//!
 //! What it does not do: limit memory or CPU (no cgroup is touched), or make mount points; [`mount_points`] tells the caller which are needed. Needs Linux
 //! 5.12 for `mount_setattr(2)`.
 
@@ -50,6 +53,7 @@ mod runc;
 mod seccomp;
 mod supervise;
 mod sys;
+mod tracer;
 mod userns;
 mod wire;
 
@@ -58,6 +62,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::owners::Inodes;
 use crate::progress::Stream;
 
 pub use choose::{choose, hidden_command};
@@ -130,6 +135,10 @@ pub struct Process {
     /// Its resource limits; those that are not named are sockless's own, but open files are
     /// as many as in Docker.
     pub ulimits: Vec<Ulimit>,
+    /// Whom files belong to, where that is recorded because there is a single ID; then users are
+    /// made up for the process, too, and this is kept true.
+    #[serde(skip)]
+    pub owners: Option<Inodes>,
 }
 
 /// Numbers of user and groups, as inside.

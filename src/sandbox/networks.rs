@@ -238,5 +238,6 @@ fn ready(ears: &Ears, cancel: BorrowedFd<'_>) -> std::io::Result<Option<(Report,
     if !polled[0].revents().is_empty() {
         return Ok(None);
     }
-    wire::receive_report_with(&ears.socket)
+    let received = wire::receive_report_with(&ears.socket)?;
+    Ok(received.map(|received| (received.report, received.fds)))
 }

@@ -5,10 +5,11 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags};
+use rustix::process::Pid;
 use tokio::sync::Notify;
 
 use super::OutputSink;
-use super::wire::{Failure, Report, receive_report};
+use super::wire::{self, Failure, Report};
 use crate::progress::Stream;
 
 /// Ends running steps. Clones are the same.
@@ -108,14 +109,16 @@ const LOG_LIMIT_BYTES: usize = 16 * 1024;
 ///
 /// All of them go when the sandbox's PID namespace ends, so a background process that
 /// holds a pipe cannot keep this waiting. When `cancel` becomes readable, the socket is
-/// shut down, which makes the supervisor kill everything.
+/// shut down, which makes the supervisor kill everything. `traceable` gets the process that waits
+/// to be traced.
 ///
 /// # Errors
-/// Those of `poll(2)` and `read(2)`; the caller must then end the supervisor.
+/// Those of `poll(2)`, `read(2)` and `traceable`; the caller must then end the supervisor.
 pub(super) fn listen(
     ears: &Ears,
     cancel: BorrowedFd<'_>,
     sink: OutputSink<'_>,
+    traceable: &mut dyn FnMut(Pid) -> io::Result<()>,
 ) -> io::Result<Heard> {
     let mut heard = Heard::default();
     // In this order, so that output that precedes a report is carried before it.
@@ -155,12 +158,14 @@ pub(super) fn listen(
                         _ => keep_tail(&mut heard.log, bytes),
                     }
                 }
-                3 => match receive_report(fds[index])? {
-                    Some(Report::Started) => heard.started = true,
+                3 => match wire::receive_report_with(fds[index])?.map(|r| (r.report, r.sender)) {
+                    Some((Report::Traceable, Some(pid))) => traceable(pid)?,
+                    Some((Report::Traceable, None)) => {}
+                    Some((Report::Started, _)) => heard.started = true,
                     // Of no process that runs.
-                    Some(Report::Network) => {}
-                    Some(Report::Exited(status)) => heard.exited = Some(status),
-                    Some(Report::Failed(failure)) => {
+                    Some((Report::Network, _)) => {}
+                    Some((Report::Exited(status), _)) => heard.exited = Some(status),
+                    Some((Report::Failed(failure), _)) => {
                         heard.failure.get_or_insert(failure);
                     }
                     None => open[index] = false,
@@ -191,6 +196,10 @@ mod tests {
 
     use super::super::wire::send_report;
     use super::*;
+
+    fn nobody(pid: Pid) -> io::Result<()> {
+        panic!("{pid:?} is not to be traced")
+    }
 
     struct Mouths {
         socket: OwnedFd,
@@ -248,11 +257,11 @@ mod tests {
         };
         let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
         let cancel = Cancel::new().waker().unwrap();
-        let heard = listen(&ears, cancel.as_fd(), &mut |stream, bytes| match stream {
+        let mut sink = |stream, bytes: &[u8]| match stream {
             Stream::Stdout => stdout.extend_from_slice(bytes),
             Stream::Stderr => stderr.extend_from_slice(bytes),
-        })
-        .unwrap();
+        };
+        let heard = listen(&ears, cancel.as_fd(), &mut sink, &mut nobody).unwrap();
         writer.join().unwrap();
         assert!(stdout == long);
         assert_eq!(stderr, b"to stderr");
@@ -281,7 +290,7 @@ mod tests {
                 drop(mouths);
                 hung_up
             });
-            let heard = listen(&ears, waker.as_fd(), &mut |_, _| {}).unwrap();
+            let heard = listen(&ears, waker.as_fd(), &mut |_, _| {}, &mut nobody).unwrap();
             assert!(heard.cancelled && cancel.is_cancelled());
             assert!(supervisor.join().unwrap());
         }

@@ -41,6 +41,13 @@ pub enum World {
     },
 }
 
+impl World {
+    /// Whether files cannot be given to others, so that it is recorded whose they are.
+    pub fn records_owners(&self) -> bool {
+        matches!(self, Self::SingleId { .. })
+    }
+}
+
 /// Why fewer powers could be had than wanted.
 #[derive(Debug, thiserror::Error)]
 pub enum UsernsError {

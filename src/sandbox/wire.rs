@@ -12,9 +12,11 @@ use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags,
 };
+use rustix::process::Pid;
 use serde::{Deserialize, Serialize};
 
 use super::Process;
+use crate::owners::Owner;
 
 /// Everything the stages need to know.
 #[derive(Debug, Serialize, Deserialize)]
@@ -36,6 +38,11 @@ pub(super) struct Launch {
     /// The mount points that were there when `sockless` started. All others are root
     /// filesystems of other steps, which this step's mount namespace must not keep alive.
     pub(super) old_mounts: Option<Vec<String>>,
+    /// Whether the process is traced, which makes up users and owners for it.
+    pub(super) is_traced: bool,
+    /// Whom files in memory belong to for a process that is traced: not to be known by the stages.
+    #[serde(skip)]
+    pub(super) file_owners: Vec<(PathBuf, Owner)>,
 }
 
 /// What the stages are started for.
@@ -126,6 +133,8 @@ impl HelperKind {
 /// What a stage says.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Report {
+    /// The innermost stage, which sends this, waits until it is traced.
+    Traceable,
     /// The innermost stage runs; whatever happens now is the step's own doing.
     Started,
     /// The network is ready; its namespace comes with this message, as a file.
@@ -229,25 +238,34 @@ pub(super) fn send_report_with(socket: impl AsFd, report: &Report, fds: &[Borrow
     let _ = send_with_fds(socket, &text, fds);
 }
 
-/// Receives one report; `None` when all senders are gone.
+/// A report, and what came with it.
+#[derive(Debug)]
+pub(super) struct Received {
+    pub(super) report: Report,
+    pub(super) fds: Vec<OwnedFd>,
+    /// Who sent it, where the socket is set to say that.
+    pub(super) sender: Option<Pid>,
+}
+
+/// Receives one report and what comes with it; `None` when all senders are gone.
 ///
 /// # Errors
 /// Those of `recv(2)`, and `InvalidData`.
-pub(super) fn receive_report(socket: impl AsFd) -> io::Result<Option<Report>> {
-    Ok(receive_report_with(socket)?.map(|(report, _)| report))
-}
-
-/// Receives one report and the files that come with it.
-///
-/// # Errors
-/// As [`receive_report`].
-pub(super) fn receive_report_with(socket: impl AsFd) -> io::Result<Option<(Report, Vec<OwnedFd>)>> {
+pub(super) fn receive_report_with(socket: impl AsFd) -> io::Result<Option<Received>> {
     let mut text = vec![0; REPORT_LIMIT_BYTES];
-    let (length, fds) = receive_with_fds(socket, &mut text)?;
+    let Message {
+        length,
+        fds,
+        sender,
+    } = receive_message(socket, &mut text)?;
     if length == 0 {
         return Ok(None);
     }
-    Ok(Some((serde_json::from_slice(&text[..length])?, fds)))
+    Ok(Some(Received {
+        report: serde_json::from_slice(&text[..length])?,
+        fds,
+        sender,
+    }))
 }
 
 /// The most file descriptors of one message.
@@ -266,7 +284,7 @@ pub(super) fn send_fds(socket: impl AsFd, fds: &[BorrowedFd<'_>]) -> io::Result<
 /// # Errors
 /// Those of `recvmsg(2)`; `UnexpectedEof` where the sender is gone.
 pub(super) fn receive_fds(socket: impl AsFd) -> io::Result<Vec<OwnedFd>> {
-    let (_, fds) = receive_with_fds(socket, &mut [0])?;
+    let fds = receive_message(socket, &mut [0])?.fds;
     match fds.is_empty() {
         true => Err(io::ErrorKind::UnexpectedEof.into()),
         false => Ok(fds),
@@ -290,8 +308,16 @@ fn send_with_fds(socket: impl AsFd, data: &[u8], fds: &[BorrowedFd<'_>]) -> io::
     Ok(())
 }
 
-fn receive_with_fds(socket: impl AsFd, data: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
+/// What one `recvmsg(2)` gave.
+struct Message {
+    length: usize,
+    fds: Vec<OwnedFd>,
+    sender: Option<Pid>,
+}
+
+fn receive_message(socket: impl AsFd, data: &mut [u8]) -> io::Result<Message> {
+    let mut space =
+        [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX), ScmCredentials(1))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let received = rustix::io::retry_on_intr(|| {
         rustix::net::recvmsg(
@@ -301,15 +327,19 @@ fn receive_with_fds(socket: impl AsFd, data: &mut [u8]) -> io::Result<(usize, Ve
             RecvFlags::CMSG_CLOEXEC,
         )
     })?;
-    let fds = control
-        .drain()
-        .filter_map(|message| match message {
-            RecvAncillaryMessage::ScmRights(fds) => Some(fds),
-            _ => None,
-        })
-        .flatten()
-        .collect();
-    Ok((received.bytes, fds))
+    let (mut fds, mut sender) = (Vec::new(), None);
+    for message in control.drain() {
+        match message {
+            RecvAncillaryMessage::ScmRights(more) => fds.extend(more),
+            RecvAncillaryMessage::ScmCredentials(credentials) => sender = Some(credentials.pid),
+            _ => {}
+        }
+    }
+    Ok(Message {
+        length: received.bytes,
+        fds,
+        sender,
+    })
 }
 
 /// Reads the launch from its memory file, wherever its offset is.
@@ -363,6 +393,10 @@ mod tests {
         .unwrap()
     }
 
+    fn receive_report(socket: &OwnedFd) -> io::Result<Option<Report>> {
+        Ok(receive_report_with(socket)?.map(|received| received.report))
+    }
+
     #[test]
     fn reports_arrive_one_by_one_and_then_end() {
         let (ours, theirs) = pair();
@@ -404,14 +438,14 @@ mod tests {
         let file = tempfile::tempfile().unwrap();
         send_report_with(&theirs, &Report::Network, &[file.as_fd()]);
         send_report(&theirs, &Report::Started);
-        let (report, fds) = receive_report_with(&ours).unwrap().unwrap();
+        let Received { report, fds, .. } = receive_report_with(&ours).unwrap().unwrap();
         let inode = |fd: BorrowedFd<'_>| rustix::fs::fstat(fd).unwrap().st_ino;
         let inodes: Vec<u64> = fds.iter().map(|fd| inode(fd.as_fd())).collect();
         assert_eq!(
             (report, inodes),
             (Report::Network, vec![inode(file.as_fd())])
         );
-        let (report, fds) = receive_report_with(&ours).unwrap().unwrap();
+        let Received { report, fds, .. } = receive_report_with(&ours).unwrap().unwrap();
         assert_eq!((report, fds.len()), (Report::Started, 0));
     }
 

@@ -8,6 +8,7 @@
 //! ├── blobs/sha256/<hex>  compressed layers, configs, manifests
 //! ├── trees/<hex>/files/  unpacked layers, named by diff ID; info.json beside has what is known
 //! ├── trees/<hex>.chain/  those that depend on the layers below, named by chain ID
+//! ├── trees/….recorded/   the same, where owners are recorded beside them
 //! ├── cache/steps/<definition>/<inputs>.json
 //! ├── cache/listings/<hex>  what a layer has without its contents, named by diff ID
 //! ├── cache/http/<url>.json  what servers said about files that are blobs now
@@ -63,6 +64,7 @@ use thiserror::Error;
 
 use crate::confined;
 use crate::image::{Descriptor, DiffId, Digest};
+use crate::owners;
 
 use boot::Moment;
 use hold::Holds;
@@ -85,6 +87,7 @@ pub struct Store {
     holds: Holds,
     /// Since the machine was started; see [`Moment::boot`].
     boot: String,
+    records_owners: bool,
     /// Held as long as the store is open; says that `tmp` is in use.
     _lock: File,
 }
@@ -170,6 +173,7 @@ impl Store {
             root,
             tmp,
             boot: now.boot.clone(),
+            records_owners: false,
             _lock: lock,
         };
         if is_new {
@@ -223,7 +227,8 @@ impl Store {
         &self.tmp
     }
 
-    /// Makes a directory with a name of its own in [`Store::tmp`].
+    /// Makes a directory with a name of its own in [`Store::tmp`]. Where this store records owners,
+    /// it does so of what will be in it.
     ///
     /// # Errors
     /// [`StoreError::Io`].
@@ -232,7 +237,26 @@ impl Store {
             .prefix(prefix)
             .tempdir_in(&self.tmp)
             .map(tempfile::TempDir::keep)
+            .and_then(|dir| {
+                if self.records_owners {
+                    owners::record(&dir)?;
+                }
+                Ok(dir)
+            })
             .map_err(StoreError::io("creating a directory in", &self.tmp))
+    }
+
+    /// Records the owners of files instead of giving files away, which whoever has a single ID
+    /// cannot do. Trees of one kind are of no use to the other, and have other names.
+    #[must_use]
+    pub fn recording_owners(mut self) -> Self {
+        self.records_owners = true;
+        self
+    }
+
+    /// Whether owners of files are recorded.
+    pub fn records_owners(&self) -> bool {
+        self.records_owners
     }
 
     /// Where the blob `digest` is, or would be.

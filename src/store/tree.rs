@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! trees/<name>/files/      the layer; its times, modes and owners belong to the layer
+//! trees/<name>/files.owners   those owners, where files cannot be given away
 //! trees/<name>/info.json   when it was named, and how large it is where somebody measured it
 //! ```
 //!
@@ -18,6 +19,7 @@ use super::boot::Moment;
 use super::size::Size;
 use super::{Store, StoreError, inventory, remove_tree};
 use crate::image::{DiffId, Digest};
+use crate::owners;
 
 /// The directory with the layer's files.
 pub(super) const FILES: &str = "files";
@@ -25,8 +27,14 @@ pub(super) const FILES: &str = "files";
 /// What is known about the tree.
 pub(super) const INFO: &str = "info.json";
 
+/// Whose the files are, where that is recorded ([`crate::owners`]).
+pub(super) const OWNERS: &str = "files.owners";
+
 /// What ends the names of trees that depend on the layers below.
 const CHAIN: &str = ".chain";
+
+/// What ends the names of trees whose owners are recorded beside them.
+const RECORDED: &str = ".recorded";
 
 /// What is known about a tree.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -45,14 +53,14 @@ pub(super) struct TreeInfo {
 impl Store {
     /// Where the tree of the layer `diff_id` is, or would be.
     pub fn tree_path(&self, diff_id: &DiffId) -> PathBuf {
-        self.named_tree(&tree_name(diff_id)).join(FILES)
+        self.named_tree(&self.tree_name(diff_id)).join(FILES)
     }
 
     /// Where the tree of the topmost layer of `chain` is, or would be, if that layer cannot
     /// be unpacked without those below it, or if the tree has more than the layer: what a
     /// step left as it was below.
     pub fn chained_tree_path(&self, chain: &Digest) -> PathBuf {
-        self.named_tree(&chained_name(chain)).join(FILES)
+        self.named_tree(&self.chained_name(chain)).join(FILES)
     }
 
     /// The tree of the layer `diff_id`, the topmost of `chain`, if it is here. It stays until
@@ -65,7 +73,7 @@ impl Store {
         diff_id: &DiffId,
         chain: &Digest,
     ) -> Result<Option<PathBuf>, StoreError> {
-        for name in [tree_name(diff_id), chained_name(chain)] {
+        for name in [self.tree_name(diff_id), self.chained_name(chain)] {
             let path = self.named_tree(&name);
             let mut looking = self.holds.look()?;
             if path.join(FILES).is_dir() {
@@ -86,7 +94,7 @@ impl Store {
     /// # Errors
     /// [`StoreError::Io`].
     pub fn adopt_tree(&self, from: &Path, diff_id: &DiffId) -> Result<PathBuf, StoreError> {
-        self.adopt(from, &tree_name(diff_id))
+        self.adopt(from, &self.tree_name(diff_id))
     }
 
     /// Like [`Store::adopt_tree`], for [`Store::chained_tree_path`].
@@ -94,13 +102,32 @@ impl Store {
     /// # Errors
     /// [`StoreError::Io`].
     pub fn adopt_chained_tree(&self, from: &Path, chain: &Digest) -> Result<PathBuf, StoreError> {
-        self.adopt(from, &chained_name(chain))
+        self.adopt(from, &self.chained_name(chain))
+    }
+
+    /// The name of the tree of one layer alone.
+    fn tree_name(&self, diff_id: &DiffId) -> String {
+        format!("{}{}", diff_id.digest().hex(), self.kind())
+    }
+
+    /// The name of the tree of the topmost layer of `chain`.
+    fn chained_name(&self, chain: &Digest) -> String {
+        format!("{}{CHAIN}{}", chain.hex(), self.kind())
+    }
+
+    fn kind(&self) -> &'static str {
+        match self.records_owners {
+            true => RECORDED,
+            false => "",
+        }
     }
 
     fn adopt(&self, from: &Path, name: &str) -> Result<PathBuf, StoreError> {
         let to = self.named_tree(name);
         let unnamed = self.tmp_dir("named-")?;
-        fs::rename(from, unnamed.join(FILES)).map_err(StoreError::io("naming the tree", &to))?;
+        let files = unnamed.join(FILES);
+        fs::rename(from, &files).map_err(StoreError::io("naming the tree", &to))?;
+        owners::rename(from, &files).map_err(StoreError::io("naming the tree", &to))?;
         let info = TreeInfo {
             name: name.to_owned(),
             named: Moment {
@@ -246,16 +273,6 @@ impl TreeInfo {
     }
 }
 
-/// The name of the tree of one layer alone.
-fn tree_name(diff_id: &DiffId) -> String {
-    diff_id.digest().hex().to_owned()
-}
-
-/// The name of the tree of the topmost layer of `chain`.
-fn chained_name(chain: &Digest) -> String {
-    format!("{}{CHAIN}", chain.hex())
-}
-
 /// What names a tree for [`super::hold`].
 pub(super) fn hold_name(name: &str) -> String {
     format!("tree {name}")
@@ -263,6 +280,7 @@ pub(super) fn hold_name(name: &str) -> String {
 
 /// The digest in the name of a tree, and whether it is that of a chain.
 pub(super) fn parse_name(name: &str) -> Option<(Digest, bool)> {
+    let name = name.strip_suffix(RECORDED).unwrap_or(name);
     let (hex, is_chain) = match name.strip_suffix(CHAIN) {
         Some(hex) => (hex, true),
         None => (name, false),

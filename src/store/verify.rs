@@ -7,9 +7,10 @@ use std::path::{Path, PathBuf};
 use super::inventory::{self, MOUNT_SIZE, RecordView};
 use super::prune::ignore_gone;
 use super::size::Size;
-use super::tree::{self, FILES, INFO, TreeInfo};
+use super::tree::{self, FILES, INFO, OWNERS, TreeInfo};
 use super::{Store, StoreError, remove_tree};
 use crate::image::{Digest, Hasher};
+use crate::owners::Owners;
 
 /// What the store's directory has.
 const TOP: [&str; 8] = [
@@ -257,13 +258,17 @@ impl Verifying<'_> {
         if !fs::symlink_metadata(path).is_ok_and(|found| found.is_dir()) {
             return self.does_not_belong(path, Repair::Remove);
         }
-        self.known_names(path, &[FILES, INFO], Repair::Remove)?;
+        self.known_names(path, &[FILES, INFO, OWNERS], Repair::Remove)?;
         let Some(info) = TreeInfo::read(path) else {
             let problem = format!("what {INFO} says about the tree cannot be read");
             return self.found(path, problem, Repair::Remove);
         };
         if info.name != name {
             let problem = format!("the tree is {:?}, going by its {INFO}", info.name);
+            return self.found(path, problem, Repair::Remove);
+        }
+        if let Err(error) = Owners::of(&path.join(FILES)) {
+            let problem = format!("the owners of its files cannot be read: {error}");
             return self.found(path, problem, Repair::Remove);
         }
         let measured = match Size::measure(&path.join(FILES)) {

@@ -54,6 +54,8 @@ mod modules;
 mod mounts;
 /// `--output`: archives, layouts, directories.
 mod outputs;
+/// Users and owners for whoever has one ID only.
+mod owners;
 /// Several platforms in one build, and how many steps run at once.
 mod platforms;
 /// What README says of settings is what the program has.

@@ -30,6 +30,9 @@ macro_rules! upstream {
 /// Seconds since 1970; earlier than everything that the tests make.
 const DATE: &str = "1700000000";
 
+/// What starts a program in a user namespace with one ID.
+const ONE_ID: &[&str] = &["unshare", "--user", "--map-root-user"];
+
 /// What a step may do to files of its own and of layers below. Each is a layer.
 const STEPS: &[&str] = &[
     "true",
@@ -253,21 +256,26 @@ fn sandbox_copies_give_the_layers_of_overlays() {
         dockerfile += &format!("RUN {step}\n");
     }
     context(&path, &dockerfile, SystemTime::now());
-    let build = |rootfs: &str| {
+    let build = |rootfs: &str, before: &[&str]| {
         let args = ["--rootfs", rootfs];
         let env = [("SOURCE_DATE_EPOCH", DATE)];
         let variant = Variant {
+            before,
             args: &args,
             env: &env,
             ..Variant::PLAIN
         };
         variant.build(&upstream, &path)
     };
-    let (overlay, copy) = (build("overlay"), build("copy"));
+    let overlay = build("overlay", &[]);
     assert_eq!(overlay.layers.len(), STEPS.len() + 1);
-    let differences = differences(&overlay, &copy);
-    assert!(differences.is_empty(), "{}", differences.join("\n"));
-    assert_eq!(overlay.digest, copy.digest);
+    for (rootfs, before) in [("copy", &[][..]), ("overlay", ONE_ID), ("copy", ONE_ID)] {
+        let other = build(rootfs, before);
+        let differences = differences(&overlay, &other);
+        let what = format!("{rootfs} {before:?}");
+        assert!(differences.is_empty(), "{what}: {}", differences.join("\n"));
+        assert_eq!(overlay.digest, other.digest, "{what}");
+    }
     // The steps did what they are there for.
     assert_eq!(overlay.layers[1].entries.len(), 0);
     assert_eq!(overlay.layers[4].entries.len(), 0);
@@ -359,6 +367,21 @@ fn sandbox_the_same_inputs_give_the_same_manifest() {
         ..strange
     };
     check("elsewhere, copies", &strange, &elsewhere);
+
+    // One ID only: users and owners are made up.
+    for args in [
+        &["--rootfs", "overlay"][..],
+        &["--rootfs", "copy"],
+        &["--sandbox", "runc"],
+    ] {
+        let single = Variant {
+            before: ONE_ID,
+            args,
+            env: &dated,
+            ..Variant::PLAIN
+        };
+        check(&format!("one ID, {args:?}"), &single, &path);
+    }
 
     // Another user.
     if is_root() {
