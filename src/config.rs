@@ -226,8 +226,15 @@ pub static SETTINGS: &[Setting] = &[
         "sandbox",
         "SOCKLESS_SANDBOX",
         "auto",
-        "auto, bwrap, runc or crun",
+        "auto, bwrap, runc, crun or chroot",
         "What runs the steps, as `--sandbox` of `sockless build`.",
+    ),
+    setting(
+        "allow_weak_isolation",
+        "SOCKLESS_ALLOW_WEAK_ISOLATION",
+        "false",
+        "true or false",
+        "Whether steps are run where they share this machine's processes or network, for want of namespaces or of a way to make a network; else such jobs fail, as with `--require-isolation`.",
     ),
     setting(
         "rootfs",
@@ -443,6 +450,8 @@ pub struct BuildConfig {
     pub docker_config: Option<PathBuf>,
     /// What runs the steps.
     pub sandbox: sandbox::Choice,
+    /// Whether steps are run that share this machine's processes or network.
+    pub allow_weak_isolation: bool,
     /// How root filesystems are made.
     pub rootfs: rootfs::Choice,
     /// Whether sources may come from servers without public addresses.
@@ -673,6 +682,12 @@ impl BuildConfig {
                 "bwrap" => Some(sandbox::Choice::Bwrap),
                 "runc" => Some(sandbox::Choice::Runc),
                 "crun" => Some(sandbox::Choice::Crun),
+                "chroot" => Some(sandbox::Choice::Chroot),
+                _ => None,
+            })?,
+            allow_weak_isolation: values.required("allow_weak_isolation", |text| match text {
+                "true" => Some(true),
+                "false" => Some(false),
                 _ => None,
             })?,
             rootfs: values.required("rootfs", |text| match text {
@@ -697,6 +712,7 @@ impl BuildConfig {
             sandbox::Choice::Bwrap => "bwrap",
             sandbox::Choice::Runc => "runc",
             sandbox::Choice::Crun => "crun",
+            sandbox::Choice::Chroot => "chroot",
         }
     }
 

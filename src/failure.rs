@@ -8,7 +8,7 @@ use std::error::Error;
 use std::fmt;
 use std::io;
 
-use crate::build::{NoRootfs, SandboxUnavailable, Shared_, StepFailed, StepPlace};
+use crate::build::{NoRootfs, NotIsolated, SandboxUnavailable, Shared_, StepFailed, StepPlace};
 use crate::context::{ContextError, NamedContextError};
 use crate::dockerfile::DockerfileError;
 use crate::layer::LayerError;
@@ -134,6 +134,7 @@ fn kind_of_cause(cause: &(dyn Error + 'static)) -> Option<Kind> {
         Some(Kind::StepFailed)
     } else if cause.is::<SandboxUnavailable>()
         || cause.is::<NoRootfs>()
+        || cause.is::<NotIsolated>()
         || cause.is::<SandboxError>()
     {
         Some(Kind::SandboxUnavailable)
@@ -189,6 +190,9 @@ fn hint_of_cause(cause: &(dyn Error + 'static)) -> Option<String> {
     }
     if let Some(NoRootfs { hint, .. }) = cause.downcast_ref() {
         return hint.clone();
+    }
+    if let Some(NotIsolated { hint, .. }) = cause.downcast_ref() {
+        return Some(hint.clone());
     }
     if let Some(SandboxUnavailable(error)) = cause.downcast_ref() {
         return error.hint();

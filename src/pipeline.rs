@@ -91,6 +91,8 @@ pub struct BuildRequest {
     pub sandbox: sandbox::Choice,
     /// How root filesystems are made.
     pub rootfs: RootfsChoice,
+    /// `--require-isolation`: nothing is run where steps are isolated less.
+    pub require_isolation: bool,
     /// The store's directory.
     pub root: PathBuf,
     /// `--store-limit`: how much disk the store may take, in bytes.
@@ -326,6 +328,7 @@ async fn run(
         images,
         sandbox: request.sandbox,
         rootfs: request.rootfs,
+        require_isolation: request.require_isolation,
         world: Arc::new(world),
         jobs: request.jobs,
         foreign,

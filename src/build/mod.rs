@@ -12,6 +12,7 @@ mod context_tree;
 mod copy;
 mod devices;
 mod explain;
+mod isolation;
 mod layer;
 mod listing;
 mod mounts;
@@ -20,6 +21,7 @@ mod remote;
 mod run;
 mod seal;
 mod slot;
+mod stand_ins;
 mod stat_cache;
 mod step;
 mod subtree;
@@ -49,7 +51,7 @@ use crate::progress::{BuildEvent, Progress, millis};
 use crate::registry::{Client, RegistryError, Resolved};
 use crate::remote::Fetcher;
 use crate::rootfs::{self, Rootfs, Stack};
-use crate::sandbox::{self, Cancel, Sandbox, SandboxError, UsernsError, World};
+use crate::sandbox::{self, Cancel, Sandbox, SandboxError, World};
 use crate::session::{Secrets, SshAgents};
 use crate::store::Store;
 
@@ -63,6 +65,7 @@ use twins::Twins;
 pub(crate) use cache::{BlobSource, CacheBlob, CacheDocument, INLINE_KEY, PackedMounts, import};
 pub use cache::{CacheContents, CacheSource, Imported, Importing};
 pub use devices::{DeviceError, DeviceSettings};
+pub use isolation::NotIsolated;
 pub use layer::Origin;
 pub(crate) use layer::fetch_blob;
 
@@ -141,6 +144,8 @@ pub struct Settings {
     pub sandbox: sandbox::Choice,
     /// How root filesystems are made.
     pub rootfs: rootfs::Choice,
+    /// Whether nothing is run unless steps are isolated.
+    pub require_isolation: bool,
     /// The powers that this process has.
     pub world: Arc<World>,
     /// How many RUN steps run at once, `--jobs`; 0: as many as the graph allows, within
@@ -318,6 +323,7 @@ pub async fn build(
         let devices = Devices::new(settings.devices.clone(), &plan);
         let engine = Engine::begin(&plan, &settings, &timings, devices, forgotten.clone());
         let engine = engine.await?;
+        isolation::check(&plan, &engine, settings.require_isolation).await?;
         let Sent { bytes, failure } = match attempt(&plan, &engine).await {
             Ok((images, sent)) => {
                 add(&mut uploaded_bytes, sent);
@@ -697,8 +703,11 @@ impl Engine {
     fn sandbox(&self) -> anyhow::Result<&dyn Sandbox> {
         self.check_world()?;
         let chosen = self.sandbox.get_or_init(|| {
-            let sandbox = sandbox::choose(self.sandbox_choice).map_err(Arc::new)?;
-            let message = format!("RUN steps run in {}", sandbox.name());
+            let sandbox = sandbox::choose(self.sandbox_choice, &self.world).map_err(Arc::new)?;
+            let mut message = format!("RUN steps run in {}", sandbox.name());
+            if let World::Chroot { reason } = &*self.world {
+                message += &format!(", as no namespaces can be made ({reason})");
+            }
             self.progress.event(BuildEvent::Environment { message });
             if let World::SingleId { reason } = &*self.world {
                 let message = format!(
@@ -724,6 +733,21 @@ impl Engine {
     fn rootfs(&self, stack: &Stack, scratch: &Path) -> anyhow::Result<Rootfs> {
         let chosen = match self.backend.get() {
             Some(chosen) => *chosen,
+            None if !self.sandbox()?.mounts() => {
+                let name = self.sandbox()?.name();
+                if self.rootfs_choice == rootfs::Choice::Overlay {
+                    let asked = SandboxError::Asked {
+                        doing: "mounting an overlay (--rootfs=overlay)".to_owned(),
+                        reason: format!("with the sandbox {name} nothing is mounted"),
+                    };
+                    return Err(SandboxUnavailable(Arc::new(asked)).into());
+                }
+                let message = "RUN steps work on copies of their layers".to_owned();
+                *self.backend.get_or_init(|| {
+                    self.progress.event(BuildEvent::Environment { message });
+                    rootfs::Backend::CopyWithoutDevices
+                })
+            }
             None => {
                 let trial = self.store.tmp_dir("overlay-")?;
                 *self.backend.get_or_init(|| {
@@ -743,7 +767,7 @@ impl Engine {
         let rootfs = chosen.open(stack, scratch)?;
         for path in rootfs.left_out() {
             self.warn(format!(
-                "the device {path:?} cannot be made here: this step does not see it, the image keeps it"
+                "the device {path:?} is not made here: this step does not see it, the image keeps it"
             ));
         }
         Ok(rootfs)
@@ -752,10 +776,13 @@ impl Engine {
     /// Whether layers can be unpacked with their owners, and mounted.
     fn check_world(&self) -> Result<(), NoRootfs> {
         match &*self.world {
-            World::Root | World::MappedUser { .. } | World::SingleId { .. } => Ok(()),
-            World::None { reason } => Err(NoRootfs {
-                reason: format!("{reason}"),
-                hint: UsernsError::hint(reason),
+            World::Root
+            | World::MappedUser { .. }
+            | World::SingleId { .. }
+            | World::Chroot { .. } => Ok(()),
+            World::None { reason, lack } => Err(NoRootfs {
+                reason: format!("{reason}; nor can root do it without one: {lack}"),
+                hint: lack.hint().or_else(|| reason.hint()),
             }),
         }
     }

@@ -15,7 +15,7 @@ use super::subtree::{self, SharedFiles, Subtree};
 use crate::confined;
 use crate::image::Digest;
 use crate::owners::{Inodes, Owner};
-use crate::plan::{Mount, MountFrom, MountKind, Run};
+use crate::plan::{Mount, MountFrom, MountKind, Run, Sharing};
 use crate::rootfs::{self, Metadata, Rootfs, Stack, Tree};
 use crate::sandbox::{self, Content, MountSource};
 use crate::session::{AgentSocket, SecretBytes};
@@ -101,6 +101,11 @@ impl Mounts {
             rootfs::learn_owners(dir, inodes)?;
         }
         Ok(())
+    }
+
+    /// Whether this is the directory of a cache mount.
+    pub(super) fn is_cache(&self, path: &Path) -> bool {
+        self.caches.values().any(|cache| cache.files == path)
     }
 
     /// Unmounts and removes what is not kept. What cannot be removed goes with the store's `tmp/`.
@@ -319,7 +324,12 @@ impl Mounts {
         };
         let (store, cancel) = (&engine.store, &engine.cancel);
         let waits = || slot.release();
-        let cache = cache_mount::take(store, cancel, &name, *sharing, waits, fill)?;
+        // A directory that is not mounted can be in one step only.
+        let sharing = match sharing {
+            Sharing::Shared if !engine.sandbox()?.mounts() => Sharing::Locked,
+            sharing => *sharing,
+        };
+        let cache = cache_mount::take(store, cancel, &name, sharing, waits, fill)?;
         self.caches.insert(name, cache);
         Ok(())
     }

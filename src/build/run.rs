@@ -12,7 +12,7 @@ use rustix::fs::Mode;
 use super::mounts::{Mounts, Source};
 use super::slot::Slot;
 use super::user::Accounts;
-use super::{Engine, StepFailed};
+use super::{Engine, StepFailed, stand_ins};
 use crate::confined::ConfinedDir;
 use crate::image::{DEFAULT_PATH, Platform};
 use crate::plan::{Network, Run, Security, Ulimit};
@@ -89,6 +89,7 @@ pub(super) fn run(
         })
         .collect();
     rootfs.prepare_mount_points(&points)?;
+    stand_ins::put(engine, step, sandbox, &process, &mounts, &mut rootfs)?;
     engine.timings.add("mount", mounting.elapsed());
 
     slot.retake(&engine.cancel)?;
@@ -116,6 +117,8 @@ pub(super) fn run(
     stderr.end(|bytes| say(Stream::Stderr, bytes));
     engine.timings.add("run", running.elapsed());
     drop(slot);
+    // Before the caches among them are anybody else's.
+    let taken_out = rootfs.take_out_stand_ins();
     mounts.finish();
     match outcome {
         Ok(Outcome::Exited(0)) => {}
@@ -137,6 +140,7 @@ pub(super) fn run(
             return Err(error.into());
         }
     }
+    taken_out?;
     let changed = rootfs.finish()?;
     Tree::open(&changed.upper).with_context(|| format!("opening {}", changed.upper.display()))
 }

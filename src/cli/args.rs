@@ -123,6 +123,11 @@ pub(super) struct BuildArgs {
     #[arg(long, value_name = "ROOTFS")]
     pub rootfs: Option<RootfsArg>,
 
+    /// Refuses to run steps where they share this machine's processes or network, rather than
+    /// saying so
+    #[arg(long)]
+    pub require_isolation: bool,
+
     /// Where everything is kept between builds [env: SOCKLESS_ROOT]
     /// [default: /var/lib/sockless as root, else $XDG_DATA_HOME/sockless]
     #[arg(long, value_name = "DIR")]
@@ -259,6 +264,8 @@ pub enum SandboxArg {
     Runc,
     /// crun
     Crun,
+    /// chroot(2), where no namespaces can be made: isolates less
+    Chroot,
 }
 
 impl From<SandboxArg> for sandbox::Choice {
@@ -268,6 +275,7 @@ impl From<SandboxArg> for sandbox::Choice {
             SandboxArg::Bwrap => Self::Bwrap,
             SandboxArg::Runc => Self::Runc,
             SandboxArg::Crun => Self::Crun,
+            SandboxArg::Chroot => Self::Chroot,
         }
     }
 }

@@ -430,6 +430,7 @@ impl BuildSettings {
                     .unwrap_or(RootfsArg::Auto)
                     .into(),
             },
+            require_isolation: args.require_isolation,
             root: machine.root(args.root.as_deref())?,
             store_limit: machine.store_limit(args.store_limit)?,
             iid_file: args.iid_file,

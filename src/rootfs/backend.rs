@@ -9,6 +9,7 @@ use super::change::ChangeKind;
 use super::overlay::{Changed, Overlay};
 use super::plain::Copied;
 use super::stack::Stack;
+use super::stand_ins::{StandIn, StandIns};
 use super::stubs::{self, MountPoint, Stubs};
 use super::tree::Tree;
 use super::{RootfsError, changes, keep_owners, ownership};
@@ -34,6 +35,9 @@ pub enum Backend {
     Overlay,
     /// A copy of the whole image for each: needs no mount.
     Copy,
+    /// The same, without any device of the image: for processes from which nothing else keeps
+    /// them.
+    CopyWithoutDevices,
 }
 
 /// Finds the way that works here; for [`Choice::Auto`] by mounting an overlay in `scratch`,
@@ -87,6 +91,7 @@ pub struct Rootfs {
     // Dropped first: their descriptors would keep a mount busy.
     stubs: Stubs,
     recorded: Option<Recorded>,
+    stand_ins: Option<StandIns>,
     made: Made,
 }
 
@@ -135,15 +140,18 @@ impl Backend {
                 });
                 (Made::Overlay(overlay), inodes)
             }
-            Self::Copy => {
+            Self::Copy | Self::CopyWithoutDevices => {
                 let inodes = Inodes::default();
-                let copied = Copied::make(stack, scratch, is_recorded.then_some(&inodes))?;
+                let with_devices = self == Self::Copy;
+                let recorded = is_recorded.then_some(&inodes);
+                let copied = Copied::make(stack, scratch, with_devices, recorded)?;
                 (Made::Copy(copied), inodes)
             }
         };
         let mut rootfs = Rootfs {
             stubs: Stubs::default(),
             recorded: None,
+            stand_ins: None,
             made,
         };
         if is_recorded {
@@ -202,6 +210,44 @@ impl Rootfs {
         prepared
     }
 
+    /// Puts stand-ins into their places, in this order; returns the paths of those that cannot be
+    /// made here, which are devices. [`Rootfs::finish`] takes them out.
+    ///
+    /// # Errors
+    /// [`RootfsError::Io`]; with `ENOTSUP` where this is no copy.
+    pub fn put_stand_ins(&mut self, wanted: &[StandIn]) -> Result<Vec<PathBuf>, RootfsError> {
+        let Made::Copy(copied) = &self.made else {
+            let error = io::Error::from(rustix::io::Errno::NOTSUP);
+            return Err(RootfsError::io("putting stand-ins into", self.path())(
+                error,
+            ));
+        };
+        let stand_ins = match &mut self.stand_ins {
+            Some(stand_ins) => stand_ins,
+            none => none.insert(StandIns::new(copied.make_aside()?)),
+        };
+        let mut missing = Vec::new();
+        for wanted in wanted {
+            if !stand_ins.put(copied.root(), wanted)? {
+                missing.push(wanted.path.clone());
+            }
+        }
+        Ok(missing)
+    }
+
+    /// Takes out what was put in by [`Rootfs::put_stand_ins`], and puts back what was there.
+    ///
+    /// No process may use the filesystem any more.
+    ///
+    /// # Errors
+    /// [`RootfsError::Io`].
+    pub fn take_out_stand_ins(&mut self) -> Result<(), RootfsError> {
+        match (self.stand_ins.take(), &mut self.made) {
+            (Some(mut stand_ins), Made::Copy(copied)) => copied.settle(stand_ins.take_out()?),
+            _ => Ok(()),
+        }
+    }
+
     /// Where `path` leads inside, without links, relative to the root; it need not exist.
     /// Mounting there is what a process inside would call mounting at `path`.
     ///
@@ -217,7 +263,8 @@ impl Rootfs {
     ///
     /// # Errors
     /// [`RootfsError::Io`], [`RootfsError::BadChange`]; nothing is mounted even then.
-    pub fn finish(self) -> Result<Changed, RootfsError> {
+    pub fn finish(mut self) -> Result<Changed, RootfsError> {
+        let taken_out = self.take_out_stand_ins();
         let removed = self.stubs.remove();
         match self.made {
             Made::Overlay(overlay) => {
@@ -235,6 +282,7 @@ impl Rootfs {
                 }
             }
             Made::Copy(copied) => {
+                taken_out?;
                 removed?;
                 let changed = copied.finish()?;
                 match self.recorded {
@@ -250,7 +298,7 @@ impl Rootfs {
 
     /// Unmounts it and removes what was changed. Failures are left to whoever removes `scratch`.
     pub fn discard(self) {
-        drop((self.stubs, self.recorded));
+        drop((self.stubs, self.recorded, self.stand_ins));
         match self.made {
             Made::Overlay(overlay) => overlay.discard(),
             Made::Copy(copied) => copied.discard(),

@@ -30,6 +30,7 @@ mod overlay;
 mod ownership;
 mod plain;
 mod stack;
+mod stand_ins;
 mod stubs;
 #[cfg(test)]
 pub(crate) mod testing;
@@ -54,6 +55,7 @@ pub use materialize::materialize;
 pub use overlay::Changed;
 pub use ownership::{keep_owners, learn_owners};
 pub use stack::{LayerForm, LayerView, Node, Stack};
+pub use stand_ins::{StandIn, StandInKind};
 pub use stubs::MountPoint;
 #[cfg(test)]
 pub(crate) use testing::{has_many_ids, in_worlds, line, tree_of};

@@ -37,6 +37,7 @@ use super::change::Metadata;
 use super::materialize::{apply_metadata, copy};
 use super::overlay::Changed;
 use super::stack::{Node, ROOT_MODE, Stack};
+use super::stand_ins::{self, TakenOut};
 use super::tree::{self, Attributes};
 use super::{RootfsError, xattr};
 use crate::confined::{self, ConfinedDir};
@@ -62,6 +63,9 @@ pub(super) struct Copied {
     left_out: BTreeSet<PathBuf>,
     /// Whose files these are, where they cannot be given away.
     inodes: Option<Inodes>,
+    /// What stood in the copy while a process ran and is nowhere in a layer, by inode number;
+    /// open, so that nothing else can get that.
+    strangers: HashMap<u64, OwnedFd>,
 }
 
 /// What every file of the copy was when it was made, by inode number.
@@ -85,14 +89,15 @@ impl Copied {
     ///
     /// Owners, modes, times, attributes and holes are as in `stack`; blocks are shared with
     /// it where the file system can do that. Devices that this process may not make are left
-    /// out: see [`Self::left_out`]. With `inodes`, files are not given to their owners: whoever
-    /// uses the copy fills them in there.
+    /// out, all where not `with_devices`: see [`Self::left_out`]. With `inodes`, files are not given
+    /// to their owners: whoever uses the copy fills them in there.
     ///
     /// # Errors
     /// [`RootfsError::Io`]; [`RootfsError::Size`] where a file below changes meanwhile.
     pub(super) fn make(
         stack: &Stack,
         scratch: &Path,
+        with_devices: bool,
         inodes: Option<&Inodes>,
     ) -> Result<Self, RootfsError> {
         let path = scratch.join("copy");
@@ -107,6 +112,7 @@ impl Copied {
             queue: Queue::default(),
             can_clone: AtomicBool::new(true),
             gives_away: inodes.is_none(),
+            with_devices,
         };
         let copies = copier.run(node)?;
         let last = copies.facts.iter().map(|(_, fact)| fact.changed).max();
@@ -120,7 +126,32 @@ impl Copied {
             facts: copies.facts.into_iter().collect(),
             left_out: copies.left_out.into_iter().collect(),
             inodes: inodes.cloned(),
+            strangers: HashMap::new(),
         })
+    }
+
+    /// Takes note of stand-ins that were taken out: what was put back is as it was copied, though
+    /// the kernel dates its moves, and what stood in is no part of what was changed.
+    ///
+    /// # Errors
+    /// [`RootfsError::Io`].
+    pub(super) fn settle(&mut self, out: TakenOut) -> Result<(), RootfsError> {
+        let failed = || RootfsError::io("reading what was put back in", &self.path);
+        for (fd, parent) in out.restored {
+            let stat = rustix::fs::fstat(fd).map_err(failed())?;
+            let parent = rustix::fs::fstat(parent).map_err(failed())?.st_ino;
+            // What is none of the copy's, as a mount point, is removed later or is new.
+            if let Some(fact) = self.facts.get_mut(&stat.st_ino)
+                && fact.parent == parent
+            {
+                fact.changed = changed(&stat);
+            }
+        }
+        for fd in out.strangers {
+            let stat = rustix::fs::fstat(&fd).map_err(failed())?;
+            self.strangers.insert(stat.st_ino, fd);
+        }
+        Ok(())
     }
 
     /// Where it is.
@@ -136,6 +167,16 @@ impl Copied {
     /// Devices of the stack that could not be made here, in path order.
     pub(super) fn left_out(&self) -> impl Iterator<Item = &Path> {
         self.left_out.iter().map(PathBuf::as_path)
+    }
+
+    /// Makes a directory that is on the file system of the copy and not in it.
+    ///
+    /// # Errors
+    /// [`RootfsError::Io`].
+    pub(super) fn make_aside(&self) -> Result<PathBuf, RootfsError> {
+        let path = self.scratch.join("aside");
+        fs::create_dir(&path).map_err(RootfsError::io("creating", &path))?;
+        Ok(path)
     }
 
     /// Moves what was changed into a tree, and removes the rest.
@@ -154,13 +195,21 @@ impl Copied {
         }
         .run()?;
         confined::remove_tree(&self.path).map_err(RootfsError::io("removing", &self.path))?;
+        let aside = self.scratch.join("aside");
+        if aside.is_dir() {
+            confined::remove_tree(&aside).map_err(RootfsError::io("removing", &aside))?;
+        }
         Ok(Changed { upper })
     }
 
     /// Removes it. Failures are left to whoever removes `scratch`.
     pub(super) fn discard(self) {
-        if let Err(error) = confined::remove_tree(&self.path) {
-            tracing::debug!(dir = %self.path.display(), %error, "a copy stays");
+        for dir in [&self.path, &self.scratch.join("aside")] {
+            if dir.is_dir()
+                && let Err(error) = confined::remove_tree(dir)
+            {
+                tracing::debug!(dir = %dir.display(), %error, "a copy stays");
+            }
         }
     }
 
@@ -299,6 +348,7 @@ struct Copier<'a> {
     can_clone: AtomicBool,
     /// Whether files are given to their owners.
     gives_away: bool,
+    with_devices: bool,
 }
 
 impl Copier<'_> {
@@ -414,6 +464,9 @@ impl Copier<'_> {
                     rustix::fs::minor(node.rdev()),
                 );
                 let is_device = matches!(kind, FileType::CharacterDevice | FileType::BlockDevice);
+                if is_device && !self.with_devices {
+                    return Ok(None);
+                }
                 let mode = Mode::RUSR | Mode::WUSR;
                 match rustix::fs::mknodat(dir, name, kind, mode, makedev(major, minor)) {
                     Err(Errno::PERM) if is_device => return Ok(None),
@@ -509,7 +562,7 @@ impl Copier<'_> {
 
 /// Gives a new file or directory, which is open for more than its name, its owner (where it
 /// `gives_away`), attributes, mode and time; in this order, as [`apply_metadata`] says.
-fn dress(fd: &OwnedFd, path: &Path, want: &Metadata, gives_away: bool) -> Result<(), RootfsError> {
+pub(super) fn dress(fd: &OwnedFd, path: &Path, want: &Metadata, gives_away: bool) -> Result<(), RootfsError> {
     let place = Place(path);
     if gives_away {
         let (uid, gid) = (Uid::from_raw(want.uid), Gid::from_raw(want.gid));
@@ -627,6 +680,11 @@ impl Gather<'_> {
             let place = Place(&path);
             let found = rustix::fs::statat(&dir, &name, AtFlags::SYMLINK_NOFOLLOW)
                 .map_err(place.failed("reading"))?;
+            if self.copied.strangers.contains_key(&found.st_ino) {
+                self.remove_stranger(&dir, &name)
+                    .map_err(place.failed("removing"))?;
+                continue;
+            }
             let fact = (self.copied.at_home(stat.st_ino, &name, &found)).filter(|_| at_home);
             let is_dir = FileType::from_raw_mode(found.st_mode) == FileType::Directory;
             match fact {
@@ -662,6 +720,10 @@ impl Gather<'_> {
             self.white_out(&path, &lower, &names)?;
         }
         Ok(())
+    }
+
+    fn remove_stranger(&self, dir: &OwnedFd, name: &OsStr) -> std::io::Result<()> {
+        stand_ins::remove_stranger(dir, name, &self.copied.scratch)
     }
 
     /// Marks what `lower` has and the directory `path` no longer as removed.
@@ -727,6 +789,30 @@ impl Gather<'_> {
         rustix::fs::renameat(dir, name, parent, name).map_err(RootfsError::io("moving", path))
     }
 
+    /// Whether what is at `path` of the copy stood in for something, and is gone now.
+    fn is_removed_stranger(&self, path: &Path) -> Result<bool, RootfsError> {
+        if self.copied.strangers.is_empty() {
+            return Ok(false);
+        }
+        let place = Place(path);
+        let root = &self.copied.root;
+        let (parent, name) = (path.parent(), path.file_name());
+        let (Some(parent), Some(name)) = (parent, name) else {
+            return Ok(false);
+        };
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW;
+        let dir = root.open_exact(parent, flags, Mode::empty());
+        let dir = dir.map_err(place.failed("opening the directory of"))?;
+        let stat = rustix::fs::statat(&dir, name, AtFlags::SYMLINK_NOFOLLOW);
+        let is_stranger =
+            (self.copied.strangers).contains_key(&stat.map_err(place.failed("reading"))?.st_ino);
+        if is_stranger {
+            self.remove_stranger(&dir, name)
+                .map_err(place.failed("removing"))?;
+        }
+        Ok(is_stranger)
+    }
+
     /// Looks at `top`, which is to become part of the tree, and everything in it. Nothing of
     /// it may have a meaning there that it did not have for who made it.
     fn check(&self, top: &Path) -> Result<(), RootfsError> {
@@ -758,7 +844,12 @@ impl Gather<'_> {
             }
             if found.is_dir() {
                 let inside = tree::list(root, &path).map_err(place.failed("listing"))?;
-                left.extend(inside.into_iter().map(|(name, _)| path.join(name)));
+                for (name, _) in inside {
+                    let path = path.join(&name);
+                    if !self.is_removed_stranger(&path)? {
+                        left.push(path);
+                    }
+                }
             }
         }
         Ok(())
@@ -791,7 +882,7 @@ mod tests {
     /// What is left in a scratch directory after `act` in a copy of `stack`, and the changes.
     fn changed_by(stack: &Stack, act: impl FnOnce(&Path)) -> (tempfile::TempDir, Vec<String>) {
         let scratch = tempfile::tempdir().unwrap();
-        let copied = Copied::make(stack, scratch.path(), None).unwrap();
+        let copied = Copied::make(stack, scratch.path(), true, None).unwrap();
         act(copied.path());
         let upper = copied.finish().unwrap().upper;
         let tree = Tree::open(&upper).unwrap();
@@ -837,7 +928,7 @@ mod tests {
                 Stack::default(),
             ] {
                 let scratch = tempfile::tempdir().unwrap();
-                let copied = Copied::make(&stack, scratch.path(), None).unwrap();
+                let copied = Copied::make(&stack, scratch.path(), true, None).unwrap();
                 let root = copied.path();
                 assert_eq!(view_of_dir(root), view_of_stack(&stack));
                 if !stack.trees().is_empty() {
@@ -947,7 +1038,7 @@ mod tests {
                 assert_eq!(list, ["755 new/", "755 new/in/"]);
                 // A device that would hide a file.
                 let scratch = tempfile::tempdir().unwrap();
-                let copied = Copied::make(&stack, scratch.path(), None).unwrap();
+                let copied = Copied::make(&stack, scratch.path(), true, None).unwrap();
                 fs::create_dir(copied.path().join("new")).unwrap();
                 let hiding = copied.path().join("new/x");
                 let kind = FileType::CharacterDevice;
@@ -973,7 +1064,7 @@ mod tests {
                 for target in ["d/empty", "new/in", "d/file"] {
                     for finish in [true, false] {
                         let scratch = tempfile::tempdir().unwrap();
-                        let copied = Copied::make(&stack, scratch.path(), None).unwrap();
+                        let copied = Copied::make(&stack, scratch.path(), true, None).unwrap();
                         fs::create_dir_all(copied.path().join("new/in")).unwrap();
                         let is_dir = target != "d/file";
                         let file = canary.path().join("file");
@@ -1013,7 +1104,7 @@ mod tests {
             rustix::fs::symlinkat("old", &fd, "link").unwrap();
             let stack = Stack::new(vec![base]);
             let scratch = tempfile::tempdir().unwrap();
-            let copied = Copied::make(&stack, scratch.path(), None).unwrap();
+            let copied = Copied::make(&stack, scratch.path(), true, None).unwrap();
             fs::remove_file(copied.path().join("many/7")).unwrap();
             let (parent, link) = (deep.clone(), deep.join("link"));
             let flags = OFlags::PATH | OFlags::DIRECTORY;

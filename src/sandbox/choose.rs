@@ -15,12 +15,13 @@ use rustix::pipe::PipeFlags;
 use rustix::process::Pid;
 use serde::Deserialize;
 
+use super::chroot::{self, Chroot};
 use super::networks::Networks;
 use super::output::{Ears, Heard, listen};
 use super::wire::{Attachment, Failure, Launch, Part, Purpose, Runtime, RuntimeKind};
 use super::{
     Cancel, Choice, Content, Device, Mount, MountSource, Network, Outcome, OutputSink, Process,
-    Refusal, Sandbox, SandboxError, Security, Ulimit, User, hosts, init, network, seccomp,
+    Refusal, Sandbox, SandboxError, Security, Ulimit, User, World, hosts, init, network, seccomp,
     supervise, tracer, userns,
 };
 use crate::owners::{Inodes, Owner};
@@ -28,23 +29,29 @@ use crate::progress::Stream;
 
 /// Finds a sandbox that works here, by running nothing in it.
 ///
-/// [`Choice::Auto`] takes the first of bubblewrap, runc and crun that works. A way to make a
-/// private network is tried, too; without one, [`Sandbox::notes`] says that steps get the
-/// host's. Takes some ten milliseconds; call it only when there is something to run.
+/// [`Choice::Auto`] takes the first of bubblewrap, runc and crun that works; in a [`World`] without
+/// namespaces, in which none of them can, chroot. A way to make a private network is tried, too;
+/// without one, [`Sandbox::notes`] says that steps get the host's. Takes some ten milliseconds; call it only when there is something to run.
 ///
 /// # Errors
 /// [`SandboxError::Unavailable`] with the reason for each that was tried.
-pub fn choose(choice: Choice) -> Result<Box<dyn Sandbox>, SandboxError> {
+pub fn choose(choice: Choice, world: &World) -> Result<Box<dyn Sandbox>, SandboxError> {
     let kinds: &[RuntimeKind] = match choice {
+        Choice::Auto if matches!(world, World::Chroot { .. }) => &[RuntimeKind::Chroot],
         Choice::Auto => &[RuntimeKind::Bwrap, RuntimeKind::Runc, RuntimeKind::Crun],
         Choice::Bwrap => &[RuntimeKind::Bwrap],
         Choice::Runc => &[RuntimeKind::Runc],
         Choice::Crun => &[RuntimeKind::Crun],
+        Choice::Chroot => &[RuntimeKind::Chroot],
     };
     let mut refusals = Vec::new();
     for &kind in kinds {
-        match Contained::probe(kind) {
-            Ok(sandbox) => return Ok(Box::new(sandbox)),
+        let probed: Result<Box<dyn Sandbox>, SandboxError> = match kind {
+            RuntimeKind::Chroot => Chroot::probe().map(|sandbox| Box::new(sandbox) as _),
+            _ => Contained::probe(kind).map(|sandbox| Box::new(sandbox) as _),
+        };
+        match probed {
+            Ok(sandbox) => return Ok(sandbox),
             Err(SandboxError::Refused { refusal, .. }) => refusals.push(refusal),
             Err(SandboxError::Mount { target, reason }) => refusals.push(Refusal::Failed {
                 program: kind.name(),
@@ -70,6 +77,8 @@ struct Contained {
     runtime: Runtime,
     /// What makes private networks; without it, private is the host's.
     networks: Option<Networks>,
+    /// Why there is none.
+    shared_network: Option<String>,
     notes: Vec<String>,
 }
 
@@ -111,22 +120,19 @@ impl Contained {
         if kind == RuntimeKind::Crun && userns::is_initial() {
             notes.push("crun: RUN steps cannot make device nodes".to_owned());
         }
-        if seccomp::program().is_none() {
-            notes.push(format!(
-                "system calls of RUN steps are not filtered: their numbers on {} are not known",
-                std::env::consts::ARCH
-            ));
-        }
-        if networks.is_none() {
-            notes.push(format!(
+        notes.extend(seccomp::unfiltered_note());
+        let shared_network = networks.is_none().then(|| {
+            format!(
                 "RUN steps share the host's network, its loopback included, for want of a \
                  private one ({})",
                 reasons.join("; ")
-            ));
-        }
+            )
+        });
+        notes.extend(shared_network.clone());
         Ok(Self {
             runtime,
             networks,
+            shared_network,
             notes,
         })
     }
@@ -139,6 +145,10 @@ impl Sandbox for Contained {
 
     fn notes(&self) -> Vec<String> {
         self.notes.clone()
+    }
+
+    fn private_network(&self) -> Result<(), String> {
+        self.shared_network.clone().map_or(Ok(()), Err)
     }
 
     fn run(
@@ -306,8 +316,12 @@ pub(super) fn start(
     }
     let mut fds = vec![exe, &launch_file, &far_log];
     fds.extend(netns);
+    let stage = match launch.runtime.kind {
+        RuntimeKind::Chroot => "__chroot",
+        _ => "__supervise",
+    };
     let mut child =
-        supervise::start(&fds, &socket, far_socket).map_err(io("starting the sandbox"))?;
+        supervise::start(stage, &fds, &socket, far_socket).map_err(io("starting the sandbox"))?;
     let (Some(stdout), Some(stderr)) = (child.stdout.take(), child.stderr.take()) else {
         unreachable!("both were asked for");
     };
@@ -325,7 +339,7 @@ pub(super) fn io(doing: &'static str) -> impl Fn(std::io::Error) -> SandboxError
     move |source| SandboxError::Io { doing, source }
 }
 
-fn run(
+pub(super) fn run(
     launch: &Launch,
     netns: Option<&OwnedFd>,
     output: OutputSink<'_>,
@@ -496,6 +510,7 @@ pub fn hidden_command() {
     let status = match name.to_str() {
         Some("__idmap") => userns::idmap_main(&rest),
         Some("__supervise") => supervise::supervise_main(),
+        Some("__chroot") => chroot::supervise_main(),
         Some("__reap") => supervise::reap_main(&rest),
         Some("__enter") => supervise::enter_main(&rest),
         Some("__init") => init::init_main(&rest),
@@ -630,13 +645,14 @@ fn sandbox_main() -> i32 {
             return NO_OUTCOME;
         }
     };
-    match userns::enter() {
-        Ok(world) => say(&world),
+    let world = match userns::enter() {
+        Ok(world) => world,
         Err(error) => {
             say(&error);
             return NO_OUTCOME;
         }
-    }
+    };
+    say(&world);
     let cancel = Cancel::new();
     let mut sink = |stream: Stream, bytes: &[u8]| {
         // A reader that has gone away is no reason to end the step.
@@ -649,7 +665,7 @@ fn sandbox_main() -> i32 {
             cancel.cancel();
         }
     };
-    let outcome = choose(request.sandbox).and_then(|sandbox| {
+    let outcome = choose(request.sandbox, &world).and_then(|sandbox| {
         for note in sandbox.notes() {
             say(&note);
         }

@@ -136,7 +136,7 @@ fn become_runtime(
         }
     }
     let doing = || "handing file descriptors to the runtime".to_owned();
-    let stdio = |fd: &OwnedFd| rustix::io::fcntl_dupfd_cloexec(fd, OUT_OF_THE_WAY).map(Stdio::from);
+    let stdio = |fd: &OwnedFd| aside(fd.as_fd()).map(Stdio::from);
     command
         .env_clear()
         .env(
@@ -150,7 +150,8 @@ fn become_runtime(
         .stdin(Stdio::null())
         .stdout(stdio(&inherited.log).doing(doing)?)
         .stderr(stdio(&inherited.log).doing(doing)?);
-    let passed = hand_over(inherited).doing(doing)?;
+    let Inherited { exe, launch, .. } = inherited;
+    let passed = hand_over(exe, launch).doing(doing)?;
     let error = command.exec();
     drop(passed);
     Err(Failure::new(
@@ -162,18 +163,22 @@ fn become_runtime(
 /// A number far above those of the file descriptors of this process.
 const OUT_OF_THE_WAY: i32 = 64;
 
+/// Duplicates a file descriptor to where it is in nobody's way.
+pub(super) fn aside(fd: BorrowedFd<'_>) -> rustix::io::Result<OwnedFd> {
+    rustix::io::fcntl_dupfd_cloexec(fd, OUT_OF_THE_WAY)
+}
+
 /// Gives the file descriptors of the innermost stage the numbers [`INIT_FDS`], which stay
-/// open when a program is executed, and closes all others above 2.
-fn hand_over(inherited: Inherited) -> io::Result<Vec<OwnedFd>> {
-    let aside = |fd: BorrowedFd<'_>| rustix::io::fcntl_dupfd_cloexec(fd, OUT_OF_THE_WAY);
+/// open when a program is executed. These must be free but for the given ones.
+pub(super) fn hand_over(exe: OwnedFd, launch: OwnedFd) -> io::Result<Vec<OwnedFd>> {
     let fds = [
-        aside(inherited.exe.as_fd())?,
-        aside(inherited.launch.as_fd())?,
+        aside(exe.as_fd())?,
+        aside(launch.as_fd())?,
         aside(rustix::stdio::stdin())?,
         aside(rustix::stdio::stdout())?,
         aside(rustix::stdio::stderr())?,
     ];
-    drop(inherited);
+    drop((exe, launch));
     let mut passed = Vec::new();
     for (fd, number) in fds.iter().zip(INIT_FDS) {
         let duplicate = rustix::io::fcntl_dupfd_cloexec(fd, number)?;
@@ -189,7 +194,7 @@ fn hand_over(inherited: Inherited) -> io::Result<Vec<OwnedFd>> {
 }
 
 /// The command line of the innermost stage.
-fn init_args() -> Vec<OsString> {
+pub(super) fn init_args() -> Vec<OsString> {
     let exe = format!("/proc/self/fd/{}", INIT_FDS.start());
     [exe, "__init".to_owned()]
         .into_iter()

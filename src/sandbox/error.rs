@@ -106,6 +106,13 @@ impl Refusal {
                 "pasta" => "install pasta (package `passt`)".to_owned(),
                 other => format!("install the package `{other}`"),
             }),
+            Self::NotPermitted {
+                program: "chroot", ..
+            } => Some(
+                "in a container, give it Docker's default capabilities (--cap-add=SYS_CHROOT and \
+                 others; see `sockless doctor`)"
+                    .to_owned(),
+            ),
             Self::NotPermitted { .. } => Some(
                 "in a container, allow namespaces and an unmasked /proc (Docker: --security-opt \
                  seccomp=unconfined --security-opt apparmor=unconfined --security-opt \

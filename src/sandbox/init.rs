@@ -16,8 +16,8 @@ use rustix::process::{Resource, Rlimit};
 use rustix::thread::{CapabilitySet, CapabilitySets};
 
 use super::enter::INIT_FDS;
-use super::wire::{self, Doing, Failure, Launch, Purpose, Report};
-use super::{Process, Security, User, limits, seccomp, sys, tracer, userns};
+use super::wire::{self, Doing, Failure, Launch, Purpose, Report, RuntimeKind};
+use super::{Process, Security, User, chroot, limits, seccomp, sys, tracer, userns};
 
 /// All capabilities that this program knows, by the names of the runtime specification, at
 /// their numbers; those of Linux 5.9. See `capabilities(7)`.
@@ -80,6 +80,10 @@ const CAPABILITIES: CapabilitySet = CapabilitySet::CHOWN
     .union(CapabilitySet::SYS_CHROOT)
     .union(CapabilitySet::KILL)
     .union(CapabilitySet::AUDIT_WRITE);
+
+/// What a step does not have whose root directory was changed, and nothing mounted: with the first
+/// it could change it once more and leave it, with the second open the disks of the host.
+const WAYS_OUT: CapabilitySet = CapabilitySet::SYS_CHROOT.union(CapabilitySet::MKNOD);
 
 /// The number of open files that Docker allows.
 const OPEN_FILES_LIMIT: u64 = 1024 * 1024;
@@ -155,9 +159,18 @@ fn prepare(
 ) -> Result<Command, Failure> {
     let process = &launch.process;
     let command = command(process)?;
+    let is_chroot = launch.runtime.kind == RuntimeKind::Chroot;
+    if is_chroot {
+        chroot::confine(&process.rootfs)?;
+    }
     // Fails where a runtime has already done it.
     let _ = rustix::process::setsid();
-    set_stdio(&process.user, stdout, stderr)?;
+    set_stdio(
+        &process.user,
+        (!is_chroot).then_some("/dev/null"),
+        stdout,
+        stderr,
+    )?;
     rustix::process::umask(Mode::from_raw_mode(0o022));
     if process.security == Security::Insecure {
         uncover_proc()?;
@@ -170,7 +183,10 @@ fn prepare(
     }
     match process.security {
         Security::Sandbox => {
-            let capabilities = safe_capabilities();
+            let capabilities = match is_chroot {
+                true => CAPABILITIES.difference(WAYS_OUT),
+                false => safe_capabilities(),
+            };
             drop_bounding_set(capabilities)?;
             limits::apply(&process.ulimits)?;
             // Before CAP_SYS_ADMIN is lost, which it takes where setuid programs are to work.
@@ -235,7 +251,13 @@ fn command(process: &Process) -> Result<Command, Failure> {
     })
 }
 
-fn set_stdio(user: &User, stdout: OwnedFd, stderr: OwnedFd) -> Result<(), Failure> {
+/// Gives the step its standard files; its input is what is at the path `stdin`, or stays.
+fn set_stdio(
+    user: &User,
+    stdin: Option<&str>,
+    stdout: OwnedFd,
+    stderr: OwnedFd,
+) -> Result<(), Failure> {
     for fd in [&stdout, &stderr] {
         // So that the user can open /dev/stdout; where the user does not exist, switching
         // to it tells why.
@@ -247,8 +269,10 @@ fn set_stdio(user: &User, stdout: OwnedFd, stderr: OwnedFd) -> Result<(), Failur
     }
     let doing = || "setting standard input, output and error".to_owned();
     // runc makes its own input a pipe.
-    let null = rustix::fs::open("/dev/null", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
-    rustix::stdio::dup2_stdin(null.doing(doing)?).doing(doing)?;
+    if let Some(path) = stdin {
+        let stdin = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
+        rustix::stdio::dup2_stdin(stdin.doing(doing)?).doing(doing)?;
+    }
     rustix::stdio::dup2_stdout(stdout).doing(doing)?;
     rustix::stdio::dup2_stderr(stderr).doing(doing)
 }

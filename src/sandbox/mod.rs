@@ -27,6 +27,9 @@
 //! Where there is a single ID, a thread of `sockless build` traces the step and has it see the
 //! users and owners that it would see otherwise (see `tracer`).
 //!
+//! Where no namespace can be had, there is a shorter chain, in which nothing is mounted: see
+//! `chroot`. Which ways there are, and which one a machine is good for, says [`Rung`].
+//!
 //! What it does not do: limit memory or CPU (no cgroup is touched), or make mount points; [`mount_points`] tells the caller which are needed. Needs Linux
 //! 5.12 for `mount_setattr(2)`.
 
@@ -38,11 +41,14 @@
 mod bwrap;
 pub mod cdi;
 mod choose;
+mod chroot;
 mod emulation;
 mod enter;
 mod error;
 mod hosts;
 mod init;
+mod ladder;
+mod landlock;
 mod limits;
 mod mounts;
 mod netlink;
@@ -69,18 +75,54 @@ pub use choose::{choose, hidden_command};
 pub use emulation::cannot_run;
 pub use error::{Refusal, SandboxError};
 pub use hosts::{HOST_GATEWAY, HostError, parse_extra_host};
+pub use ladder::{ChrootLack, Rung};
 pub use limits::{Ulimit, UlimitError};
 pub use output::Cancel;
 pub use userns::{UsernsError, World, enter};
 
-/// Runs processes. Implementations: bubblewrap, runc, crun.
+/// Runs processes. Implementations: bubblewrap, runc, crun, chroot.
 pub trait Sandbox: Send + Sync {
-    /// What it is called on the command line: `bwrap`, `runc`, `crun`.
+    /// What it is called on the command line: `bwrap`, `runc`, `crun`, `chroot`.
     fn name(&self) -> &str;
 
     /// What it does not give here, in words for people; shown once when a build starts.
     fn notes(&self) -> Vec<String> {
         Vec::new()
+    }
+
+    /// Whether processes are kept from those of this machine by namespaces; else what is not
+    /// given, as a sentence.
+    ///
+    /// # Errors
+    /// That sentence.
+    fn isolates(&self) -> Result<(), String> {
+        Ok(())
+    }
+
+    /// Whether [`Network::Private`] is private here; else what it is, as a sentence.
+    ///
+    /// # Errors
+    /// That sentence.
+    fn private_network(&self) -> Result<(), String> {
+        Ok(())
+    }
+
+    /// Whether it mounts what a process may see. For one that does not, the root filesystem is a
+    /// directory without devices, and there are [`Self::stand_ins`].
+    fn mounts(&self) -> bool {
+        true
+    }
+
+    /// What has to stand in the root filesystem of `process` while it is [run](Self::run), in this
+    /// order, and be gone after, where this sandbox mounts nothing. All [`mount_points`] are there
+    /// before.
+    ///
+    /// # Errors
+    /// [`SandboxError::Asked`], [`SandboxError::Mount`] where something that `process` asks for
+    /// cannot be had.
+    fn stand_ins(&self, process: &Process) -> Result<Vec<StandIn>, SandboxError> {
+        let _ = process;
+        Ok(Vec::new())
     }
 
     /// Runs `process` to its end and returns how it ended; blocks.
@@ -190,6 +232,61 @@ pub enum MountSource {
         gid: u32,
         /// Its mode.
         mode: u32,
+    },
+}
+
+/// A file or directory that takes the place of what is at a path of a root filesystem.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StandIn {
+    /// Where, absolute, inside; links are followed inside.
+    pub path: PathBuf,
+    /// What.
+    pub kind: StandInKind,
+}
+
+impl StandIn {
+    fn new(path: impl Into<PathBuf>, kind: StandInKind) -> Self {
+        let path = path.into();
+        Self { path, kind }
+    }
+}
+
+/// What takes a place.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum StandInKind {
+    /// An empty directory of root.
+    Directory {
+        /// Its mode; that of the directory whose place it takes where there is none.
+        mode: Option<u32>,
+    },
+    /// A file.
+    File {
+        /// What is in it.
+        content: Content,
+        /// Its owner.
+        uid: u32,
+        /// Its group.
+        gid: u32,
+        /// Its mode.
+        mode: u32,
+    },
+    /// A symbolic link.
+    Link {
+        /// Where it leads.
+        target: PathBuf,
+    },
+    /// A character device of root that everybody may use; missing where none can be made.
+    Device {
+        /// Its major number.
+        major: u32,
+        /// Its minor number.
+        minor: u32,
+    },
+    /// A directory, file or socket of this machine, which the process may change or not as its
+    /// owner says.
+    Files {
+        /// Where it is.
+        source: PathBuf,
     },
 }
 
@@ -311,4 +408,6 @@ pub enum Choice {
     Runc,
     /// crun.
     Crun,
+    /// `chroot(2)`, which isolates less than the others.
+    Chroot,
 }

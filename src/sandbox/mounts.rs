@@ -78,7 +78,7 @@ const READ_ONLY: [&str; 5] = [
 const MASKED_SYS: [&str; 2] = ["/sys/firmware", "/sys/devices/virtual/powercap"];
 
 /// The devices of `/dev`: name, major and minor number.
-const DEVICES: [(&str, u32, u32); 6] = [
+pub(super) const DEVICES: [(&str, u32, u32); 6] = [
     ("null", 1, 3),
     ("zero", 1, 5),
     ("full", 1, 7),
@@ -87,7 +87,7 @@ const DEVICES: [(&str, u32, u32); 6] = [
     ("tty", 5, 0),
 ];
 /// The links of `/dev`.
-const DEV_LINKS: [(&str, &str); 5] = [
+pub(super) const DEV_LINKS: [(&str, &str); 5] = [
     ("fd", "/proc/self/fd"),
     ("stdin", "/proc/self/fd/0"),
     ("stdout", "/proc/self/fd/1"),
@@ -564,7 +564,7 @@ fn attach_at(tree: &OwnedFd, path: &Path) -> io::Result<()> {
 }
 
 /// Refuses targets that would cover what the sandbox itself needs, or mean nothing.
-fn check_target(target: &Path) -> Result<(), Failure> {
+pub(super) fn check_target(target: &Path) -> Result<(), Failure> {
     let forbidden = !target.is_absolute()
         || target.components().any(|part| part == Component::ParentDir)
         || target.starts_with("/proc")

@@ -25,7 +25,7 @@ use super::{mounts, network, sys};
 /// Runs a stage and reports its failure; returns the exit status.
 ///
 /// The socket for reports is standard input.
-fn stage(body: impl FnOnce() -> Result<(), Failure>) -> i32 {
+pub(super) fn stage(body: impl FnOnce() -> Result<(), Failure>) -> i32 {
     match body() {
         Ok(()) => 0,
         Err(failure) => {
@@ -255,18 +255,19 @@ pub(super) fn enter_main(args: &[OsString]) -> i32 {
     })
 }
 
-/// Starts `__supervise` with what it needs; `fds` are the program, the launch, the log, and a
+/// Starts the first stage, of this name, with what it needs; `fds` are the program, the launch, the log, and a
 /// network that is held.
 ///
 /// # Errors
 /// Those of starting a process and of sending to it.
 pub(super) fn start(
+    stage: &str,
     fds: &[&OwnedFd],
     socket: &OwnedFd,
     far_socket: OwnedFd,
 ) -> std::io::Result<Child> {
     let mut command = Command::new("/proc/self/exe");
-    command.arg("__supervise").env_clear();
+    command.arg(stage).env_clear();
     if let Some(path) = std::env::var_os("PATH") {
         command.env("PATH", path);
     }

@@ -190,6 +190,120 @@ pub(super) fn filter_calls(program: &[libc::sock_filter]) -> io::Result<()> {
     }
 }
 
+/// Kills every process that this one may send signals to, in one go: none of them can start
+/// another meanwhile. Only for a process whose signals are scoped.
+///
+/// # Errors
+/// `ESRCH` where there is none; otherwise those of `kill(2)`.
+pub(super) fn kill_all_others() -> io::Result<()> {
+    // SAFETY: no memory is touched.
+    match unsafe { libc::kill(-1, libc::SIGKILL) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// What a Landlock ruleset is about; `struct landlock_ruleset_attr` of Linux 6.12.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct LandlockRuleset {
+    /// What of files is forbidden unless a rule allows it.
+    pub(super) handled_access_fs: u64,
+    /// What of the network.
+    pub(super) handled_access_net: u64,
+    /// What does not reach processes outside.
+    pub(super) scoped: u64,
+}
+
+/// Returns the version of Landlock that this kernel has.
+///
+/// # Errors
+/// `ENOSYS`, `EOPNOTSUPP` where it has none or does not use it; `EPERM` where it is filtered.
+pub(super) fn landlock_version() -> io::Result<u64> {
+    const VERSION: u32 = 1;
+    // SAFETY: with this flag no memory is touched.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_landlock_create_ruleset,
+            std::ptr::null::<LandlockRuleset>(),
+            0_usize,
+            VERSION,
+        )
+    };
+    u64::try_from(result).map_err(|_| io::Error::last_os_error())
+}
+
+/// Makes a ruleset.
+///
+/// # Errors
+/// `E2BIG`, `EINVAL` where the kernel does not know all that is asked for.
+pub(super) fn landlock_ruleset(about: &LandlockRuleset) -> io::Result<OwnedFd> {
+    // SAFETY: the structure lives through the call, and its true size is passed.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_landlock_create_ruleset,
+            std::ptr::from_ref(about),
+            size_of::<LandlockRuleset>(),
+            0_u32,
+        )
+    };
+    match RawFd::try_from(result) {
+        // SAFETY: the kernel has just made it for this call.
+        Ok(fd) if fd >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Allows `access` to what is at and below the open `place`.
+///
+/// # Errors
+/// Those of `landlock_add_rule(2)`.
+pub(super) fn landlock_allow(
+    ruleset: BorrowedFd<'_>,
+    place: BorrowedFd<'_>,
+    access: u64,
+) -> io::Result<()> {
+    const PATH_BENEATH: u32 = 1;
+    // `struct landlock_path_beneath_attr` is packed.
+    #[repr(C, packed)]
+    struct PathBeneath {
+        allowed_access: u64,
+        parent_fd: i32,
+    }
+    let rule = PathBeneath {
+        allowed_access: access,
+        parent_fd: place.as_raw_fd(),
+    };
+    // SAFETY: the structure, which is that of this kind of rule, lives through the call.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_landlock_add_rule,
+            ruleset.as_raw_fd(),
+            PATH_BENEATH,
+            &raw const rule,
+            0_u32,
+        )
+    };
+    match result {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Puts this process, and all that it starts from here on, under a ruleset.
+///
+/// # Errors
+/// `EPERM` without `no_new_privs` and `CAP_SYS_ADMIN`; `E2BIG` beyond 16 rulesets.
+pub(super) fn landlock_restrict(ruleset: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: no memory is touched.
+    let result =
+        unsafe { libc::syscall(libc::SYS_landlock_restrict_self, ruleset.as_raw_fd(), 0_u32) };
+    match result {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// Becomes the program at `path`; returns only where that failed.
 pub(super) fn execve(path: &CStr, args: &[CString], env: &[CString]) -> io::Error {
     let pointers = |strings: &[CString]| -> Vec<*const libc::c_char> {

@@ -15,6 +15,7 @@ use std::sync::OnceLock;
 use rustix::mount::MountPropagationFlags;
 use rustix::thread::{CapabilitySet, UnshareFlags};
 
+use super::ladder::{self, ChrootLack};
 use super::sys;
 
 /// The powers this process ended up with.
@@ -34,10 +35,18 @@ pub enum World {
         /// Why there are no more.
         reason: UsernsError,
     },
+    /// uid 0 of the namespaces it was started in, as of a container: it can make none, and
+    /// mount nothing, but change its root directory and files' owners.
+    Chroot {
+        /// Why there is no namespace.
+        reason: UsernsError,
+    },
     /// No namespace: nothing can be mounted, nothing can be run.
     None {
         /// Why there is none.
         reason: UsernsError,
+        /// Why it is not [`Self::Chroot`] either.
+        lack: ChrootLack,
     },
 }
 
@@ -149,7 +158,7 @@ pub(super) fn old_mounts() -> Option<&'static Vec<String>> {
 ///
 /// # Errors
 /// Only where it stopped half-way, so that the process is of no use any more. That the host
-/// allows nothing is [`World::None`].
+/// allows nothing is [`World::Chroot`] or [`World::None`].
 pub fn enter() -> Result<World, UsernsError> {
     let threads = threads().map_err(|source| UsernsError::Io {
         doing: "reading /proc/self/status",
@@ -168,7 +177,7 @@ pub fn enter() -> Result<World, UsernsError> {
         if let Err(source) = sys::unshare(UnshareFlags::NEWNS) {
             let settings = forbidding_settings();
             let reason = UsernsError::Unshare { source, settings };
-            return Ok(World::None { reason });
+            return Ok(ladder::without_namespaces(reason));
         }
         let map = std::fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
         match mapped_ids(&map) {
@@ -179,7 +188,7 @@ pub fn enter() -> Result<World, UsernsError> {
         }
     } else {
         match enter_user_namespace()? {
-            none @ World::None { .. } => return Ok(none),
+            none @ (World::Chroot { .. } | World::None { .. }) => return Ok(none),
             world => world,
         }
     };
@@ -190,9 +199,10 @@ pub fn enter() -> Result<World, UsernsError> {
         // After chroot(2) into an ordinary directory there is no mount to change, and
         // what is mounted here could show up outside.
         let doing = "keeping mounts to this process (the root directory must be a mount point)";
-        return Ok(World::None {
-            reason: UsernsError::Io { doing, source },
-        });
+        return Ok(ladder::without_namespaces(UsernsError::Io {
+            doing,
+            source,
+        }));
     }
     if let Ok(text) = std::fs::read_to_string("/proc/self/mountinfo") {
         let _ = OLD_MOUNTS.set(mount_points_of(&text));
@@ -219,7 +229,7 @@ fn enter_user_namespace() -> Result<World, UsernsError> {
         }
         let settings = forbidding_settings();
         let reason = UsernsError::Unshare { source, settings };
-        return Ok(World::None { reason });
+        return Ok(ladder::without_namespaces(reason));
     }
     let reason = match (maps, helper) {
         (Ok(maps), Some(helper)) => match helper.map() {
@@ -582,7 +592,8 @@ impl fmt::Display for World {
                 write!(f, "user namespace with {uids} users and {gids} groups")
             }
             Self::SingleId { reason } => write!(f, "user namespace with one user ({reason})"),
-            Self::None { reason } => write!(f, "no namespaces ({reason})"),
+            Self::Chroot { reason } => write!(f, "root without namespaces ({reason})"),
+            Self::None { reason, lack } => write!(f, "no namespaces ({reason}; {lack})"),
         }
     }
 }

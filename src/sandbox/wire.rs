@@ -75,6 +75,8 @@ pub(super) enum RuntimeKind {
     Runc,
     /// crun.
     Crun,
+    /// None: this program, by `chroot(2)`.
+    Chroot,
 }
 
 impl RuntimeKind {
@@ -84,6 +86,7 @@ impl RuntimeKind {
             Self::Bwrap => "bwrap",
             Self::Runc => "runc",
             Self::Crun => "crun",
+            Self::Chroot => "chroot",
         }
     }
 }

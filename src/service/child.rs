@@ -77,6 +77,9 @@ pub(crate) fn arguments(config: &ServiceConfig, root: &Path, prepared: &Prepared
     if let Some(limit) = config.build.store_limit {
         flag("store-limit", limit.to_string().into());
     }
+    if !config.build.allow_weak_isolation {
+        arguments.push("--require-isolation".into());
+    }
     // Whoever writes the Dockerfile shall not read what this machine can.
     if !config.build.private_sources {
         arguments.push("--public-sources-only".into());
@@ -289,6 +292,7 @@ mod tests {
             "--insecure-registry=r.example:5000",
             "--registry-ca=/ca.pem",
             "--store-limit=5368709120",
+            "--require-isolation",
             "--public-sources-only",
             "--push",
             "--die-with-parent",

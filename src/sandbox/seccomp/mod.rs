@@ -31,6 +31,17 @@ pub(super) fn program() -> Option<Vec<sock_filter>> {
     program_for(std::env::consts::ARCH)
 }
 
+/// What to say where there is no program.
+pub(super) fn unfiltered_note() -> Option<String> {
+    let machine = std::env::consts::ARCH;
+    let note = || {
+        format!(
+            "system calls of RUN steps are not filtered: their numbers on {machine} are not known"
+        )
+    };
+    program().is_none().then(note)
+}
+
 fn program_for(machine: &str) -> Option<Vec<sock_filter>> {
     let mut abis = ABIS.iter().filter(|abi| abi.machine == machine).peekable();
     abis.peek()?;
