@@ -214,11 +214,12 @@ impl Put {
         let found = rustix::fs::statat(&self.parent, &self.name, AtFlags::SYMLINK_NOFOLLOW);
         let is_there = match found {
             Ok(found) => {
-                let is_ours = identity(&found) == identity(&rustix::fs::fstat(&self.ours)?);
-                let goes_home = self.home.as_deref().filter(|_| is_ours);
+                let is_dir = FileType::from_raw_mode(found.st_mode) == FileType::Directory;
+                // Also another directory: under a mount, what is in it would be what it was
+                // changed to.
+                let goes_home = self.home.as_deref().filter(|_| is_dir);
                 let to = goes_home.unwrap_or(junk);
                 rustix::fs::renameat(&self.parent, &self.name, rustix::fs::CWD, to)?;
-                let is_dir = FileType::from_raw_mode(found.st_mode) == FileType::Directory;
                 if goes_home.is_none() && !is_dir {
                     rustix::fs::unlink(junk)?;
                 }
@@ -244,9 +245,8 @@ impl Put {
             }
         }
         set_mtime(&self.parent, time)?;
-        if !is_there {
-            out.strangers.push(self.ours);
-        }
+        // Also of what went home, if it is another directory than the one that came from there.
+        out.strangers.push(self.ours);
         Ok(())
     }
 }
@@ -375,10 +375,6 @@ pub(super) fn remove_stranger(dir: impl AsFd, name: &OsStr, aside: &Path) -> Res
     } else {
         fs::remove_file(&junk)
     }
-}
-
-fn identity(stat: &Stat) -> (u64, u64) {
-    (stat.st_dev, stat.st_ino)
 }
 
 #[allow(

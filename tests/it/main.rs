@@ -44,6 +44,8 @@ mod dockerfile;
 mod explain;
 /// Layers that go up while they are made: to several registries, slow ones, stopped ones.
 mod growing;
+/// Rungs of the ladder on which steps are isolated less.
+mod ladder;
 /// What of a base image is fetched and made, and how often.
 mod lazy;
 /// How much memory a build takes.

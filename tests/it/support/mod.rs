@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::process::Command;
 
+pub mod container;
 pub mod dir;
 pub mod github;
 pub mod http;
