@@ -399,3 +399,157 @@ fn set_mtime(dir: impl AsFd, time: Timespec) -> Result<(), Errno> {
     };
     rustix::fs::futimens(dir, &times)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::super::testing::{in_worlds, line, tree_of};
+    use super::super::{Backend, Rootfs, changes};
+    use super::*;
+
+    const BASE: &[&str] = &[
+        "755 etc/",
+        "640 etc/hosts = of the image",
+        "700 dev/",
+        "644 dev/mine = x",
+        "777 conf -> etc",
+    ];
+
+    fn stand_in(path: &str, kind: StandInKind) -> StandIn {
+        StandIn {
+            path: path.into(),
+            kind,
+        }
+    }
+
+    fn file(path: &str, text: &str) -> StandIn {
+        let kind = StandInKind::File {
+            content: text.into(),
+            uid: 0,
+            gid: 0,
+            mode: 0o644,
+        };
+        stand_in(path, kind)
+    }
+
+    /// Puts `wanted` into a small image, does `act` as the process would, and compares what is
+    /// left: the lines of the layer.
+    fn check(wanted: &[StandIn], act: impl Fn(&Path), want: &[&str]) {
+        let (_base, base) = tree_of(BASE);
+        let lower = Stack::new(vec![base]);
+        let scratch = tempfile::tempdir().unwrap();
+        let mut rootfs: Rootfs = Backend::CopyWithoutDevices
+            .open(&lower, scratch.path())
+            .unwrap();
+        let missing = rootfs.put_stand_ins(wanted).unwrap();
+        assert_eq!(missing, [] as [PathBuf; 0]);
+        act(rootfs.path());
+        let upper = Tree::open(&rootfs.finish().unwrap().upper).unwrap();
+        let got: Vec<String> = changes(&upper, &lower).map(|c| line(c.unwrap())).collect();
+        assert_eq!(got, want);
+        // Nothing is left beside the layer.
+        let left: Vec<_> = fs::read_dir(scratch.path()).unwrap().flatten().collect();
+        assert_eq!(left.len(), 1, "{left:?}");
+    }
+
+    #[test]
+    fn sandbox_stand_ins_leave_no_trace() {
+        in_worlds(module_path!(), "sandbox_stand_ins_leave_no_trace", || {
+            let all = [
+                stand_in("/dev", StandInKind::Directory(Some(0o755))),
+                stand_in("/dev/fd", StandInKind::Link("/proc/self/fd".into())),
+                stand_in("/dev/shm", StandInKind::Directory(Some(0o1777))),
+                file("/conf/hosts", "of the step"),
+                file("/dev/deep/in/it", "x"),
+            ];
+            let look = |root: &Path| {
+                let text = fs::read_to_string(root.join("etc/hosts")).unwrap();
+                assert_eq!(text, "of the step");
+                assert_eq!(fs::metadata(root.join("dev")).unwrap().mode(), 0o40755);
+                assert!(!root.join("dev/mine").exists());
+                assert!(root.join("dev/deep/in/it").exists());
+            };
+            check(&all, look, &[]);
+            // Whatever the process does to them.
+            let write = |root: &Path| {
+                fs::write(root.join("etc/hosts"), "changed").unwrap();
+                fs::write(root.join("dev/new"), "x").unwrap();
+            };
+            check(&all, write, &[]);
+            let replace = |root: &Path| {
+                fs::remove_file(root.join("etc/hosts")).unwrap();
+                symlink("/elsewhere", root.join("etc/hosts")).unwrap();
+                fs::remove_dir_all(root.join("dev")).unwrap();
+                fs::write(root.join("dev"), "no directory").unwrap();
+            };
+            check(&all, replace, &[]);
+            // Also under other names, and in new directories.
+            let spread = |root: &Path| {
+                fs::create_dir_all(root.join("new/below")).unwrap();
+                fs::hard_link(root.join("etc/hosts"), root.join("new/below/linked")).unwrap();
+                fs::rename(root.join("etc/hosts"), root.join("etc/moved")).unwrap();
+                fs::rename(root.join("dev"), root.join("new/dev")).unwrap();
+            };
+            check(&all, spread, &["755 new/", "755 new/below/"]);
+            // With the directory around it moved, what was there moves along.
+            let move_parent = |root: &Path| {
+                fs::rename(root.join("etc"), root.join("etc2")).unwrap();
+            };
+            check(
+                &all,
+                move_parent,
+                &["-etc", "755 etc2/", "640 etc2/hosts = of the image"],
+            );
+        });
+    }
+
+    #[test]
+    fn sandbox_what_is_kept_goes_home_and_what_is_copied_does_not() {
+        in_worlds(
+            module_path!(),
+            "sandbox_what_is_kept_goes_home_and_what_is_copied_does_not",
+            || {
+                let outside = tempfile::tempdir().unwrap();
+                let make = |name: &str| {
+                    let path = outside.path().join(name);
+                    fs::create_dir(&path).unwrap();
+                    fs::write(path.join("file"), name).unwrap();
+                    path
+                };
+                let (kept, copied) = (make("kept"), make("copied"));
+                let wanted = [
+                    stand_in("/etc/kept", StandInKind::Itself(kept.clone())),
+                    stand_in("/etc/kept/copied", StandInKind::Copy(copied.clone())),
+                    stand_in("/etc/one", StandInKind::Copy(copied.join("file"))),
+                ];
+                let write = |root: &Path| {
+                    assert!(!kept.exists());
+                    for name in ["kept/file", "kept/copied/file", "one"] {
+                        fs::write(root.join("etc").join(name), "written").unwrap();
+                    }
+                };
+                check(&wanted, write, &[]);
+                let text = |path: &Path| fs::read_to_string(path.join("file")).unwrap();
+                assert_eq!(
+                    (text(&kept), text(&copied)),
+                    ("written".into(), "copied".into())
+                );
+                assert!(!kept.join("copied").exists());
+                // Where the process has thrown it away, it is empty as under a mount.
+                let remove = |root: &Path| fs::remove_dir_all(root.join("etc/kept")).unwrap();
+                check(&wanted[..1], remove, &[]);
+                assert_eq!(fs::read_dir(&kept).unwrap().count(), 0);
+                // A build that ends before it is begun gives it back, too.
+                let (_base, base) = tree_of(BASE);
+                let scratch = tempfile::tempdir().unwrap();
+                let stack = Stack::new(vec![base]);
+                let mut rootfs = Backend::Copy.open(&stack, scratch.path()).unwrap();
+                rootfs.put_stand_ins(&wanted[..1]).unwrap();
+                assert!(!kept.exists());
+                drop(rootfs);
+                assert!(kept.exists());
+            },
+        );
+    }
+}

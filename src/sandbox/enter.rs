@@ -150,7 +150,15 @@ fn become_runtime(
         .stdin(Stdio::null())
         .stdout(stdio(&inherited.log).doing(doing)?)
         .stderr(stdio(&inherited.log).doing(doing)?);
-    let Inherited { exe, launch, .. } = inherited;
+    let Inherited {
+        exe,
+        launch,
+        log,
+        reaper,
+        netns,
+    } = inherited;
+    // What is handed over has numbers of its own, which must be free.
+    drop((log, reaper, netns));
     let passed = hand_over(exe, launch).doing(doing)?;
     let error = command.exec();
     drop(passed);
