@@ -118,9 +118,7 @@ impl ConfinedDir {
             match self.open_at(&made, OFlags::PATH | OFlags::DIRECTORY, Mode::empty()) {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {
                     let (parent, name) = self.open_parent(&made)?;
-                    rustix::fs::mkdirat(&parent, name, mode)?;
-                    // Not as the process's umask would have it.
-                    rustix::fs::chmodat(&parent, name, mode, AtFlags::empty())?;
+                    make_dir(parent, name, mode)?;
                 }
                 other => drop(other?),
             }
@@ -146,6 +144,20 @@ impl AsFd for ConfinedDir {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
+}
+
+/// Makes the directory `name` in `parent` with exactly this mode, whatever the process's umask.
+///
+/// The mode goes through a descriptor: by name, it would be given to wherever a link leads that
+/// has taken the directory's place since, as whoever else writes to `parent` may arrange it.
+///
+/// # Errors
+/// Those of `mkdirat(2)`; `ENOTDIR` where something else has taken its place.
+pub(crate) fn make_dir(parent: impl AsFd, name: &OsStr, mode: Mode) -> Result<(), Errno> {
+    rustix::fs::mkdirat(&parent, name, mode)?;
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let made = rustix::fs::openat(&parent, name, flags, Mode::empty())?;
+    rustix::fs::fchmod(made, mode)
 }
 
 fn open_exact(dir: BorrowedFd<'_>, path: &Path, flags: OFlags, mode: Mode) -> io::Result<OwnedFd> {
@@ -348,7 +360,9 @@ pub(crate) fn list(fd: BorrowedFd<'_>) -> Result<Vec<(OsString, FileType)>, Errn
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::symlink;
+    use std::fs;
+    use std::os::unix::fs::{PermissionsExt as _, symlink};
+    use std::sync::atomic::{AtomicBool, Ordering};
 
     use super::*;
 
@@ -417,6 +431,96 @@ mod tests {
         check(Path::new("/etc"), Errno::XDEV);
         check(Path::new("none"), Errno::NOENT);
         remove_tree(dir.path()).unwrap();
+    }
+
+    /// Names that change while they are used: a directory and a link out of the root take turns,
+    /// as in CVE-2024-23651, where steps beside each other had one cache.
+    #[test]
+    fn security_s07_a_name_that_changes_hands_leads_nowhere() {
+        const SWAPS: u32 = 10_000;
+        let dir = tempfile::tempdir().unwrap();
+        let (root, outside) = (dir.path().join("root"), dir.path().join("outside"));
+        fs::create_dir_all(root.join("name")).unwrap();
+        fs::create_dir(&outside).unwrap();
+        for (place, text) in [(&outside, "canary"), (&root.join("name"), "inside")] {
+            fs::write(place.join("file"), text).unwrap();
+        }
+        symlink(&outside, root.join("link")).unwrap();
+        let confined = ConfinedDir::open(&root).unwrap();
+        let stop = AtomicBool::new(false);
+        let read = |fd: OwnedFd| io::read_to_string(fs::File::from(fd)).unwrap();
+        std::thread::scope(|scope| {
+            let swapping = scope.spawn(|| {
+                let swap = rustix::fs::RenameFlags::EXCHANGE;
+                let mut swaps = 0;
+                while swaps < SWAPS || !stop.load(Ordering::Relaxed) {
+                    rustix::fs::renameat_with(&confined, "name", &confined, "link", swap).unwrap();
+                    swaps += 1;
+                }
+                swaps
+            });
+            let (mut inside, mut outside) = (0, 0);
+            for number in 0..SWAPS {
+                let name = Path::new("name/file");
+                let got = match number % 3 {
+                    0 => confined.open_at(name, OFlags::RDONLY, Mode::empty()),
+                    1 => confined.open_exact(name, OFlags::RDONLY, Mode::empty()),
+                    _ => confined.open_parent(name).and_then(|(parent, name)| {
+                        Ok(rustix::fs::openat(
+                            parent,
+                            name,
+                            OFlags::RDONLY,
+                            Mode::empty(),
+                        )?)
+                    }),
+                };
+                match got.map(read).as_deref() {
+                    Ok("inside") => inside += 1,
+                    Ok(_) => outside += 1,
+                    Err(_) => {}
+                }
+                let made = format!("name/{number}");
+                let _ = confined.create_dir_all(Path::new(&made), Mode::from_raw_mode(0o700));
+            }
+            stop.store(true, Ordering::Relaxed);
+            assert!(inside > 0 && swapping.join().unwrap() >= SWAPS);
+            assert_eq!(outside, 0);
+        });
+        let left = fs::read_dir(&outside).unwrap();
+        let left: Vec<_> = left.map(|entry| entry.unwrap().file_name()).collect();
+        assert_eq!(left, ["file"]);
+    }
+
+    /// The mode of a new directory is not given to what has taken its place meanwhile.
+    #[test]
+    fn security_s07_the_mode_of_a_new_directory_is_given_to_nothing_else() {
+        const TURNS: u32 = 10_000;
+        let dir = tempfile::tempdir().unwrap();
+        let (root, canary) = (dir.path().join("root"), dir.path().join("canary"));
+        fs::create_dir(&root).unwrap();
+        fs::write(&canary, "").unwrap();
+        rustix::fs::chmod(&canary, Mode::from_raw_mode(0o600)).unwrap();
+        let confined = ConfinedDir::open(&root).unwrap();
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let swap = rustix::fs::RenameFlags::EXCHANGE;
+                while !stop.load(Ordering::Relaxed) {
+                    let _ = rustix::fs::renameat_with(&confined, "new", &confined, "link", swap);
+                }
+            });
+            for _ in 0..TURNS {
+                for name in ["new", "link"] {
+                    let _ = rustix::fs::unlinkat(&confined, name, AtFlags::empty());
+                    let _ = rustix::fs::unlinkat(&confined, name, AtFlags::REMOVEDIR);
+                }
+                let _ = rustix::fs::symlinkat(&canary, &confined, "link");
+                let _ = confined.create_dir_all(Path::new("new"), Mode::from_raw_mode(0o755));
+            }
+            stop.store(true, Ordering::Relaxed);
+        });
+        let mode = fs::metadata(&canary).unwrap().permissions().mode() & 0o7777;
+        assert_eq!(mode, 0o600, "{mode:o}");
     }
 
     #[test]

@@ -33,7 +33,7 @@ use rustix::mount::{
 
 use super::wire::{Doing, Failure, Launch, RuntimeKind};
 use super::{Content, Mount, MountSource, Process, Security, init, sys, userns};
-use crate::confined::ConfinedDir;
+use crate::confined::{self, ConfinedDir};
 
 /// What the runtime needs to know.
 #[derive(Debug)]
@@ -462,8 +462,8 @@ impl Inside {
             }
             // The modes are not as the umask of whoever runs the build would have them.
             let done = if is_dir || names.peek().is_some() {
-                rustix::fs::mkdirat(&parent, name, DIR_MODE)
-                    .and_then(|()| rustix::fs::chmodat(&parent, name, DIR_MODE, AtFlags::empty()))
+                // Steps beside this one may share the mount: not by name.
+                confined::make_dir(&parent, name, DIR_MODE)
             } else {
                 let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
                 rustix::fs::openat(&parent, name, flags, FILE_MODE)
