@@ -5,6 +5,7 @@ use std::fmt;
 use thiserror::Error;
 
 use super::Span;
+use crate::secret::starred_userinfo;
 
 /// One thing that is wrong with a Dockerfile.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -106,7 +107,7 @@ impl fmt::Display for DockerfileError {
 
 /// The line that `span` starts in, and carets to stand below the part it covers.
 fn excerpt(text: &str, span: Span, line: usize, column: usize) -> (String, String) {
-    let whole = text.lines().nth(line - 1).unwrap_or_default();
+    let whole = starred_userinfo(text.lines().nth(line - 1).unwrap_or_default());
     let before = column - 1;
     let skipped = before.saturating_sub(MAX_EXCERPT_CHARS / 2);
     let mut chars = whole.chars().skip(skipped);

@@ -25,6 +25,7 @@ use crate::dockerfile::{
 use crate::image::{Empty, Healthcheck as ImageHealthcheck, ImageConfig, Platform};
 use crate::remote::git;
 use crate::remote::http::Checksum;
+use crate::secret::without_userinfo;
 
 /// Proxy settings that `RUN` gets from `--build-arg` without an `ARG`.
 ///
@@ -490,7 +491,7 @@ impl<'a> Lowering<'a> {
         let cross = self.cross(current);
         let step = self.push(parent, span, platform, current.use_cache, operation);
         current.state.step = Some(step);
-        let text = instruction.original.clone();
+        let text = without_userinfo(&instruction.original).into_owned();
         current.steps.push(NamedStep { step, cross, text });
     }
 
@@ -954,7 +955,7 @@ impl<'a> Lowering<'a> {
             }
         }
         for text in &texts {
-            let _ = write!(history, " {text}");
+            let _ = write!(history, " {}", without_userinfo(text));
         }
         let _ = write!(history, " {destination} # buildkit");
         if sources.len() > 1

@@ -453,14 +453,17 @@ pub enum CopySource {
     Path(String),
     /// A file from HTTP.
     Url {
-        /// Where.
+        /// Where. What is written of it, in records of the cache too, is without its user
+        /// information.
+        #[serde(serialize_with = "crate::secret::serialize_without_userinfo")]
         url: String,
         /// `--checksum`: `ALGORITHM:HEX`, seen to be well formed.
         checksum: Option<String>,
     },
     /// The files of a git repository.
     Git {
-        /// The reference, as written.
+        /// The reference, as written; as with a URL, user information stays here.
+        #[serde(serialize_with = "crate::secret::serialize_without_userinfo")]
         reference: String,
         /// `--checksum`: the commit that it has to be.
         checksum: Option<String>,
