@@ -63,8 +63,9 @@ pub(super) fn unpack(
     spool: &Path,
     additions: &mut Additions<'_>,
 ) -> Result<(), UnpackError> {
-    let input = decompress(archive)?;
-    let mut reader = TarReader::new(BufReader::new(input), Limits::default());
+    let limits = Limits::default();
+    let input = decompress(archive, &limits)?;
+    let mut reader = TarReader::new(BufReader::new(input), limits);
     let mut number = 0_u64;
     while let Some(entry) = reader.next()? {
         let place = |source| UnpackError::Place {

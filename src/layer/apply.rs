@@ -5,13 +5,12 @@ use std::io::{self, BufRead, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags};
 use rustix::io::Errno;
 
 use super::ahead::{ReadAhead, read_ahead};
+use super::guard::guarded;
 use super::list::Lister;
 pub use super::metadata::SkippedXattr;
 use super::metadata::{check_xattrs, set_by_name, set_on_fd, set_on_link};
@@ -164,17 +163,9 @@ pub(super) fn read_verified(
     limits: &Limits,
     read: impl FnOnce(&mut TarReader<ReadAhead>) -> Result<(), LayerError>,
 ) -> Result<u64, LayerError> {
-    let compressed_bytes = Arc::new(AtomicU64::new(0));
-    let counted = CountingReader {
-        inner: compressed,
-        count: Arc::clone(&compressed_bytes),
-    };
-    let guard = Guard {
-        inner: decompress(media_type, counted)?,
-        compressed_bytes,
-        uncompressed_bytes: 0,
-        limits: limits.clone(),
-    };
+    let guard = guarded(compressed, limits, |counted| {
+        decompress(media_type, counted)
+    })?;
     let (digest, uncompressed_bytes) = std::thread::scope(|scope| {
         let (input, threads) = read_ahead(scope, guard).map_err(LayerError::Read)?;
         let mut tar = TarReader::new(input, limits.clone());
@@ -494,50 +485,4 @@ fn scatter<R: BufRead>(
         }
     }
     Ok(())
-}
-
-/// Counts what passes, for somebody else to look at.
-struct CountingReader<R> {
-    inner: R,
-    count: Arc<AtomicU64>,
-}
-
-impl<R: Read> Read for CountingReader<R> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let read = self.inner.read(buffer)?;
-        self.count.fetch_add(read as u64, Ordering::Relaxed);
-        Ok(read)
-    }
-}
-
-/// Ends a layer that grows too large while it is decompressed.
-struct Guard<R> {
-    inner: R,
-    compressed_bytes: Arc<AtomicU64>,
-    uncompressed_bytes: u64,
-    limits: Limits,
-}
-
-impl<R: Read> Read for Guard<R> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let read = self.inner.read(buffer)?;
-        self.uncompressed_bytes += read as u64;
-        let limits = &self.limits;
-        let too_much = |what, limit| {
-            let path = PathBuf::new();
-            Err(io::Error::other(LayerError::Limit { what, limit, path }))
-        };
-        if self.uncompressed_bytes > limits.uncompressed_bytes {
-            return too_much("too many uncompressed bytes", limits.uncompressed_bytes);
-        }
-        let compressed_bytes = self.compressed_bytes.load(Ordering::Relaxed);
-        let allowed = compressed_bytes.saturating_mul(limits.ratio);
-        if self.uncompressed_bytes > limits.ratio_free_bytes.max(allowed) {
-            return too_much(
-                "too many uncompressed bytes for each compressed one",
-                limits.ratio,
-            );
-        }
-        Ok(read)
-    }
 }

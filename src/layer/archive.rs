@@ -18,6 +18,7 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags};
 use rustix::io::Errno;
 
 use super::apply::{SkippedDevice, write_content};
+use super::guard::guarded;
 use super::metadata::{set_by_name, set_on_fd};
 use super::read::{EntryKind, TarEntry, TarReader};
 use super::tree::{Place, Tree};
@@ -40,7 +41,7 @@ pub fn is_archive(file: impl Read + Send + 'static) -> io::Result<bool> {
     let mut first = Vec::new();
     // What cannot be decompressed is a file that happens to begin like an archive; one that
     // breaks off later has a header, and its error comes when it is unpacked.
-    let Ok(decompressed) = decompress(file) else {
+    let Ok(decompressed) = decompress(file, &Limits::default()) else {
         return Ok(false);
     };
     let read = decompressed
@@ -57,11 +58,20 @@ pub fn looks_like_archive(first: &[u8]) -> bool {
         || first.get(..HEADER_BYTES).is_some_and(is_header)
 }
 
-/// The bytes of `file`, decompressed if it is gzip, bzip2, xz or zstd.
+/// The bytes of `file`, decompressed if it is gzip, bzip2, xz or zstd. Reading fails where they
+/// are too many, in all or for each compressed one.
 ///
 /// # Errors
 /// [`LayerError::Read`]; damage shows later, while reading.
 pub fn decompress(
+    file: impl Read + Send + 'static,
+    limits: &Limits,
+) -> Result<Box<dyn Read + Send>, LayerError> {
+    Ok(Box::new(guarded(file, limits, decompress_all)?))
+}
+
+/// As [`decompress`], however many bytes it is.
+fn decompress_all(
     mut file: impl Read + Send + 'static,
 ) -> Result<Box<dyn Read + Send>, LayerError> {
     let mut magic = Vec::new();
@@ -142,7 +152,7 @@ pub fn extract(
     directory: &Path,
     limits: &Limits,
 ) -> Result<Extracted, LayerError> {
-    let mut tar = TarReader::new(BufReader::new(decompress(archive)?), limits.clone());
+    let mut tar = TarReader::new(BufReader::new(decompress(archive, limits)?), limits.clone());
     let (uid, gid) = ours();
     let mut tree = Tree::open(directory, limits.clone())?;
     tree.owner_of_implied = (uid, gid);
@@ -172,7 +182,7 @@ pub fn newest(
     archive: impl Read + Send + 'static,
     limits: &Limits,
 ) -> Result<Option<i64>, LayerError> {
-    let mut tar = TarReader::new(BufReader::new(decompress(archive)?), limits.clone());
+    let mut tar = TarReader::new(BufReader::new(decompress(archive, limits)?), limits.clone());
     let mut newest = None;
     while let Some(entry) = tar.next()? {
         if matches!(entry.kind, EntryKind::File(_)) {

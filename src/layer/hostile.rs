@@ -866,3 +866,29 @@ fn bombs_end_early() {
         "the layer has too many uncompressed bytes for each compressed one; the limit is 200"
     );
 }
+
+/// Sixty gigabytes in two kilobytes: a hole costs nothing to store, and a layer made of it all
+/// the time that its zeros take.
+#[test]
+fn security_s16_holes_are_in_proportion_to_what_holds_them() {
+    if !is_root() {
+        return;
+    }
+    let hole = |bytes: u64| {
+        new()
+            .pax(&[
+                ("GNU.sparse.size", bytes.to_string().as_bytes()),
+                ("GNU.sparse.numblocks", b"1"),
+                ("GNU.sparse.map", b"0,0"),
+            ])
+            .file("f", b"")
+    };
+    check_error(
+        hole(60 << 30),
+        "the layer has holes of too many bytes for each byte of it; the limit is 200, entry \"f\"",
+    );
+    let arena = Arena::new();
+    arena.apply(hole(2 << 30)).unwrap();
+    let made = arena.tree().join("f").metadata().unwrap();
+    assert_eq!(made.len(), 2 << 30);
+}

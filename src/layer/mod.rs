@@ -26,6 +26,7 @@ mod compress;
 mod convert;
 mod decompress;
 mod error;
+mod guard;
 mod gzip;
 mod header;
 mod list;
@@ -93,9 +94,10 @@ pub struct SealedLayer {
 pub struct Limits {
     /// Bytes of the whole uncompressed tar, and of all files with their holes.
     pub uncompressed_bytes: u64,
-    /// Uncompressed bytes for each compressed byte; see `ratio_free_bytes`.
+    /// Uncompressed bytes for each compressed byte, and bytes of holes for each byte of the tar;
+    /// see `ratio_free_bytes`.
     pub ratio: u64,
-    /// So many uncompressed bytes are always allowed, whatever the ratio: a gigabyte of
+    /// So many uncompressed bytes and holes are always allowed, whatever the ratio: a gigabyte of
     /// zeros in a small image is unusual and not an attack.
     pub ratio_free_bytes: u64,
     /// Headers in the tar, and directories that entries imply.

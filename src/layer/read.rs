@@ -78,6 +78,8 @@ pub struct TarReader<R> {
     headers: u64,
     /// Sizes of all files so far, with their holes.
     logical_bytes: u64,
+    /// Bytes of all holes so far.
+    hole_bytes: u64,
     /// The current entry, for messages.
     name: PathBuf,
     ended: bool,
@@ -102,6 +104,7 @@ impl<R: BufRead> TarReader<R> {
             padding: 0,
             headers: 0,
             logical_bytes: 0,
+            hole_bytes: 0,
             name: PathBuf::new(),
             ended: false,
         }
@@ -449,6 +452,19 @@ impl<R: BufRead> TarReader<R> {
         let limit = self.limits.uncompressed_bytes;
         if self.logical_bytes > limit {
             return Err(self.limit("files of too many bytes", limit));
+        }
+        if let Some(segments) = &segments {
+            let data: u64 = segments.iter().map(|segment| segment.length).sum();
+            self.hole_bytes = self.hole_bytes.saturating_add(size_bytes - data);
+            let limits = &self.limits;
+            let allowed = self
+                .offset()
+                .saturating_add(data)
+                .saturating_mul(limits.ratio);
+            if self.hole_bytes > limits.ratio_free_bytes.max(allowed) {
+                let limit = limits.ratio;
+                return Err(self.limit("holes of too many bytes for each byte of it", limit));
+            }
         }
         Ok((EntryKind::File(segments), size_bytes))
     }
