@@ -395,16 +395,20 @@ impl<'s> Additions<'s> {
     }
 
     /// Parents are part of a layer: unpacked alone, it would otherwise hide their metadata.
+    ///
+    /// What is an entry has its parents among the entries: only those below the nearest are looked
+    /// at, or the cost of a path would grow with the square of its depth.
     fn add_parents(&mut self, path: &Path) -> io::Result<()> {
-        let mut parents: Vec<&Path> = path.ancestors().skip(1).collect();
-        parents.reverse();
-        for parent in parents.into_iter().filter(|p| !p.as_os_str().is_empty()) {
-            if let Some(addition) = self.entries.get(&Key(parent.to_owned())) {
-                if !addition.content.is_directory() {
-                    return Err(Errno::NOTDIR.into());
-                }
-                continue;
+        let mut missing = Vec::new();
+        let parents = path.ancestors().skip(1);
+        for parent in parents.filter(|parent| !parent.as_os_str().is_empty()) {
+            match self.entries.get(&Key(parent.to_owned())) {
+                Some(addition) if addition.content.is_directory() => break,
+                Some(_) => return Err(Errno::NOTDIR.into()),
+                None => missing.push(parent),
             }
+        }
+        for parent in missing.into_iter().rev() {
             match self.lookup(parent)? {
                 Some(node) if node.file_type().is_dir() => {
                     let metadata = self.metadata_of(&node)?;
