@@ -106,13 +106,30 @@ pub(super) fn open_layout(dir: &Path) -> Result<Layouted, ExportError> {
     let lock = File::open(dir).map_err(ExportError::io("opening", dir))?;
     lock.lock().map_err(ExportError::io("locking", dir))?;
     let index = read_index(&dir.join("index.json"))?;
-    let blobs_dir = dir.join("blobs/sha256");
-    fs::create_dir_all(&blobs_dir).map_err(ExportError::io("creating", &blobs_dir))?;
+    make_blobs_dir(dir)?;
     Ok(Layouted {
         dir: dir.to_owned(),
         index,
         _lock: lock,
     })
+}
+
+/// Makes the directories of blobs where they are missing. A link in their place is an error:
+/// whoever made the layout would choose where blobs are written.
+fn make_blobs_dir(dir: &Path) -> Result<(), ExportError> {
+    for name in ["blobs", "blobs/sha256"] {
+        let path = dir.join(name);
+        match fs::create_dir(&path) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            made => made.map_err(ExportError::io("creating", &path))?,
+        }
+        let found = fs::symlink_metadata(&path).map_err(ExportError::io("looking at", &path))?;
+        if !found.is_dir() {
+            let error = io::ErrorKind::NotADirectory.into();
+            return Err(ExportError::io("writing to", &path)(error));
+        }
+    }
+    Ok(())
 }
 
 impl Layouted {
