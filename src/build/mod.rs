@@ -15,6 +15,7 @@ mod explain;
 mod isolation;
 mod layer;
 mod listing;
+mod mask;
 mod mounts;
 mod push;
 mod remote;

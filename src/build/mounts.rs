@@ -10,6 +10,7 @@ use anyhow::Context as _;
 use super::Engine;
 use super::cache_mount::{self, CacheDirectory, DETAIL};
 use super::content::{self, ContentManifest, Entry, Kind};
+use super::mask::SecretTexts;
 use super::slot::Slot;
 use super::subtree::{self, SharedFiles, Subtree};
 use crate::confined;
@@ -40,6 +41,8 @@ pub(super) struct Mounts {
     pub(super) mounts: Vec<sandbox::Mount>,
     /// Variables that come with them: name and value.
     pub(super) env: Vec<(String, Vec<u8>)>,
+    /// The secrets among them.
+    pub(super) secrets: SecretTexts,
     sockets: Vec<AgentSocket>,
     caches: BTreeMap<String, CacheDirectory>,
     /// By the place of a source first, then those of contexts.
@@ -180,6 +183,9 @@ impl Mounts {
                 } else {
                     engine.secrets.get(id)?
                 };
+                if let Some(secret) = &secret {
+                    self.secrets.add(secret.expose());
+                }
                 if let Some(name) = env {
                     // An optional secret that was not given is an empty variable, as in BuildKit.
                     let value = secret.as_ref().map_or(&[][..], SecretBytes::expose);

@@ -9,6 +9,7 @@ use std::time::Instant;
 use anyhow::Context as _;
 use rustix::fs::Mode;
 
+use super::mask::Masked;
 use super::mounts::{Mounts, Source};
 use super::slot::Slot;
 use super::user::Accounts;
@@ -101,20 +102,31 @@ pub(super) fn run(
             .progress
             .event(BuildEvent::StepOutput { step, stream, text });
     };
-    let (mut stdout, mut stderr) = (Lines::default(), Lines::default());
+    let (mut stdout, mut stderr) = (Output::default(), Output::default());
     let outcome = {
         let mut sink = |stream, bytes: &[u8]| {
-            tail.add(bytes);
-            let lines = match stream {
+            let output = match stream {
                 Stream::Stdout => &mut stdout,
                 Stream::Stderr => &mut stderr,
             };
-            lines.add(bytes, |bytes| say(stream, bytes));
+            output.masked.add(&mounts.secrets, bytes, |bytes| {
+                tail.add(bytes);
+                output.lines.add(bytes, |bytes| say(stream, bytes));
+            });
         };
         sandbox.run(&process, &mut sink, &engine.cancel)
     };
-    stdout.end(|bytes| say(Stream::Stdout, bytes));
-    stderr.end(|bytes| say(Stream::Stderr, bytes));
+    for (stream, output) in [(Stream::Stdout, stdout), (Stream::Stderr, stderr)] {
+        let Output {
+            mut masked,
+            mut lines,
+        } = output;
+        masked.end(&mounts.secrets, |bytes| {
+            tail.add(bytes);
+            lines.add(bytes, |bytes| say(stream, bytes));
+        });
+        lines.end(|bytes| say(stream, bytes));
+    }
     engine.timings.add("run", running.elapsed());
     drop(slot);
     // Before the caches among them are anybody else's.
@@ -223,6 +235,13 @@ fn make_cwd(root: &Path, cwd: &Path) -> anyhow::Result<()> {
 
 /// How long a line may be before its parts are passed on.
 const LINE_BYTES: usize = 4096;
+
+/// One stream of what a step prints, on its way to whoever reads it.
+#[derive(Default)]
+struct Output {
+    masked: Masked,
+    lines: Lines,
+}
 
 /// Holds back the begin of a line until its end comes: programs that write a line in
 /// pieces would otherwise have it torn apart between those of other steps.
