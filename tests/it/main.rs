@@ -70,6 +70,8 @@ mod reproducible;
 mod sandbox;
 /// A merged pull request becomes a pushed image whose Apache answers.
 mod scenario;
+/// The known holes of builders, tried.
+mod security;
 /// `sockless serve` over a real socket.
 mod service;
 /// SSH agents and keys, as OpenSSH's own programs see them.

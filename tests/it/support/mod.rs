@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::process::Command;
 
 pub mod container;
+pub mod archive;
 pub mod dir;
 pub mod github;
 pub mod http;
@@ -12,6 +13,7 @@ pub mod oci;
 pub mod process;
 pub mod proxy;
 pub mod registry;
+pub mod rungs;
 pub mod sockless;
 pub mod tarball;
 pub mod web;
