@@ -367,7 +367,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn links_and_dots_stay_inside() {
+    fn security_s04_links_and_dots_stay_inside() {
         let outside = tempfile::tempdir().unwrap();
         std::fs::write(outside.path().join("canary"), "outside").unwrap();
         let inside = outside.path().join("root");
@@ -524,7 +524,7 @@ mod tests {
     }
 
     #[test]
-    fn everything_is_removed_and_nothing_else() {
+    fn security_s08_everything_is_removed_and_nothing_else() {
         use std::ffi::OsStr;
         use std::fs::{self, Permissions};
         use std::os::unix::ffi::OsStrExt;
@@ -577,12 +577,12 @@ mod tests {
     }
 
     #[test]
-    fn sandbox_what_is_mounted_is_not_removed() {
+    fn security_s08_sandbox_what_is_mounted_is_not_removed() {
         use std::fs;
         // A forgotten bind mount once emptied a machine's /dev.
         crate::rootfs::in_worlds(
             module_path!(),
-            "sandbox_what_is_mounted_is_not_removed",
+            "security_s08_sandbox_what_is_mounted_is_not_removed",
             || {
                 let outside = tempfile::tempdir().unwrap();
                 let canary = outside.path().join("canary");

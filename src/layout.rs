@@ -793,7 +793,7 @@ mod tests {
     }
 
     #[test]
-    fn indexes_without_end_are_an_error() {
+    fn security_s16_indexes_without_end_are_an_error() {
         let mut maker = Maker::new();
         let mut descriptor = maker.image("linux/riscv64");
         descriptor.platform = None;
@@ -818,7 +818,7 @@ mod tests {
     }
 
     #[test]
-    fn blobs_are_imported_verified_or_not_at_all() {
+    fn security_s17_blobs_are_imported_verified_or_not_at_all() {
         let maker = Maker::new();
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(dir.path()).unwrap();

@@ -113,7 +113,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nothing_of_a_secret_is_printed() {
+    fn security_s13_nothing_of_a_secret_is_printed() {
         assert_eq!(format!("{:?}", Secret::new("hunter2")), "Secret(…)");
         let url = Url::parse("https://user:hunter2@host:1/p?token=hunter2#hunter2").unwrap();
         assert_eq!(RedactedUrl(&url).to_string(), "https://host:1/p?…");

@@ -322,7 +322,7 @@ mod tests {
     }
 
     #[test]
-    fn root_and_numbers_need_no_account() {
+    fn security_s19_root_and_numbers_need_no_account() {
         for (text, ids) in [
             ("root:root", (0, 0)),
             ("5:root", (5, 0)),
@@ -338,7 +338,7 @@ mod tests {
     }
 
     #[test]
-    fn users_are_names_or_numbers() {
+    fn security_s19_users_are_names_or_numbers() {
         check("", 0, 0, &[0], "/root");
         check("app", 1000, 1000, &[1000, 29, 44], "/home/app");
         check("1000", 1000, 1000, &[1000, 29, 44], "/home/app");

@@ -95,7 +95,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_secret_is_shown() {
+    fn security_s05_nothing_secret_is_shown() {
         for (text, expected) in [
             ("https://u:hunter2@host/b.git#x", "https://host/b.git"),
             ("https://host/x?token=hunter2", "https://host/x?…"),

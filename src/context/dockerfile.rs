@@ -423,7 +423,7 @@ mod tests {
     }
 
     #[test]
-    fn links_stay_inside() {
+    fn security_s04_links_stay_inside() {
         let dir = fixture(&["canary", "c/sub/real", "o/real"]);
         let link = |target: &str, at: &str| symlink(target, dir.path().join(at)).unwrap();
         let canary = dir.path().join("canary");

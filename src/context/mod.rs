@@ -711,7 +711,7 @@ mod tests {
     }
 
     #[test]
-    fn links_resolve_inside_and_never_outside() {
+    fn security_s04_links_resolve_inside_and_never_outside() {
         let fixture = fixture(&["canary", "d/f", "d/e/g"]);
         fixture.link("../../canary", "d/up");
         fixture.link("/canary", "d/absolute");

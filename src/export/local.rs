@@ -440,7 +440,7 @@ mod tests {
     }
 
     #[test]
-    fn links_in_the_way_are_replaced_and_not_followed() {
+    fn security_s20_links_in_the_way_are_replaced_and_not_followed() {
         let outside = tempfile::tempdir().unwrap();
         let dest = outside.path().join("dest");
         fs::create_dir(&dest).unwrap();
@@ -503,10 +503,10 @@ mod tests {
     }
 
     #[test]
-    fn sandbox_files_belong_to_the_user_and_have_no_powers() {
+    fn security_s20_sandbox_files_belong_to_the_user_and_have_no_powers() {
         in_worlds(
             module_path!(),
-            "sandbox_files_belong_to_the_user_and_have_no_powers",
+            "security_s20_sandbox_files_belong_to_the_user_and_have_no_powers",
             || {
                 if !has_many_ids() {
                     return;

@@ -212,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn a_document_is_what_it_says_or_an_error() {
+    fn security_s17_a_document_is_what_it_says_or_an_error() {
         let manifest = format!(r#"{{"schemaVersion":2,"config":{EMPTY},"layers":[]}}"#);
         assert!(matches!(
             parse(MediaType::MANIFEST, &manifest),

@@ -510,7 +510,7 @@ mod tests {
     }
 
     #[test]
-    fn every_flipped_byte_is_found() {
+    fn security_s17_every_flipped_byte_is_found() {
         let right = fixture();
         for at in 0..right.image.raw_manifest.bytes.len() {
             let mut raw = right.image.raw_manifest.clone();
@@ -574,7 +574,7 @@ mod tests {
     }
 
     #[test]
-    fn descriptors_that_disagree_are_found() {
+    fn security_s17_descriptors_that_disagree_are_found() {
         let right = fixture();
         assert_eq!(
             right.with_manifest(|m| m.config.size += 1),
@@ -616,7 +616,7 @@ mod tests {
     }
 
     #[test]
-    fn a_config_that_disagrees_with_the_layers_is_found() {
+    fn security_s17_a_config_that_disagrees_with_the_layers_is_found() {
         let other = DiffId::from_uncompressed(Digest::of(b"other"));
         let right = DiffId::from_uncompressed(Digest::of(b"second"));
         assert_eq!(

@@ -478,7 +478,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_leads_out() {
+    fn security_s01_nothing_leads_out() {
         let leads_out = |name: &str| {
             format!("refusing entry {name:?} of the archive: its path leads out of the archive")
         };
@@ -638,7 +638,7 @@ mod tests {
     }
 
     #[test]
-    fn limits_hold_and_damage_is_said() {
+    fn security_s16_limits_hold_and_damage_is_said() {
         let limits = Limits {
             entries: 2,
             ..Limits::default()

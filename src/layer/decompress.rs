@@ -153,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn a_zstd_window_beyond_the_limit_is_refused() {
+    fn security_s16_a_zstd_window_beyond_the_limit_is_refused() {
         // A frame header that asks for a window of 2^28 bytes, and an empty last block.
         let frame = [&ZSTD_MAGIC[..], &[0x00, (28 - 10) << 3], &[1, 0, 0]].concat();
         let error = read(&MediaType::LAYER_ZSTD, &frame).unwrap_err();

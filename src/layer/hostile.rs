@@ -78,7 +78,7 @@ fn check_error(archive: Archive, expected: &str) {
 }
 
 #[test]
-fn names_stay_inside() {
+fn security_s01_names_stay_inside() {
     if !is_root() {
         return;
     }
@@ -117,7 +117,7 @@ fn names_stay_inside() {
 }
 
 #[test]
-fn links_in_parents_are_followed_inside_only() {
+fn security_s02_links_in_parents_are_followed_inside_only() {
     if !is_root() {
         return;
     }
@@ -162,7 +162,7 @@ fn links_in_parents_are_followed_inside_only() {
 }
 
 #[test]
-fn the_last_component_is_replaced_and_never_followed() {
+fn security_s02_the_last_component_is_replaced_and_never_followed() {
     if !is_root() {
         return;
     }
@@ -186,7 +186,7 @@ fn the_last_component_is_replaced_and_never_followed() {
 }
 
 #[test]
-fn hard_links_stay_inside_and_do_not_follow() {
+fn security_s02_hard_links_stay_inside_and_do_not_follow() {
     if !is_root() {
         return;
     }
@@ -334,7 +334,7 @@ fn whiteouts_hide_lower_layers_only() {
 }
 
 #[test]
-fn a_whiteout_through_a_link_removes_nothing_outside() {
+fn security_s02_a_whiteout_through_a_link_removes_nothing_outside() {
     if !is_root() {
         return;
     }
@@ -684,7 +684,7 @@ fn extended_headers_override_and_global_ones_do_not() {
 }
 
 #[test]
-fn limits_end_what_is_too_much() {
+fn security_s16_limits_end_what_is_too_much() {
     if !is_root() {
         return;
     }
@@ -807,7 +807,7 @@ impl Read for Bomb {
 }
 
 #[test]
-fn bombs_end_early() {
+fn security_s16_bombs_end_early() {
     if !is_root() {
         return;
     }

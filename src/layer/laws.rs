@@ -167,7 +167,7 @@ fn clamp_times(lines: Vec<String>) -> Vec<String> {
 }
 
 #[test]
-fn what_is_written_and_applied_is_the_same() {
+fn security_s03_what_is_written_and_applied_is_the_same() {
     if !is_real_root() {
         return;
     }
@@ -376,7 +376,7 @@ fn sealing_is_reproducible_and_what_is_sealed_applies() {
 }
 
 #[test]
-fn a_wrong_diff_id_is_found_also_behind_the_end() {
+fn security_s17_a_wrong_diff_id_is_found_also_behind_the_end() {
     let dir = tempfile::tempdir().unwrap();
     let mut bytes = tar_of(Vec::new());
     assert_eq!(bytes, [0; 1024]);
@@ -456,7 +456,7 @@ fn allocated_bytes(tree: &Path) -> u64 {
 }
 
 #[test]
-fn archives_of_gnu_tar_apply_as_gnu_tar_extracts_them() {
+fn security_s03_archives_of_gnu_tar_apply_as_gnu_tar_extracts_them() {
     if !is_real_root() {
         return;
     }
@@ -519,7 +519,7 @@ fn archives_of_gnu_tar_apply_as_gnu_tar_extracts_them() {
 }
 
 #[test]
-fn gnu_tar_extracts_what_is_written() {
+fn security_s03_gnu_tar_extracts_what_is_written() {
     if !is_real_root() {
         return;
     }
@@ -579,7 +579,7 @@ impl Random {
 }
 
 #[test]
-fn damaged_archives_never_panic_and_stay_inside() {
+fn security_s02_damaged_archives_never_panic_and_stay_inside() {
     if !is_real_root() {
         return;
     }

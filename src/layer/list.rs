@@ -697,7 +697,7 @@ mod tests {
     }
 
     #[test]
-    fn a_wrong_diff_id_and_too_many_files_are_refused() {
+    fn security_s17_a_wrong_diff_id_and_too_many_files_are_refused() {
         let bytes = Archive::default().directory("a").file("a/f", b"x").end();
         let other = DiffId::from_uncompressed(Digest::of(b"other"));
         let wrong = list(

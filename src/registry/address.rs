@@ -261,7 +261,7 @@ mod tests {
     }
 
     #[test]
-    fn a_registry_sends_requests_only_to_fit_places() {
+    fn security_s14_a_registry_sends_requests_only_to_fit_places() {
         let insecure = BTreeSet::from(["box:5000".to_owned()]);
         let check = |from: &str, to: &str, expected: bool| {
             let got = may_follow(&url(from), &url(to), &insecure);
@@ -286,7 +286,7 @@ mod tests {
     }
 
     #[test]
-    fn credentials_go_only_to_fit_token_servers() {
+    fn security_s14_credentials_go_only_to_fit_token_servers() {
         let insecure = BTreeSet::from(["box:5000".to_owned()]);
         let check = |registry: &str, realm: &str, expected: bool| {
             let got = may_be_realm(&url(registry), &url(realm), &insecure);

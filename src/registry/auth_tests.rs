@@ -213,7 +213,7 @@ async fn basic_is_answered_with_the_password_and_a_refusal_says_where_it_was() {
 
 /// CVE-2020-15157, CVE-2026-50151 and the advisory on redirects: host B sees no secret.
 #[tokio::test]
-async fn another_host_sees_no_authorization() {
+async fn security_s14_another_host_sees_no_authorization() {
     let other = TestRegistry::start().await;
     let content = b"layer".to_vec();
     let descriptor = other.put_blob("a", &content);
@@ -272,7 +272,7 @@ async fn another_host_sees_no_authorization() {
 
 /// Nor does the registry itself, for what another host sent back to it.
 #[tokio::test]
-async fn a_request_that_was_away_comes_back_without_authorization() {
+async fn security_s14_a_request_that_was_away_comes_back_without_authorization() {
     let name = Arc::new(std::sync::OnceLock::<String>::new());
     let back = name.clone();
     let other = TestRegistry::with_hook(move |_| {
@@ -308,7 +308,7 @@ async fn a_request_that_was_away_comes_back_without_authorization() {
 
 /// A challenge of the host that a redirect led to is not answered.
 #[tokio::test]
-async fn the_challenge_of_another_host_is_not_answered() {
+async fn security_s14_the_challenge_of_another_host_is_not_answered() {
     let other = TestRegistry::with_hook(|_| Some(challenge("Basic"))).await;
     let host = other.name();
     let registry = TestRegistry::with_hook(move |parts| {
@@ -331,7 +331,7 @@ async fn the_challenge_of_another_host_is_not_answered() {
 
 /// CVE-2026-48978: the token server is the registry's choice.
 #[tokio::test]
-async fn an_unfit_token_server_gets_nothing() {
+async fn security_s14_an_unfit_token_server_gets_nothing() {
     for (realm, reason) in [
         (
             "http://169.254.169.254/token",

@@ -184,7 +184,7 @@ async fn a_download_that_always_breaks_ends() {
 
 /// What is wrong comes out as an error and never as bytes that look complete.
 #[tokio::test]
-async fn wrong_short_and_long_blobs_are_errors() {
+async fn security_s17_wrong_short_and_long_blobs_are_errors() {
     let good = bytes(500_000);
     let mut flipped = good.clone();
     flipped[499_999] ^= 1;
@@ -311,7 +311,7 @@ async fn a_registry_that_wants_hours_is_not_waited_for() {
 /// CVE-2021-41190, S16 and S17: documents that are too large, two things at once, of a
 /// type that they do not have, or not those that were asked for.
 #[tokio::test]
-async fn hostile_manifests_are_errors() {
+async fn security_s16_hostile_manifests_are_errors() {
     let good = image("linux/amd64", &[], |_| {});
     let text = String::from_utf8(good.bytes.clone()).unwrap();
     let ambiguous = text.replacen('{', r#"{"manifests":[],"#, 1);
@@ -359,7 +359,7 @@ async fn hostile_manifests_are_errors() {
 }
 
 #[tokio::test]
-async fn a_config_must_fit_its_manifest() {
+async fn security_s17_a_config_must_fit_its_manifest() {
     let registry = TestRegistry::start().await;
     let good = registry.put_image("a", "1", "linux/amd64", &[b"x"]);
     let text = String::from_utf8(good.bytes).unwrap();
@@ -441,7 +441,7 @@ async fn mirrors_are_asked_first_and_passed_over() {
 }
 
 #[tokio::test]
-async fn a_mirror_that_lies_is_an_error_and_one_that_breaks_is_not() {
+async fn security_s17_a_mirror_that_lies_is_an_error_and_one_that_breaks_is_not() {
     let content = bytes(2_000_000);
     let registry = TestRegistry::start().await;
     let descriptor = registry.put_blob("a", &content);
@@ -477,7 +477,7 @@ async fn a_mirror_that_lies_is_an_error_and_one_that_breaks_is_not() {
 }
 
 #[tokio::test]
-async fn redirects_end_and_lead_only_to_fit_places() {
+async fn security_s14_redirects_end_and_lead_only_to_fit_places() {
     let registry = TestRegistry::with_hook(|parts| {
         let to = match line(parts).rsplit('/').next().unwrap() {
             "loop" => "/v2/a/manifests/loop",

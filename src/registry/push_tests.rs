@@ -352,7 +352,7 @@ async fn a_blob_goes_straight_from_one_registry_to_another() {
 
 /// CVE-2026-50151: the upload location is the registry's choice.
 #[tokio::test]
-async fn an_upload_location_leads_only_to_fit_places() {
+async fn security_s14_an_upload_location_leads_only_to_fit_places() {
     for (location, expected) in [
         (
             "http://169.254.169.254/upload",

@@ -188,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn urls_are_judged_by_the_address_they_name() {
+    fn security_s15_urls_are_judged_by_the_address_they_name() {
         let check = |url: &str| Reach::PublicOnly.check(&Url::parse(url).unwrap());
         for url in [
             "http://127.0.0.1/",
@@ -204,7 +204,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn names_are_judged_when_they_are_looked_up() {
+    async fn security_s15_names_are_judged_when_they_are_looked_up() {
         let name: Name = "localhost".parse().unwrap();
         let Err(error) = PublicResolver.resolve(name).await else {
             panic!("localhost is public");

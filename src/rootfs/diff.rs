@@ -680,7 +680,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_was_exchanged_is_not_read() {
+    fn security_s07_a_file_that_was_exchanged_is_not_read() {
         let (dir, upper) = tree_of(&["644 a = 1"]);
         let Some(Ok(Change {
             kind: ChangeKind::Entry(entry),

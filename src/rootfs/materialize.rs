@@ -417,7 +417,7 @@ mod tests {
     }
 
     #[test]
-    fn hostile_lists_change_nothing_outside() {
+    fn security_s01_hostile_lists_change_nothing_outside() {
         let plain = |path: &str| {
             format!("cannot put {path:?} into a layer: its path is not a plain relative one")
         };
@@ -534,7 +534,7 @@ mod tests {
     }
 
     #[test]
-    fn a_directory_in_the_way_is_not_followed() {
+    fn security_s02_a_directory_in_the_way_is_not_followed() {
         // The directory is not empty after all: a link lies where the list has a directory.
         let dir = tempfile::tempdir().unwrap();
         let root = dir.path().join("root");

@@ -1052,10 +1052,10 @@ mod tests {
     }
 
     #[test]
-    fn sandbox_what_is_mounted_in_a_copy_stays() {
+    fn security_s08_sandbox_what_is_mounted_in_a_copy_stays() {
         in_worlds(
             module_path!(),
-            "sandbox_what_is_mounted_in_a_copy_stays",
+            "security_s08_sandbox_what_is_mounted_in_a_copy_stays",
             || {
                 let (_base, base) = tree_of(BASE);
                 let stack = Stack::new(vec![base]);

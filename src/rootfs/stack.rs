@@ -532,7 +532,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn paths_lead_through_links_and_never_out() {
+    fn security_s04_paths_lead_through_links_and_never_out() {
         let (_base, base) = tree_of(&[
             "755 a/",
             "755 a/b/",

@@ -403,12 +403,12 @@ mod tests {
     }
 
     #[test]
-    fn sandbox_a_replaced_parent_leads_nowhere() {
+    fn security_s08_sandbox_a_replaced_parent_leads_nowhere() {
         // The process replaces the directory of a mount point by a link to another that has
         // files of the same names (CVE-2024-23652).
         in_worlds(
             module_path!(),
-            "sandbox_a_replaced_parent_leads_nowhere",
+            "security_s08_sandbox_a_replaced_parent_leads_nowhere",
             || {
                 let victim = tempfile::tempdir().unwrap();
                 fs::write(victim.path().join("file"), "").unwrap();

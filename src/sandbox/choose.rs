@@ -738,7 +738,7 @@ mod tests {
     }
 
     #[test]
-    fn the_copy_of_this_program_is_whole_and_cannot_be_written() {
+    fn security_s11_the_copy_of_this_program_is_whole_and_cannot_be_written() {
         let program = own_program().unwrap();
         let size = std::fs::metadata("/proc/self/exe").unwrap().len();
         assert_eq!(

@@ -839,7 +839,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_sandbox_mounts_cannot_be_covered() {
+    fn security_s11_what_the_sandbox_mounts_cannot_be_covered() {
         for target in ["/", "/dev", "/proc", "/proc/1", "a", "/a/../proc"] {
             let failure = check_target(Path::new(target)).unwrap_err();
             assert_eq!(failure.part, Part::Mount(target.to_owned()), "{target}");

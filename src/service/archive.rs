@@ -498,7 +498,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn nothing_leads_out() {
+    fn security_s01_nothing_leads_out() {
         let file = |name| entry(EntryType::Regular, name, "evil");
         let out = entry(EntryType::Symlink, "top/out", "../..");
         for (entries, expected) in [
@@ -560,7 +560,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn limits_end_bombs() {
+    fn security_s16_limits_end_bombs() {
         let big = vec![entry(
             EntryType::Regular,
             "top/zeros",

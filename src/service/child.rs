@@ -268,7 +268,7 @@ mod tests {
     use crate::image::Reference;
 
     #[test]
-    fn the_command_line_is_complete_and_values_are_no_flags() {
+    fn security_s21_the_command_line_is_complete_and_values_are_no_flags() {
         let dir = tempfile::tempdir().unwrap();
         let mut config = config(dir.path());
         config.build.mirrors = vec!["docker.io=https://m.example".to_owned()];

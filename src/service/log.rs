@@ -190,7 +190,7 @@ mod tests {
     }
 
     #[test]
-    fn text_has_no_control_characters() {
+    fn security_s21_text_has_no_control_characters() {
         for (text, expected) in [
             ("a\tb\n", "a\tb\n"),
             ("\x1b[1;31mred\x1b[0m", "red"),

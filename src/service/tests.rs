@@ -250,7 +250,7 @@ async fn what_is_not_wanted_builds_nothing_and_says_why() {
 }
 
 #[tokio::test]
-async fn nothing_unsigned_is_looked_at() {
+async fn security_s21_nothing_unsigned_is_looked_at() {
     const MISSING: &str = "header X-Hub-Signature-256: missing; set a secret at the webhook";
     const FORM: &str = "header X-Hub-Signature-256: expected \"sha256=\" and 64 hexadecimal digits";
     const WRONG: &str =
@@ -376,7 +376,7 @@ async fn malformed_deliveries_name_what_is_wrong() {
 }
 
 #[tokio::test]
-async fn a_large_body_is_refused_before_it_is_read() {
+async fn security_s21_a_large_body_is_refused_before_it_is_read() {
     let service = service_with(|config| config.body_limit = 1000).await;
     let expected = json!({ "error": "the body is larger than 1000 bytes" }).to_string();
     // Announced: nothing of it is read. This body fails when it is touched.
@@ -448,7 +448,7 @@ async fn a_failing_database_is_no_202() {
 }
 
 #[tokio::test]
-async fn a_hostile_title_is_only_text() {
+async fn security_s21_a_hostile_title_is_only_text() {
     let service = service().await;
     let (status, body) = service.deliver("d", HOSTILE).await;
     assert_eq!(status, StatusCode::ACCEPTED);
@@ -776,7 +776,7 @@ async fn a_job_survives_the_death_of_its_service() {
 
 /// No more connections are served at a time than allowed; the next waits its turn.
 #[tokio::test(flavor = "multi_thread")]
-async fn connections_are_bounded() {
+async fn security_s21_connections_are_bounded() {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     let service = service().await;

@@ -387,7 +387,7 @@ mod tests {
     /// The example in GitHub's manual.
     /// <https://docs.github.com/en/webhooks/using-webhooks/validating-webhook-deliveries#testing-the-webhook-payload-validation>
     #[test]
-    fn githubs_own_example_verifies() {
+    fn security_s21_githubs_own_example_verifies() {
         let secret = "It's a Secret to Everybody";
         let signed = "sha256=757107ea0eb2509fc211221cce984b8a37570b6d7586c22c46f4379c8b043e17";
         assert_eq!(sign(secret, b"Hello, World!"), signed);
@@ -402,7 +402,7 @@ mod tests {
     }
 
     #[test]
-    fn names_and_commits_fit_into_a_path() {
+    fn security_s21_names_and_commits_fit_into_a_path() {
         for (name, expected) in [
             ("a/b", true),
             ("A-b/c_d.e", true),
@@ -430,7 +430,7 @@ mod tests {
     }
 
     #[test]
-    fn bodies_share_a_bounded_memory() {
+    fn security_s21_bodies_share_a_bounded_memory() {
         let bodies = Bodies::new(BLOCK);
         let held: Vec<_> = (0..2 * BODIES).map(|_| bodies.take(1).unwrap()).collect();
         assert_eq!(

@@ -432,7 +432,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_of_a_secret_is_printed() {
+    fn security_s13_nothing_of_a_secret_is_printed() {
         let secrets = secrets(&["id=a,env=TOKEN".into()]).unwrap();
         assert_eq!(
             format!("{secrets:?} {:?}", secrets.get("a").unwrap()),

@@ -218,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn a_damaged_blob_is_an_error_at_its_end_and_removed() {
+    fn security_s17_a_damaged_blob_is_an_error_at_its_end_and_removed() {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(dir.path()).unwrap();
         let digest = store.put_blob(b"abc").unwrap();

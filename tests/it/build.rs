@@ -411,7 +411,7 @@ fn sandbox_a_step_that_fails_ends_the_build_with_its_output_and_status() {
 }
 
 #[test]
-fn sandbox_a_step_sees_nothing_of_the_builder() {
+fn security_s12_sandbox_a_step_sees_nothing_of_the_builder() {
     let upstream = upstream!();
     needs!(namespaces());
     let listener = std::net::TcpListener::bind(("127.0.0.1", 0)).expect("a free port");
@@ -503,7 +503,7 @@ fn sandbox_a_step_sees_nothing_of_the_builder() {
 /// Whoever starts the program may leave descriptors open in it. They must neither be in its way nor
 /// reach a step.
 #[test]
-fn sandbox_descriptors_of_whoever_started_the_build_do_no_harm() {
+fn security_s10_sandbox_descriptors_of_whoever_started_the_build_do_no_harm() {
     let upstream = upstream!();
     needs!(programs(&["bwrap", "runc"]), namespaces());
     let canary = TestDir::new("canary");
@@ -808,7 +808,7 @@ fn sandbox_another_epoch_makes_another_layer() {
 }
 
 #[test]
-fn sandbox_damaged_blobs_are_removed_and_the_next_build_is_right() {
+fn security_s17_sandbox_damaged_blobs_are_removed_and_the_next_build_is_right() {
     let upstream = upstream!();
     needs!(programs(&["bwrap"]), namespaces());
     let place = Place::new();

@@ -447,7 +447,7 @@ fn sandbox_an_image_is_its_own_cache() {
 }
 
 #[test]
-fn sandbox_a_cache_that_is_missing_or_broken_is_a_warning() {
+fn security_s18_sandbox_a_cache_that_is_missing_or_broken_is_a_warning() {
     let all = registries!();
     let files = [("Dockerfile", ONE_STAGE), ("a", "a")];
     let shared = Place::new();

@@ -381,7 +381,7 @@ fn sandbox_what_was_done_is_not_done_again_and_failures_stay_failures() {
 }
 
 #[test]
-fn sandbox_a_directory_with_damaged_layers_is_a_cache_with_less() {
+fn security_s18_sandbox_a_directory_with_damaged_layers_is_a_cache_with_less() {
     let scene = scene!();
     let shared = Place::new();
     let dir = shared.dir.join("cache");

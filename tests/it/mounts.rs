@@ -176,7 +176,7 @@ fn sandbox_caches_inside_each_other_mount_again_and_again() {
 }
 
 #[test]
-fn sandbox_steps_are_cached_by_what_their_mounts_hold() {
+fn security_s18_sandbox_steps_are_cached_by_what_their_mounts_hold() {
     let (upstream, place) = (upstream!(), Place::new());
     let dockerfile = "FROM busybox AS made\n\
                       COPY changes /\n\
@@ -225,7 +225,7 @@ fn sandbox_memory_without_a_directory_below_is_for_everybody() {
 }
 
 #[test]
-fn sandbox_secrets_have_their_owner_and_leave_nothing() {
+fn security_s13_sandbox_secrets_have_their_owner_and_leave_nothing() {
     let (upstream, place) = (upstream!(), Place::new());
     let dockerfile = "FROM busybox\n\
         ENV WORD=outside\n\

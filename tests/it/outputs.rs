@@ -246,7 +246,7 @@ fn sandbox_standard_output_is_one_archive() {
 }
 
 #[test]
-fn sandbox_links_of_an_image_lead_nowhere() {
+fn security_s20_sandbox_links_of_an_image_lead_nowhere() {
     needs!(namespaces());
     let place = Place::new();
     let upstream = upstream!();

@@ -131,7 +131,7 @@ fn compose_plain_http_is_refused_unless_allowed_by_name() {
 }
 
 #[test]
-fn compose_credentials_for_one_registry_never_reach_another() {
+fn security_s14_compose_credentials_for_one_registry_never_reach_another() {
     let upstream = upstream!();
     let registry = Registry::private();
     let place = Place::new();

@@ -355,7 +355,7 @@ fn sandbox_view_of_root_is_the_same_everywhere() {
 }
 
 #[test]
-fn sandbox_other_users_have_their_groups_and_no_capabilities() {
+fn security_s19_sandbox_other_users_have_their_groups_and_no_capabilities() {
     everywhere(|fixture, sandbox| {
         let more = json!({"user": {"uid": 1000, "gid": 1001, "groups": [1001, 2000]}});
         let script = "echo pid $$; id -u; id -g; id -G; grep -E '^Cap(Prm|Eff|Inh|Amb)' \
@@ -412,7 +412,7 @@ fn sandbox_system_calls_are_those_of_docker() {
 }
 
 #[test]
-fn sandbox_nothing_outlives_the_step() {
+fn security_s22_sandbox_nothing_outlives_the_step() {
     everywhere(|fixture, sandbox| {
         let marker = marker();
         // It holds the pipes, too: the end of output must not be waited for.
@@ -428,7 +428,7 @@ fn sandbox_nothing_outlives_the_step() {
 }
 
 #[test]
-fn sandbox_cancel_ends_everything_before_it_returns() {
+fn security_s22_sandbox_cancel_ends_everything_before_it_returns() {
     everywhere(|fixture, sandbox| {
         let marker = marker();
         let script = format!("setsid sleep {marker} & echo started; sleep {marker}");
@@ -444,7 +444,7 @@ fn sandbox_cancel_ends_everything_before_it_returns() {
 }
 
 #[test]
-fn sandbox_killing_sockless_kills_the_step() {
+fn security_s22_sandbox_killing_sockless_kills_the_step() {
     everywhere(|fixture, sandbox| {
         let marker = marker();
         let mut child = fixture.spawn(&json!({
@@ -469,7 +469,7 @@ fn sandbox_killing_sockless_kills_the_step() {
 }
 
 #[test]
-fn sandbox_the_host_is_out_of_sight() {
+fn security_s12_sandbox_the_host_is_out_of_sight() {
     everywhere(|fixture, sandbox| {
         let canary = fixture.dir.path().join("canary");
         std::fs::write(&canary, "secret-of-the-builder").unwrap();
@@ -514,7 +514,7 @@ fn sandbox_the_host_is_out_of_sight() {
 }
 
 #[test]
-fn sandbox_no_descriptor_leads_out() {
+fn security_s10_sandbox_no_descriptor_leads_out() {
     // CVE-2024-21626: a working directory through a leaked descriptor of the host.
     everywhere(|fixture, sandbox| {
         for number in 3..12 {
@@ -568,7 +568,7 @@ fn sandbox_mounts_are_where_and_what_was_asked_for() {
 }
 
 #[test]
-fn sandbox_mounts_lie_inside_mounts() {
+fn security_s11_sandbox_mounts_lie_inside_mounts() {
     everywhere(|fixture, sandbox| {
         let cache = fixture.dir.path().join(format!("cache-{sandbox}"));
         let source = fixture.dir.path().join(format!("source-{sandbox}"));
@@ -903,7 +903,7 @@ fn sandbox_names_of_hosts_lead_where_they_should() {
 }
 
 #[test]
-fn sandbox_links_of_an_image_lead_no_mount_out_of_it() {
+fn security_s06_sandbox_links_of_an_image_lead_no_mount_out_of_it() {
     everywhere(|fixture, sandbox| {
         let outside = fixture.dir.path().join("outside");
         std::fs::create_dir_all(&outside).unwrap();
@@ -934,7 +934,7 @@ fn sandbox_links_of_an_image_lead_no_mount_out_of_it() {
 }
 
 #[test]
-fn sandbox_networks_reach_what_they_should() {
+fn security_s12_sandbox_networks_reach_what_they_should() {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let port = listener.local_addr().unwrap().port();
     let count = std::sync::Arc::new(AtomicU32::new(0));

@@ -60,7 +60,7 @@ fn body(change: impl FnOnce(&mut Value)) -> Vec<u8> {
 }
 
 #[test]
-fn compose_a_delivery_is_taken_only_if_it_is_signed_whole_and_small_enough() {
+fn security_s21_compose_a_delivery_is_taken_only_if_it_is_signed_whole_and_small_enough() {
     let world = world!(PLAIN, SPEC, "body_limit = \"100KiB\"\n");
     let service = &world.service;
     let good = fixture("pull_request.json");
@@ -175,7 +175,7 @@ fn compose_a_delivery_that_is_no_merge_for_the_branch_is_answered_with_the_reaso
 }
 
 #[test]
-fn compose_a_delivery_that_comes_again_is_built_once() {
+fn security_s21_compose_a_delivery_that_comes_again_is_built_once() {
     let world = world!(PLAIN, SPEC, "");
     let body = fixture("pull_request.json");
     let first = job_id(

@@ -516,7 +516,7 @@ mod tests {
     }
 
     #[test]
-    fn hostile_streams_are_errors_and_touch_nothing_else() {
+    fn security_s01_hostile_streams_are_errors_and_touch_nothing_else() {
         let fixture = fixture();
         let root = r#"{"path":"","mode":493,"uid":UID,"gid":GID,"mtime":[0,0],"type":"directory"}"#;
         let (uid, gid) = (rustix::process::getuid(), rustix::process::getgid());
@@ -583,7 +583,7 @@ mod tests {
     }
 
     #[test]
-    fn a_chunk_is_what_it_says_or_an_error() {
+    fn security_s18_a_chunk_is_what_it_says_or_an_error() {
         let bytes = vec![0; 100_000];
         let blob = zstd::bulk::compress(&bytes, 3).unwrap();
         let chunk = Chunk {

@@ -320,7 +320,7 @@ mod tests {
     }
 
     #[test]
-    fn a_step_that_reads_is_found_by_what_it_reads_from_and_by_what_it_reads() {
+    fn security_s18_a_step_that_reads_is_found_by_what_it_reads_from_and_by_what_it_reads() {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(dir.path()).unwrap();
         let blob = store.put_blob(b"layer").unwrap();

@@ -254,7 +254,7 @@ fn a_dockerfile_on_standard_input_has_nothing_around_it() {
 }
 
 #[test]
-fn hostile_archives_leave_nothing() {
+fn security_s01_hostile_archives_leave_nothing() {
     let fixture = Fixture::new();
     let canary = fixture.file("canary", b"alive");
     let name = "Dockerfile";

@@ -152,7 +152,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_that_git_would_not_take() {
+    fn security_s05_names_that_git_would_not_take() {
         for name in ["refs/heads/main", "refs/tags/v1.0", "refs/heads/a/b@c"] {
             assert!(is_name(name), "{name}");
         }

@@ -387,7 +387,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_authorization_is_for_its_repository() {
+    fn security_s05_an_authorization_is_for_its_repository() {
         let url = |text: &str| Url::parse(text).unwrap();
         let authorization = Authorization {
             scope: url("https://h/a/b.git"),
@@ -412,7 +412,7 @@ mod tests {
     }
 
     #[test]
-    fn redirects_lead_to_nothing_weaker() {
+    fn security_s15_redirects_lead_to_nothing_weaker() {
         let check = |from: &str, to: &str, expected: Option<&str>| {
             let url = |base: &str, tail: &str| Url::parse(&format!("{base}{tail}")).unwrap();
             let tail = "/info/refs?service=git-upload-pack";

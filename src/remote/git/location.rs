@@ -182,7 +182,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_other_machines_are_remotes() {
+    fn security_s05_only_other_machines_are_remotes() {
         let wrong = |remote: &str, expected: &str| {
             let error = Location::parse(remote).err().expect(remote).to_string();
             assert!(error.contains(expected), "{remote}: {error}");

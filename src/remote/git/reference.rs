@@ -594,7 +594,7 @@ mod tests {
     }
 
     #[test]
-    fn passwords_are_not_shown() {
+    fn security_s05_passwords_are_not_shown() {
         let parsed = parse("https://user:hunter2@h/r.git#v1:a").unwrap().unwrap();
         assert_eq!(parsed.to_string(), "https://h/r.git#v1:a");
         assert!(!format!("{parsed:?}").contains("hunter2"));

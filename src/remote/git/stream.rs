@@ -298,7 +298,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nothing_of_an_address_is_an_option_or_a_command() {
+    fn security_s05_nothing_of_an_address_is_an_option_or_a_command() {
         let ssh = Ssh {
             program: "ssh".into(),
             agent: "/run/agent".into(),

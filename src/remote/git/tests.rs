@@ -490,7 +490,7 @@ fn a_kept_git_directory_is_a_shallow_clone() {
 }
 
 #[test]
-fn subdirectories() {
+fn security_s05_subdirectories() {
     needs_git!();
     let server = Server::start();
     let (repository, ..) = sample(&server);
@@ -812,7 +812,7 @@ fn submodules() {
 }
 
 #[test]
-fn submodules_come_only_from_other_machines() {
+fn security_s05_submodules_come_only_from_other_machines() {
     needs_git!();
     let server = Server::start();
     let repository = server.repository("r");
@@ -894,7 +894,7 @@ fn submodules_come_only_from_other_machines() {
 }
 
 #[test]
-fn hostile_trees_write_nothing_elsewhere() {
+fn security_s05_hostile_trees_write_nothing_elsewhere() {
     needs_git!();
     let server = Server::start();
     let repository = server.repository("r");
@@ -1038,7 +1038,7 @@ fn secrets(pairs: &[(&str, &str)]) -> Arc<Secrets> {
 }
 
 #[test]
-fn secrets_are_shown_to_their_repository_alone() {
+fn security_s05_secrets_are_shown_to_their_repository_alone() {
     needs_git!();
     let wanted = format!("basic {}", STANDARD.encode("x-access-token:hunter2"));
     let server = Server::with({

@@ -563,7 +563,7 @@ async fn redirects_are_followed_but_not_for_ever_nor_anywhere() {
 }
 
 #[tokio::test]
-async fn no_redirect_leads_from_https_to_plain_http() {
+async fn security_s15_no_redirect_leads_from_https_to_plain_http() {
     let fixture = Fixture::new(|_, _| answer(200, &[], "")).await;
     // The fixture's own server was named as insecure; others were not.
     let download = Download {
@@ -601,7 +601,7 @@ async fn no_redirect_leads_from_https_to_plain_http() {
 }
 
 #[tokio::test]
-async fn credentials_stay_with_their_host_and_out_of_messages() {
+async fn security_s14_credentials_stay_with_their_host_and_out_of_messages() {
     let other = TestRegistry::with_hook(|_| Some(answer(403, &[], ""))).await;
     let elsewhere = format!("http://{}/x", other.name());
     let fixture = Fixture::new(move |_, parts| match parts.uri.path() {

@@ -31,7 +31,7 @@ async fn accept(jobs: &Jobs, delivery: &str, repository: &str) -> JobId {
 }
 
 #[tokio::test]
-async fn a_delivery_is_one_job_and_is_there_after_reopening() {
+async fn security_s21_a_delivery_is_one_job_and_is_there_after_reopening() {
     let (dir, jobs) = open().await;
     let id = accept(&jobs, "d1", "o/a").await;
     assert_eq!(

@@ -351,7 +351,7 @@ async fn what_is_missing_in_the_repository_is_named() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn downloads_are_limited_and_stay_on_their_host() {
+async fn security_s15_downloads_are_limited_and_stay_on_their_host() {
     let mut setting = Setting::new("").usual();
     setting.config.source.file_limit = 10;
     let running = setting.run().await;

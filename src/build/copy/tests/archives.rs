@@ -230,7 +230,7 @@ fn what_replaces_a_directory_of_the_image_hides_what_is_in_it() {
 }
 
 #[test]
-fn links_in_archives_stay_inside() {
+fn security_s02_links_in_archives_stay_inside() {
     let canary = tempfile::tempdir().unwrap();
     let outside = canary.path().to_str().unwrap();
     let escape = format!("777 esc -> /../../..{outside}");
