@@ -960,7 +960,7 @@ pub(super) mod tests {
             &["."],
             &[("SOCKLESS_SANDBOX", "docker")],
             "environment variable SOCKLESS_SANDBOX is \"docker\": \
-             expected one of \"auto\", \"bwrap\", \"runc\", \"crun\"",
+             expected one of \"auto\", \"bwrap\", \"runc\", \"crun\", \"chroot\"",
         );
         check_error(
             &["."],

@@ -409,11 +409,11 @@ mod tests {
     use super::*;
 
     const BASE: &[&str] = &[
-        "755 etc/",
-        "640 etc/hosts = of the image",
+        "777 conf -> etc",
         "700 dev/",
         "644 dev/mine = x",
-        "777 conf -> etc",
+        "755 etc/",
+        "640 etc/hosts = of the image",
     ];
 
     fn stand_in(path: &str, kind: StandInKind) -> StandIn {

@@ -173,13 +173,13 @@ fn ladder_a_container_gives_the_layers_of_root() {
     assert!(!container.text("final").contains("secrets"));
 }
 
-/// What a package's scripts do: accounts, owners, attributes, links, triggers. Two files have
+/// What a package's scripts do: accounts, owners, attributes, links, triggers. Three files have
 /// the time of the run in them, and numbers of inodes.
 const PACKAGES: &str = "\
 FROM ubuntu\n\
 RUN groupadd -g 4242 staffers && useradd -m -u 4243 -g staffers ada && chown -R ada:staffers /srv && \
     dpkg --configure -a && ldconfig && update-alternatives --install /usr/bin/pager2 pager2 /bin/cat 5 && \
-    rm /var/log/alternatives.log /var/cache/ldconfig/aux-cache\n\
+    rm /var/log/alternatives.log /var/log/dpkg.log /var/cache/ldconfig/aux-cache\n\
 RUN rm -rf /usr/share/doc && mv /etc/skel /etc/skeleton && cp -a /etc/skeleton /etc/skel && \
     su ada -s /bin/bash -c 'id -un > /home/ada/who'\n";
 
