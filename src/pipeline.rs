@@ -228,8 +228,8 @@ async fn run(
     check_result_files(request)?;
     outputs::check(request)?;
     let mut store = Store::open(&request.root)?;
-    if world.records_owners() {
-        store = store.recording_owners();
+    if let Some(kind) = world.recorded() {
+        store = store.recording(kind);
     }
     let store = Arc::new(store);
     *limited = request

@@ -310,6 +310,7 @@ impl<'t> Applier<'t> {
             file.as_fd(),
             &place.path(),
             &entry.metadata,
+            false,
             skipped,
             self.tree.owners.as_mut(),
         )?;
@@ -358,7 +359,7 @@ impl<'t> Applier<'t> {
         )?;
         if let Some(owners) = &mut self.tree.owners {
             // It is the same file.
-            owners.set(&target_place.path(), entry.metadata.owner());
+            owners.set_same(&target_place.path(), &place.path());
         }
         self.account_for_skipped(before)
     }

@@ -228,7 +228,14 @@ impl Extractor {
                     .map_err(LayerError::tree("creating", &path))?;
                 let file = File::from(file);
                 write_content(tar, segments.as_deref(), entry.size_bytes, &file, &path)?;
-                set_on_fd(file.as_fd(), &path, &entry.metadata, &mut Vec::new(), None)?;
+                set_on_fd(
+                    file.as_fd(),
+                    &path,
+                    &entry.metadata,
+                    false,
+                    &mut Vec::new(),
+                    None,
+                )?;
                 let time = entry.metadata.mtime.seconds;
                 self.extracted.latest = self.extracted.latest.max(Some(time));
             }

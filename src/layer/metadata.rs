@@ -12,7 +12,7 @@ use rustix::fs::{AtFlags, Gid, Mode, Timespec, Timestamps, Uid, XattrFlags};
 use rustix::io::Errno;
 
 use super::LayerError;
-use crate::owners::Owners;
+use crate::owners::{Kept, Owners};
 use crate::rootfs::{Metadata, Time};
 
 /// Extended attributes that steer overlay mounts of the tree.
@@ -47,26 +47,26 @@ pub(super) fn check_xattrs(path: &Path, metadata: &Metadata) -> Result<(), Layer
     }
 }
 
-/// Gives the open file or directory `fd` its metadata; the owner goes to `owners`, under `path`,
-/// where there are any.
+/// Gives the open file or directory `fd` its metadata; what it cannot have goes to `owners`, under
+/// `path`, where there are any.
 pub(super) fn set_on_fd(
     fd: BorrowedFd<'_>,
     path: &Path,
     metadata: &Metadata,
+    is_dir: bool,
     skipped: &mut Vec<SkippedXattr>,
     owners: Option<&mut Owners>,
 ) -> Result<(), LayerError> {
-    if let Some(owners) = owners {
-        owners.set(path, metadata.owner());
-    } else {
+    let kept = owners.map(|owners| keep(owners, path, metadata, is_dir));
+    if kept.is_none() {
         let (uid, gid) = owner(metadata);
         rustix::fs::fchown(fd, Some(uid), Some(gid)).map_err(owner_error(path, metadata))?;
     }
-    for (name, value) in &metadata.xattrs {
+    for (name, value) in own_xattrs(metadata, kept) {
         let result = rustix::fs::fsetxattr(fd, name, value, XattrFlags::empty());
         xattr_result(result, path, name, skipped)?;
     }
-    rustix::fs::fchmod(fd, Mode::from_raw_mode(metadata.mode))
+    rustix::fs::fchmod(fd, own_mode(metadata, kept))
         .map_err(LayerError::tree("setting the mode of", path))?;
     rustix::fs::futimens(fd, &times(metadata.mtime))
         .map_err(LayerError::tree("setting the time of", path))
@@ -83,9 +83,8 @@ pub(super) fn set_by_name(
     skipped: &mut Vec<SkippedXattr>,
     owners: Option<&mut Owners>,
 ) -> Result<(), LayerError> {
-    if let Some(owners) = owners {
-        owners.set(path, metadata.owner());
-    } else {
+    let kept = owners.map(|owners| keep(owners, path, metadata, false));
+    if kept.is_none() {
         let (uid, gid) = owner(metadata);
         rustix::fs::chownat(
             parent,
@@ -96,16 +95,11 @@ pub(super) fn set_by_name(
         )
         .map_err(owner_error(path, metadata))?;
     }
-    set_xattrs_by_name(parent, name, path, metadata, skipped)?;
+    set_xattrs_by_name(parent, name, path, own_xattrs(metadata, kept), skipped)?;
     if !is_symlink {
         // Does not follow, because the file was made a moment ago and nobody else is here.
-        rustix::fs::chmodat(
-            parent,
-            name,
-            Mode::from_raw_mode(metadata.mode),
-            AtFlags::empty(),
-        )
-        .map_err(LayerError::tree("setting the mode of", path))?;
+        rustix::fs::chmodat(parent, name, own_mode(metadata, kept), AtFlags::empty())
+            .map_err(LayerError::tree("setting the mode of", path))?;
     }
     let flags = AtFlags::SYMLINK_NOFOLLOW;
     rustix::fs::utimensat(parent, name, &times(metadata.mtime), flags)
@@ -126,11 +120,8 @@ pub(super) fn set_on_link(
         .map_err(LayerError::tree("reading the metadata of", path))?;
     let is_symlink =
         rustix::fs::FileType::from_raw_mode(is.st_mode) == rustix::fs::FileType::Symlink;
-    let is_recorded = owners.is_some();
-    if let Some(owners) = owners {
-        owners.set(path, metadata.owner());
-    }
-    let same_owner = is_recorded || (is.st_uid, is.st_gid) == (metadata.uid, metadata.gid);
+    let kept = owners.map(|owners| keep(owners, path, metadata, false));
+    let same_owner = kept.is_some() || (is.st_uid, is.st_gid) == (metadata.uid, metadata.gid);
     if !same_owner {
         let (uid, gid) = owner(metadata);
         rustix::fs::chownat(
@@ -142,15 +133,11 @@ pub(super) fn set_on_link(
         )
         .map_err(owner_error(path, metadata))?;
     }
-    set_xattrs_by_name(parent, name, path, metadata, skipped)?;
-    if !is_symlink && (!same_owner || is.st_mode & 0o7777 != metadata.mode) {
-        rustix::fs::chmodat(
-            parent,
-            name,
-            Mode::from_raw_mode(metadata.mode),
-            AtFlags::empty(),
-        )
-        .map_err(LayerError::tree("setting the mode of", path))?;
+    set_xattrs_by_name(parent, name, path, own_xattrs(metadata, kept), skipped)?;
+    let mode = own_mode(metadata, kept);
+    if !is_symlink && (!same_owner || is.st_mode & 0o7777 != mode.as_raw_mode()) {
+        rustix::fs::chmodat(parent, name, mode, AtFlags::empty())
+            .map_err(LayerError::tree("setting the mode of", path))?;
     }
     let flags = AtFlags::SYMLINK_NOFOLLOW;
     rustix::fs::utimensat(parent, name, &times(metadata.mtime), flags)
@@ -160,20 +147,17 @@ pub(super) fn set_on_link(
 /// There is no system call that sets an attribute by directory and name before Linux 6.13;
 /// the directory's name under `/proc/self/fd` and a call that does not follow the last
 /// component are the same.
-fn set_xattrs_by_name(
+fn set_xattrs_by_name<'x>(
     parent: BorrowedFd<'_>,
     name: &OsStr,
     path: &Path,
-    metadata: &Metadata,
+    xattrs: impl Iterator<Item = (&'x OsString, &'x Vec<u8>)>,
     skipped: &mut Vec<SkippedXattr>,
 ) -> Result<(), LayerError> {
-    if metadata.xattrs.is_empty() {
-        return Ok(());
-    }
     let file = Path::new("/proc/self/fd")
         .join(parent.as_fd().as_raw_fd().to_string())
         .join(name);
-    for (name, value) in &metadata.xattrs {
+    for (name, value) in xattrs {
         let result = rustix::fs::lsetxattr(&file, name, value, XattrFlags::empty());
         xattr_result(result, path, name, skipped)?;
     }
@@ -203,6 +187,25 @@ fn xattr_result(
             source: error.into(),
         }),
     }
+}
+
+fn keep(owners: &mut Owners, path: &Path, metadata: &Metadata, is_dir: bool) -> Kept {
+    let owner = metadata.owner();
+    owners.keep(path, is_dir, owner, metadata.mode, &metadata.xattrs)
+}
+
+/// The attributes that the file itself gets.
+fn own_xattrs(
+    metadata: &Metadata,
+    kept: Option<Kept>,
+) -> impl Iterator<Item = (&OsString, &Vec<u8>)> {
+    let xattrs = metadata.xattrs.iter();
+    xattrs.filter(move |(name, _)| kept.is_none_or(|kept| kept.sets(name)))
+}
+
+/// The mode that the file itself gets.
+fn own_mode(metadata: &Metadata, kept: Option<Kept>) -> Mode {
+    Mode::from_raw_mode(kept.map_or(metadata.mode, |kept| kept.mode))
 }
 
 fn owner(metadata: &Metadata) -> (Uid, Gid) {

@@ -331,6 +331,7 @@ impl Tree {
                 fd.as_fd(),
                 path,
                 &directory.metadata,
+                true,
                 &mut self.skipped_xattrs,
                 self.owners.as_mut(),
             )?;

@@ -195,7 +195,7 @@ impl Writer {
         rustix::fs::linkat(&from, from_name, parent, name, AtFlags::empty())
             .map_err(RootfsError::io("linking", path))?;
         if let Some(owners) = &mut self.owners {
-            owners.set(path, owners.get(target));
+            owners.set_same(path, target);
         }
         Ok(())
     }
@@ -225,8 +225,8 @@ fn open_made(parent: &OwnedFd, name: &OsStr) -> Result<OwnedFd, Errno> {
 }
 
 /// Owner, attributes, mode, time: in this order, because a new owner takes away
-/// capabilities and the setuid bit, and the mode may forbid to set attributes. The owner goes to
-/// `owners` where there are any.
+/// capabilities and the setuid bit, and the mode may forbid to set attributes. What the file cannot
+/// have goes to `owners` where there are any.
 pub(super) fn apply_metadata(
     fd: &OwnedFd,
     path: &Path,
@@ -236,18 +236,21 @@ pub(super) fn apply_metadata(
     let failed = |action| RootfsError::io(action, path);
     let stat = rustix::fs::fstat(fd).map_err(failed("reading"))?;
     let found = Attributes::from(&stat);
-    if let Some(owners) = owners {
-        owners.set(path, want.owner());
-    } else if (found.uid, found.gid) != (want.uid, want.gid) {
+    let is_dir = found.is_dir();
+    let kept = owners
+        .map(|owners| owners.keep(path, is_dir, want.owner(), want.mode & 0o7777, &want.xattrs));
+    if kept.is_none() && (found.uid, found.gid) != (want.uid, want.gid) {
         let (uid, gid) = (Uid::from_raw(want.uid), Gid::from_raw(want.gid));
         rustix::fs::chownat(fd, "", Some(uid), Some(gid), AtFlags::EMPTY_PATH)
             .map_err(failed("changing the owner of"))?;
     }
-    for (name, value) in &want.xattrs {
+    let is_own = |name: &OsStr| kept.is_none_or(|kept| kept.sets(name));
+    for (name, value) in want.xattrs.iter().filter(|(name, _)| is_own(name)) {
         xattr::set(fd.as_fd(), name, value).map_err(failed("setting an attribute of"))?;
     }
     if found.file_type != FileType::Symlink {
-        let mode = Mode::from_raw_mode(want.mode & 0o7777);
+        let mode = kept.map_or(want.mode & 0o7777, |kept| kept.mode);
+        let mode = Mode::from_raw_mode(mode);
         rustix::fs::chmod(xattr::path_of(fd.as_fd()), mode)
             .map_err(failed("changing the mode of"))?;
     }

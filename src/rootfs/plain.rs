@@ -562,7 +562,12 @@ impl Copier<'_> {
 
 /// Gives a new file or directory, which is open for more than its name, its owner (where it
 /// `gives_away`), attributes, mode and time; in this order, as [`apply_metadata`] says.
-pub(super) fn dress(fd: &OwnedFd, path: &Path, want: &Metadata, gives_away: bool) -> Result<(), RootfsError> {
+pub(super) fn dress(
+    fd: &OwnedFd,
+    path: &Path,
+    want: &Metadata,
+    gives_away: bool,
+) -> Result<(), RootfsError> {
     let place = Place(path);
     if gives_away {
         let (uid, gid) = (Uid::from_raw(want.uid), Gid::from_raw(want.gid));

@@ -214,7 +214,13 @@ impl LayerForm {
         match self {
             Self::Tree(tree) => {
                 let (fd, _) = tree::look_at(tree.root(), path)?.ok_or(Errno::STALE)?;
-                xattr::of_layer(fd.as_fd())
+                let mut xattrs = xattr::of_layer(fd.as_fd())?;
+                if let Some(recorded) = tree.owners().and_then(|owners| owners.recorded(path)) {
+                    let more = recorded.xattrs.iter();
+                    let more = more.filter(|(name, _)| xattr::belongs_in_layer(name));
+                    xattrs.extend(more.map(|(name, value)| (name.clone(), value.clone())));
+                }
+                Ok(xattrs)
             }
             Self::Listing(listing) => {
                 let number = listing.find(path).ok_or(Errno::STALE)?;

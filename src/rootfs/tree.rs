@@ -51,12 +51,15 @@ impl Tree {
         self.owners.as_deref()
     }
 
-    /// Opens `path` as [`look_at`] does, with the owner that it has in the image.
+    /// Opens `path` as [`look_at`] does, with the owner and mode that it has in the image.
     pub(super) fn look_at(&self, path: &Path) -> io::Result<Option<(OwnedFd, Attributes)>> {
         let mut found = look_at(&self.root, path)?;
         if let (Some((_, attributes)), Some(owners)) = (&mut found, &self.owners) {
             let owner = owners.get(path);
             (attributes.uid, attributes.gid) = (owner.uid, owner.gid);
+            if let Some(mode) = owners.recorded(path).and_then(|recorded| recorded.mode) {
+                attributes.mode = mode;
+            }
         }
         Ok(found)
     }

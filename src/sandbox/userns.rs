@@ -17,6 +17,7 @@ use rustix::thread::{CapabilitySet, UnshareFlags};
 
 use super::ladder::{self, ChrootLack};
 use super::sys;
+use crate::owners::Kind;
 
 /// The powers this process ended up with.
 #[derive(Debug)]
@@ -51,9 +52,13 @@ pub enum World {
 }
 
 impl World {
-    /// Whether files cannot be given to others, so that it is recorded whose they are.
-    pub fn records_owners(&self) -> bool {
-        matches!(self, Self::SingleId { .. })
+    /// What of files has to be recorded, because they cannot have it.
+    pub fn recorded(&self) -> Option<Kind> {
+        match self {
+            Self::Root | Self::MappedUser { .. } | Self::Chroot { .. } => None,
+            Self::SingleId { .. } => Some(Kind::Owners),
+            Self::None { .. } => Some(Kind::All),
+        }
     }
 }
 

@@ -9,6 +9,7 @@
 //! ├── trees/<hex>/files/  unpacked layers, named by diff ID; info.json beside has what is known
 //! ├── trees/<hex>.chain/  those that depend on the layers below, named by chain ID
 //! ├── trees/….recorded/   the same, where owners are recorded beside them
+//! ├── trees/….unprivileged/  and modes and attributes
 //! ├── cache/steps/<definition>/<inputs>.json
 //! ├── cache/listings/<hex>  what a layer has without its contents, named by diff ID
 //! ├── cache/http/<url>.json  what servers said about files that are blobs now
@@ -87,7 +88,7 @@ pub struct Store {
     holds: Holds,
     /// Since the machine was started; see [`Moment::boot`].
     boot: String,
-    records_owners: bool,
+    recorded: Option<owners::Kind>,
     /// Held as long as the store is open; says that `tmp` is in use.
     _lock: File,
 }
@@ -173,7 +174,7 @@ impl Store {
             root,
             tmp,
             boot: now.boot.clone(),
-            records_owners: false,
+            recorded: None,
             _lock: lock,
         };
         if is_new {
@@ -238,25 +239,25 @@ impl Store {
             .tempdir_in(&self.tmp)
             .map(tempfile::TempDir::keep)
             .and_then(|dir| {
-                if self.records_owners {
-                    owners::record(&dir)?;
+                if let Some(kind) = self.recorded {
+                    owners::record(&dir, kind)?;
                 }
                 Ok(dir)
             })
             .map_err(StoreError::io("creating a directory in", &self.tmp))
     }
 
-    /// Records the owners of files instead of giving files away, which whoever has a single ID
-    /// cannot do. Trees of one kind are of no use to the other, and have other names.
+    /// Records the owners of files, and perhaps more, instead of giving files away, which whoever has
+    /// a single ID cannot do. Trees of one kind are of no use to the others, and have other names.
     #[must_use]
-    pub fn recording_owners(mut self) -> Self {
-        self.records_owners = true;
+    pub fn recording(mut self, kind: owners::Kind) -> Self {
+        self.recorded = Some(kind);
         self
     }
 
     /// Whether owners of files are recorded.
     pub fn records_owners(&self) -> bool {
-        self.records_owners
+        self.recorded.is_some()
     }
 
     /// Where the blob `digest` is, or would be.

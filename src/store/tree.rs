@@ -19,7 +19,7 @@ use super::boot::Moment;
 use super::size::Size;
 use super::{Store, StoreError, inventory, remove_tree};
 use crate::image::{DiffId, Digest};
-use crate::owners;
+use crate::owners::{self, Kind};
 
 /// The directory with the layer's files.
 pub(super) const FILES: &str = "files";
@@ -35,6 +35,9 @@ const CHAIN: &str = ".chain";
 
 /// What ends the names of trees whose owners are recorded beside them.
 const RECORDED: &str = ".recorded";
+
+/// The same where modes and attributes are, too.
+const ALL_RECORDED: &str = ".unprivileged";
 
 /// What is known about a tree.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -116,9 +119,10 @@ impl Store {
     }
 
     fn kind(&self) -> &'static str {
-        match self.records_owners {
-            true => RECORDED,
-            false => "",
+        match self.recorded {
+            Some(Kind::Owners) => RECORDED,
+            Some(Kind::All) => ALL_RECORDED,
+            None => "",
         }
     }
 
@@ -280,7 +284,9 @@ pub(super) fn hold_name(name: &str) -> String {
 
 /// The digest in the name of a tree, and whether it is that of a chain.
 pub(super) fn parse_name(name: &str) -> Option<(Digest, bool)> {
-    let name = name.strip_suffix(RECORDED).unwrap_or(name);
+    let stripped = name.strip_suffix(RECORDED);
+    let stripped = stripped.or_else(|| name.strip_suffix(ALL_RECORDED));
+    let name = stripped.unwrap_or(name);
     let (hex, is_chain) = match name.strip_suffix(CHAIN) {
         Some(hex) => (hex, true),
         None => (name, false),

@@ -345,7 +345,6 @@ impl Layer {
             if let Some(path) = store.find_tree(&names.diff_id, &chain)? {
                 return open_tree(&path);
             }
-            engine.check_world()?;
             let unpacked = self.read(engine, &names, UNPACK).await?;
             if unpacked.implied.is_empty() {
                 return open_tree(&store.adopt_tree(&unpacked.tree, &names.diff_id)?);
@@ -377,13 +376,10 @@ impl Layer {
             return Ok(LayerForm::Listing(Arc::clone(listing)));
         }
         let names = self.names().await?;
-        // Trees of somebody who has these owners.
-        if engine.check_world().is_ok() {
-            let chain = chain_of(below, &names.diff_id).await.map_err(Arc::new)?;
-            let known = engine.store.find_tree(&names.diff_id, &chain);
-            if known.map_err(|error| Arc::new(error.into()))?.is_some() {
-                return Ok(LayerForm::Tree(self.tree(engine, below).await?));
-            }
+        let chain = chain_of(below, &names.diff_id).await.map_err(Arc::new)?;
+        let known = engine.store.find_tree(&names.diff_id, &chain);
+        if known.map_err(|error| Arc::new(error.into()))?.is_some() {
+            return Ok(LayerForm::Tree(self.tree(engine, below).await?));
         }
         let listing = self.listing.get_or_try_init(|| self.list(engine, &names));
         match listing.await {

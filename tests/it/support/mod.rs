@@ -3,8 +3,8 @@
 use std::path::PathBuf;
 use std::process::Command;
 
-pub mod container;
 pub mod archive;
+pub mod container;
 pub mod dir;
 pub mod github;
 pub mod http;
