@@ -63,6 +63,7 @@ const PATHS: &str = "a list of paths";
 const INSIDE: &str = "a relative path without \".\" and \"..\"";
 const NAMES: &str = "a list of names";
 const SIZE: &str = "a size such as 512KiB, 25MiB or 2GiB, more than 0";
+const LIMIT: &str = "a size such as 512KiB, 25MiB or 2GiB, more than 0, or none";
 const SPAN: &str = "a duration such as 30s, 10m, 2h or 7d, more than 0";
 const BASE_URL: &str = "an http or https URL without user, query and fragment";
 
@@ -226,7 +227,7 @@ pub static SETTINGS: &[Setting] = &[
         "sandbox",
         "SOCKLESS_SANDBOX",
         "auto",
-        "auto, bwrap, runc, crun or chroot",
+        "auto, bwrap, runc, crun, youki or chroot",
         "What runs the steps, as `--sandbox` of `sockless build`.",
     ),
     setting(
@@ -242,6 +243,55 @@ pub static SETTINGS: &[Setting] = &[
         "auto",
         "auto, overlay or copy",
         "How the steps' root filesystems are made, as `--rootfs` of `sockless build`.",
+    ),
+    setting(
+        "allow_old_runc",
+        "SOCKLESS_ALLOW_OLD_RUNC",
+        "false",
+        "true or false",
+        "Whether a runc with known holes may run the steps, as `--allow-old-runc` of `sockless build`.",
+    ),
+    setting(
+        "step_memory",
+        "SOCKLESS_STEP_MEMORY",
+        "4GiB",
+        LIMIT,
+        "How much memory each RUN step may have, as `--memory` of `sockless build`.",
+    ),
+    setting(
+        "step_cpus",
+        "SOCKLESS_STEP_CPUS",
+        "none",
+        "a number of processors such as 1.5, or none",
+        "How many processors each RUN step may keep busy, as `--cpus`.",
+    ),
+    setting(
+        "step_pids",
+        "SOCKLESS_STEP_PIDS",
+        "4096",
+        "a number from 1 to 4194304, or none",
+        "How many processes and threads each RUN step may have, as `--pids-limit`.",
+    ),
+    setting(
+        "step_timeout",
+        "SOCKLESS_STEP_TIMEOUT",
+        "none",
+        "a duration such as 30s, 10m, 2h or 7d, more than 0, or none",
+        "How long each RUN step may run, as `--step-timeout`; `job_timeout` ends them too.",
+    ),
+    setting(
+        "step_output",
+        "SOCKLESS_STEP_OUTPUT",
+        "4MiB",
+        LIMIT,
+        "How much of the output of each RUN step is shown, as `--output-limit`.",
+    ),
+    setting(
+        "step_disk",
+        "SOCKLESS_STEP_DISK",
+        "20GiB",
+        LIMIT,
+        "How much each RUN step may write into its root filesystem, as `--disk-limit`.",
     ),
     setting(
         "private_sources",
@@ -452,12 +502,33 @@ pub struct BuildConfig {
     pub sandbox: sandbox::Choice,
     /// Whether steps are run that share this machine's processes or network.
     pub allow_weak_isolation: bool,
+    /// Whether that may be a runc with known holes.
+    pub allow_old_runc: bool,
+    /// How much each RUN step may use.
+    pub limits: StepLimits,
     /// How root filesystems are made.
     pub rootfs: rootfs::Choice,
     /// Whether sources may come from servers without public addresses.
     pub private_sources: bool,
     /// How much disk the store may take, in bytes.
     pub store_limit: Option<u64>,
+}
+
+/// How much each RUN step may use; absent is without a limit.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct StepLimits {
+    /// Memory, in bytes.
+    pub memory: Option<u64>,
+    /// How many processors.
+    pub cpus: Option<f64>,
+    /// Processes and threads.
+    pub pids: Option<u64>,
+    /// How long.
+    pub timeout: Option<Duration>,
+    /// What is shown of the output, in bytes.
+    pub output: Option<u64>,
+    /// What is written into the root filesystem, in bytes.
+    pub disk: Option<u64>,
 }
 
 /// How jobs run.
@@ -682,6 +753,7 @@ impl BuildConfig {
                 "bwrap" => Some(sandbox::Choice::Bwrap),
                 "runc" => Some(sandbox::Choice::Runc),
                 "crun" => Some(sandbox::Choice::Crun),
+                "youki" => Some(sandbox::Choice::Youki),
                 "chroot" => Some(sandbox::Choice::Chroot),
                 _ => None,
             })?,
@@ -690,6 +762,12 @@ impl BuildConfig {
                 "false" => Some(false),
                 _ => None,
             })?,
+            allow_old_runc: values.required("allow_old_runc", |text| match text {
+                "true" => Some(true),
+                "false" => Some(false),
+                _ => None,
+            })?,
+            limits: StepLimits::from_values(values)?,
             rootfs: values.required("rootfs", |text| match text {
                 "auto" => Some(rootfs::Choice::Auto),
                 "overlay" => Some(rootfs::Choice::Overlay),
@@ -713,6 +791,7 @@ impl BuildConfig {
             sandbox::Choice::Runc => "runc",
             sandbox::Choice::Crun => "crun",
             sandbox::Choice::Chroot => "chroot",
+            sandbox::Choice::Youki => "youki",
         }
     }
 
@@ -723,6 +802,19 @@ impl BuildConfig {
             rootfs::Choice::Overlay => "overlay",
             rootfs::Choice::Copy => "copy",
         }
+    }
+}
+
+impl StepLimits {
+    fn from_values(values: &Values<'_>) -> Result<Self, ConfigError> {
+        Ok(Self {
+            memory: values.required("step_memory", limit(size))?,
+            cpus: values.required("step_cpus", limit(cpus))?,
+            pids: values.required("step_pids", limit(number(4_194_304)))?,
+            timeout: values.required("step_timeout", limit(duration))?,
+            output: values.required("step_output", limit(size))?,
+            disk: values.required("step_disk", limit(size))?,
+        })
     }
 }
 
@@ -1084,6 +1176,18 @@ fn number(max: u64) -> impl Fn(&str) -> Option<u64> {
     move |text| parse(text).filter(|number| (1..=max).contains(number))
 }
 
+/// What `parse` reads, or `none`.
+fn limit<T>(parse: impl Fn(&str) -> Option<T>) -> impl Fn(&str) -> Option<Option<T>> {
+    move |text| match text {
+        "none" => Some(None),
+        text => parse(text).map(Some),
+    }
+}
+
+fn cpus(text: &str) -> Option<f64> {
+    parse::<f64>(text).filter(|cpus| (0.01..=10_000.0).contains(cpus))
+}
+
 fn size(text: &str) -> Option<u64> {
     let (digits, unit) = split_unit(text);
     let factor: u64 = match unit {
@@ -1364,6 +1468,12 @@ mod tests {
             ("99999999999GiB", None),
         ] {
             assert_eq!(size(text), expected, "{text}");
+        }
+        assert_eq!(limit(size)("none"), Some(None));
+        assert_eq!(limit(size)("1KiB"), Some(Some(1024)));
+        assert_eq!(limit(size)("0"), None);
+        for (text, expected) in [("1.5", Some(1.5)), ("0", None), ("NaN", None), ("-1", None)] {
+            assert_eq!(cpus(text), expected, "{text}");
         }
         for (text, expected) in [
             ("30s", Some(30)),

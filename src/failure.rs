@@ -285,6 +285,7 @@ mod tests {
             status: 2,
             tail: "no rule".into(),
             foreign: None,
+            limit: None,
         };
         let error = crate::build::unshare(&Arc::new(failed.into())).context("Dockerfile:2:1");
         assert_eq!(output_of_failed_step(&error), Some("no rule"));

@@ -89,6 +89,10 @@ pub struct BuildRequest {
     pub cache_to: Vec<CacheTarget>,
     /// Which sandbox runs the steps.
     pub sandbox: sandbox::Choice,
+    /// Whether that may be a runc with known holes.
+    pub allow_old_runc: bool,
+    /// How much each RUN step may use.
+    pub limits: sandbox::Limits,
     /// How root filesystems are made.
     pub rootfs: RootfsChoice,
     /// `--require-isolation`: nothing is run where steps are isolated less.
@@ -327,6 +331,8 @@ async fn run(
         fetcher,
         images,
         sandbox: request.sandbox,
+        allow_old_runc: request.allow_old_runc,
+        limits: request.limits.clone(),
         rootfs: request.rootfs,
         require_isolation: request.require_isolation,
         world: Arc::new(world),

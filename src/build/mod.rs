@@ -52,7 +52,7 @@ use crate::progress::{BuildEvent, Progress, millis};
 use crate::registry::{Client, RegistryError, Resolved};
 use crate::remote::Fetcher;
 use crate::rootfs::{self, Rootfs, Stack};
-use crate::sandbox::{self, Cancel, Sandbox, SandboxError, World};
+use crate::sandbox::{self, Cancel, LimitReached, Limits, Sandbox, SandboxError, World};
 use crate::session::{Secrets, SshAgents};
 use crate::store::Store;
 
@@ -76,7 +76,7 @@ const PARALLEL_UNPACKS: usize = 4;
 
 /// A step's process ended with another status than 0.
 #[derive(Debug, Error)]
-#[error("process {command:?} did not complete successfully: exit code: {status}")]
+#[error("process {command:?} did not complete successfully: {}", why(*.status, .limit.as_ref()))]
 pub struct StepFailed {
     /// The program and its arguments.
     pub command: String,
@@ -87,6 +87,13 @@ pub struct StepFailed {
     /// What it was to run on, where this machine cannot run programs for that and the status
     /// says that a program could not be run.
     pub foreign: Option<Platform>,
+    /// The limit that ended it, or had it fail.
+    pub limit: Option<LimitReached>,
+}
+
+/// Why a step failed.
+fn why(status: i32, limit: Option<&LimitReached>) -> String {
+    limit.map_or_else(|| format!("exit code: {status}"), ToString::to_string)
 }
 
 impl StepFailed {
@@ -143,6 +150,10 @@ pub struct Settings {
     pub images: Vec<BaseImage>,
     /// Which sandbox runs the steps.
     pub sandbox: sandbox::Choice,
+    /// Whether that may be a runc with known holes.
+    pub allow_old_runc: bool,
+    /// How much each RUN step may use.
+    pub limits: Limits,
     /// How root filesystems are made.
     pub rootfs: rootfs::Choice,
     /// Whether nothing is run unless steps are isolated.
@@ -249,6 +260,8 @@ pub(crate) struct Engine {
     fetcher: Arc<Fetcher>,
     images: Vec<BaseImage>,
     sandbox_choice: sandbox::Choice,
+    allow_old_runc: bool,
+    limits: Limits,
     rootfs_choice: rootfs::Choice,
     world: Arc<World>,
     sandbox: OnceLock<Result<Box<dyn Sandbox>, Arc<SandboxError>>>,
@@ -638,6 +651,8 @@ impl Engine {
             fetcher: settings.fetcher,
             images: settings.images,
             sandbox_choice: settings.sandbox,
+            allow_old_runc: settings.allow_old_runc,
+            limits: settings.limits,
             rootfs_choice: settings.rootfs,
             world: settings.world,
             sandbox: OnceLock::new(),
@@ -704,7 +719,9 @@ impl Engine {
     fn sandbox(&self) -> anyhow::Result<&dyn Sandbox> {
         self.check_world()?;
         let chosen = self.sandbox.get_or_init(|| {
-            let sandbox = sandbox::choose(self.sandbox_choice, &self.world).map_err(Arc::new)?;
+            let sandbox =
+                sandbox::choose(self.sandbox_choice, self.allow_old_runc, &self.world);
+            let sandbox = sandbox.map_err(Arc::new)?;
             let mut message = format!("RUN steps run in {}", sandbox.name());
             if let World::Chroot { reason } = &*self.world {
                 message += &format!(", as no namespaces can be made ({reason})");
@@ -717,9 +734,9 @@ impl Engine {
                 );
                 self.progress.event(BuildEvent::Environment { message });
             }
-            for note in sandbox.notes() {
-                self.progress
-                    .event(BuildEvent::Environment { message: note });
+            let limits = sandbox::limit_notes(&self.limits).map_err(Arc::new)?;
+            for message in sandbox.notes().into_iter().chain(limits) {
+                self.progress.event(BuildEvent::Environment { message });
             }
             Ok(sandbox)
         });

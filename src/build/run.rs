@@ -19,7 +19,7 @@ use crate::image::{DEFAULT_PATH, Platform};
 use crate::plan::{Network, Run, Security, Ulimit};
 use crate::progress::{BuildEvent, Stream};
 use crate::rootfs::{MountPoint, Stack, Tree};
-use crate::sandbox::{self, MountSource, Outcome, Process};
+use crate::sandbox::{self, Bytes, MountSource, Outcome, Process, SandboxError};
 
 /// The status of a step whose program is there and cannot be run.
 const NOT_EXECUTABLE: i32 = 126;
@@ -80,6 +80,8 @@ pub(super) fn run(
         devices: devices.devices,
         shm_size: run.shm_size,
         ulimits: run.ulimits.iter().map(ulimit).collect(),
+        limits: engine.limits.clone(),
+        written_dir: Some(rootfs.written_dir()),
     };
     make_cwd(rootfs.path(), &process.cwd)?;
     let points = sandbox::mount_points(&process).into_iter();
@@ -103,16 +105,27 @@ pub(super) fn run(
             .event(BuildEvent::StepOutput { step, stream, text });
     };
     let (mut stdout, mut stderr) = (Output::default(), Output::default());
+    let mut clip = Clip::new(engine.limits.output_bytes);
     let outcome = {
         let mut sink = |stream, bytes: &[u8]| {
             let output = match stream {
                 Stream::Stdout => &mut stdout,
                 Stream::Stderr => &mut stderr,
             };
+            let mut notices = Vec::new();
             output.masked.add(&mounts.secrets, bytes, |bytes| {
                 tail.add(bytes);
+                let (bytes, notice) = clip.cut(bytes);
                 output.lines.add(bytes, |bytes| say(stream, bytes));
+                notices.extend(notice);
             });
+            for notice in notices {
+                // On a line of its own.
+                output
+                    .lines
+                    .end(|bytes| say(stream, &[bytes, b"\n"].concat()));
+                say(stream, notice.as_bytes());
+            }
         };
         sandbox.run(&process, &mut sink, &engine.cancel)
     };
@@ -144,6 +157,19 @@ pub(super) fn run(
                 foreign: (status == NOT_EXECUTABLE
                     && engine.foreign.contains(&platform.architecture))
                 .then(|| platform.clone()),
+                limit: None,
+            }
+            .into());
+        }
+        Err(SandboxError::LimitReached(reached)) => {
+            rootfs.discard();
+            engine.check_cancelled()?;
+            return Err(StepFailed {
+                command: run.args.join(" "),
+                status: reached.status(),
+                tail: tail.text(),
+                foreign: None,
+                limit: Some(reached),
             }
             .into());
         }
@@ -272,6 +298,36 @@ impl Lines {
     }
 }
 
+/// What of a step's output is shown: all, or its begin.
+#[derive(Debug)]
+struct Clip {
+    limit: Option<u64>,
+    shown: u64,
+}
+
+impl Clip {
+    fn new(limit: Option<u64>) -> Self {
+        Self { limit, shown: 0 }
+    }
+
+    /// The part of `bytes` that is shown, and, where the limit is reached, what is said of that in
+    /// BuildKit's words.
+    fn cut<'b>(&mut self, bytes: &'b [u8]) -> (&'b [u8], Option<String>) {
+        let Some(limit) = self.limit else {
+            return (bytes, None);
+        };
+        let left = limit.saturating_sub(self.shown);
+        let was_within = self.shown <= limit;
+        self.shown = self.shown.saturating_add(bytes.len() as u64);
+        if self.shown <= limit {
+            return (bytes, None);
+        }
+        let kept = usize::try_from(left).map_or(bytes, |left| &bytes[..left.min(bytes.len())]);
+        let notice = || format!("[output clipped, log limit {} reached]\n", Bytes(limit));
+        (kept, was_within.then(notice))
+    }
+}
+
 /// How many bytes of a step's output its error repeats.
 const TAIL_BYTES: usize = 2048;
 
@@ -319,6 +375,23 @@ mod tests {
         assert_eq!(said.borrow().len(), 5);
         lines.add(&[b'x'; LINE_BYTES + 1], say);
         assert_eq!(said.borrow().last().map(String::len), Some(LINE_BYTES + 1));
+    }
+
+    #[test]
+    fn output_is_clipped_once() {
+        let mut all = Clip::new(None);
+        assert_eq!(all.cut(b"much"), (&b"much"[..], None));
+        let notice = Some("[output clipped, log limit 5B reached]\n".to_owned());
+        let mut clip = Clip::new(Some(5));
+        assert_eq!(clip.cut(b"abc"), (&b"abc"[..], None));
+        assert_eq!(clip.cut(b"de"), (&b"de"[..], None));
+        assert_eq!(clip.cut(b"f"), (&b""[..], notice.clone()));
+        assert_eq!(clip.cut(b"g"), (&b""[..], None));
+        let mut clip = Clip::new(Some(5));
+        assert_eq!(clip.cut(b"abcdefgh"), (&b"abcde"[..], notice));
+        assert_eq!(clip.cut(b"i"), (&b""[..], None));
+        let mut none = Clip::new(Some(0));
+        assert_eq!(none.cut(b"a").0, b"");
     }
 
     #[test]

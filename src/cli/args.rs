@@ -119,6 +119,12 @@ pub(super) struct BuildArgs {
     #[arg(long, value_name = "SANDBOX")]
     pub sandbox: Option<SandboxArg>,
 
+    /// Uses a runc older than 1.2.8, 1.3.3 and 1.4.0-rc.3, which has known holes unless a distribution
+    /// has mended it [env: SOCKLESS_ALLOW_OLD_RUNC]
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true",
+          hide_possible_values = true, value_name = "BOOL")]
+    pub allow_old_runc: Option<bool>,
+
     /// How the steps' root filesystems are made [env: SOCKLESS_ROOTFS] [default: auto]
     #[arg(long, value_name = "ROOTFS")]
     pub rootfs: Option<RootfsArg>,
@@ -219,6 +225,11 @@ pub(super) struct BuildArgs {
     /// A resource limit of RUN steps
     #[arg(long = "ulimit", value_name = "NAME=SOFT[:HARD]")]
     pub ulimits: Vec<String>,
+
+    /// How much each RUN step may use.
+    #[command(flatten)]
+    pub limits: super::limits::LimitArgs,
+
     /// Answers METHOD instead of building: check, outline, targets; ",format=json" for programs
     #[arg(long, value_name = "METHOD")]
     pub call: Option<String>,
@@ -266,6 +277,8 @@ pub enum SandboxArg {
     Crun,
     /// chroot(2), where no namespaces can be made: isolates less
     Chroot,
+    /// youki, which nobody has tested with sockless
+    Youki,
 }
 
 impl From<SandboxArg> for sandbox::Choice {
@@ -276,6 +289,7 @@ impl From<SandboxArg> for sandbox::Choice {
             SandboxArg::Runc => Self::Runc,
             SandboxArg::Crun => Self::Crun,
             SandboxArg::Chroot => Self::Chroot,
+            SandboxArg::Youki => Self::Youki,
         }
     }
 }

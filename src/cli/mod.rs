@@ -6,6 +6,7 @@
 mod args;
 mod cache;
 mod call;
+mod limits;
 mod log;
 mod output;
 mod progress;
@@ -206,8 +207,8 @@ mod tests {
             ],
         );
         check_refused(
-            "sockless build --memory 1g .",
-            "--memory is not supported yet",
+            "sockless build --squash .",
+            "--squash is not supported yet",
             &[],
         );
         check_refused(

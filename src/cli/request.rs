@@ -11,6 +11,7 @@ use thiserror::Error;
 use super::args::{BuildArgs, NetworkArg, ProgressArg, RootfsArg, SandboxArg};
 use super::cache::{self, CacheError};
 use super::call::{CallError, CallSettings};
+use super::limits::LimitError;
 use super::output::{CompressionText, OutputError, Wanted};
 use super::unsupported::UnsupportedFlag;
 use super::values::{self, ValueError};
@@ -78,6 +79,9 @@ pub(super) enum RequestError {
     /// `--add-host`.
     #[error("--add-host")]
     Host(#[from] HostError),
+    /// A limit of RUN steps.
+    #[error(transparent)]
+    Limit(#[from] LimitError),
     /// `--ulimit`.
     #[error("--ulimit")]
     Ulimit(#[from] UlimitError),
@@ -202,6 +206,21 @@ impl<E: Fn(&str) -> Option<OsString>> Machine<E> {
                 .map(Some)
                 .map_err(|_| RequestError::NotUtf8(name.to_owned())),
         }
+    }
+
+    /// `SOCKLESS_ALLOW_OLD_RUNC`.
+    fn allow_old_runc(&self) -> Result<bool, RequestError> {
+        const NAME: &str = "SOCKLESS_ALLOW_OLD_RUNC";
+        let value = self.var(NAME)?;
+        value.map_or(Ok(false), |value| match value.as_str() {
+            "1" | "true" => Ok(true),
+            "0" | "false" => Ok(false),
+            _ => Err(RequestError::Choice {
+                name: NAME,
+                value,
+                expected: "\"true\", \"false\"".to_owned(),
+            }),
+        })
     }
 
     /// `flags`, then the items of the variable `name`.
@@ -431,6 +450,11 @@ impl BuildSettings {
                     .into(),
             },
             require_isolation: args.require_isolation,
+            limits: args.limits.limits()?,
+            allow_old_runc: match args.allow_old_runc {
+                Some(allowed) => allowed,
+                None => machine.allow_old_runc()?,
+            },
             root: machine.root(args.root.as_deref())?,
             store_limit: machine.store_limit(args.store_limit)?,
             iid_file: args.iid_file,

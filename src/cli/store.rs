@@ -222,7 +222,7 @@ fn filter(options: &mut PruneOptions, text: &str, now: SystemTime) -> Option<()>
 }
 
 /// A duration such as `24h` or `2h30m`, as Go writes it.
-fn duration(text: &str) -> Option<Duration> {
+pub(super) fn duration(text: &str) -> Option<Duration> {
     if text == "0" {
         return Some(Duration::ZERO);
     }

@@ -175,6 +175,14 @@ impl Rootfs {
         }
     }
 
+    /// The directory that grows with what is written into it.
+    pub fn written_dir(&self) -> PathBuf {
+        match &self.made {
+            Made::Overlay(overlay) => overlay.upper(),
+            Made::Copy(copied) => copied.path().to_owned(),
+        }
+    }
+
     /// Devices of the stack that it does not show, because this process may not make them,
     /// in path order.
     pub fn left_out(&self) -> Vec<&Path> {

@@ -203,7 +203,7 @@ impl Overlay {
         let work = self.scratch.join("work");
         confined::remove_tree(&work).map_err(RootfsError::io("removing", &work))?;
         Ok(Changed {
-            upper: self.scratch.join("upper"),
+            upper: self.upper(),
         })
     }
 

@@ -16,13 +16,14 @@ use rustix::process::Pid;
 use serde::Deserialize;
 
 use super::chroot::{self, Chroot};
+use super::guard::{self, Hold};
 use super::networks::Networks;
 use super::output::{Ears, Heard, listen};
 use super::wire::{Attachment, Failure, Launch, Part, Purpose, Runtime, RuntimeKind};
 use super::{
-    Cancel, Choice, Content, Device, Mount, MountSource, Network, Outcome, OutputSink, Process,
-    Refusal, Sandbox, SandboxError, Security, Ulimit, User, World, hosts, init, network, seccomp,
-    supervise, tracer, userns,
+    Cancel, Choice, Content, Device, Limits, Mount, MountSource, Network, Outcome, OutputSink,
+    Process, Refusal, Sandbox, SandboxError, Security, Ulimit, User, World, hosts, init, network,
+    seccomp, supervise, tracer, userns, version,
 };
 use crate::owners::{Inodes, Owner};
 use crate::progress::Stream;
@@ -33,9 +34,15 @@ use crate::progress::Stream;
 /// namespaces, in which none of them can, chroot. A way to make a private network is tried, too;
 /// without one, [`Sandbox::notes`] says that steps get the host's. Takes some ten milliseconds; call it only when there is something to run.
 ///
+/// A runc with known holes is refused unless `allow_old_runc`.
+///
 /// # Errors
 /// [`SandboxError::Unavailable`] with the reason for each that was tried.
-pub fn choose(choice: Choice, world: &World) -> Result<Box<dyn Sandbox>, SandboxError> {
+pub fn choose(
+    choice: Choice,
+    allow_old_runc: bool,
+    world: &World,
+) -> Result<Box<dyn Sandbox>, SandboxError> {
     let kinds: &[RuntimeKind] = match choice {
         Choice::Auto if matches!(world, World::Chroot { .. }) => &[RuntimeKind::Chroot],
         Choice::Auto => &[RuntimeKind::Bwrap, RuntimeKind::Runc, RuntimeKind::Crun],
@@ -43,12 +50,13 @@ pub fn choose(choice: Choice, world: &World) -> Result<Box<dyn Sandbox>, Sandbox
         Choice::Runc => &[RuntimeKind::Runc],
         Choice::Crun => &[RuntimeKind::Crun],
         Choice::Chroot => &[RuntimeKind::Chroot],
+        Choice::Youki => &[RuntimeKind::Youki],
     };
     let mut refusals = Vec::new();
     for &kind in kinds {
         let probed: Result<Box<dyn Sandbox>, SandboxError> = match kind {
             RuntimeKind::Chroot => Chroot::probe().map(|sandbox| Box::new(sandbox) as _),
-            _ => Contained::probe(kind).map(|sandbox| Box::new(sandbox) as _),
+            _ => Contained::probe(kind, allow_old_runc).map(|sandbox| Box::new(sandbox) as _),
         };
         match probed {
             Ok(sandbox) => return Ok(sandbox),
@@ -83,7 +91,7 @@ struct Contained {
 }
 
 impl Contained {
-    fn probe(kind: RuntimeKind) -> Result<Self, SandboxError> {
+    fn probe(kind: RuntimeKind, allow_old_runc: bool) -> Result<Self, SandboxError> {
         let refused = |refusal| SandboxError::Refused {
             sandbox: kind.name(),
             refusal,
@@ -93,6 +101,9 @@ impl Contained {
                 program: kind.name(),
             })
         })?;
+        if kind == RuntimeKind::Runc && !allow_old_runc {
+            version::check_runc(&program).map_err(refused)?;
+        }
         let runtime = Runtime { kind, program };
         probe(&runtime)?;
         let mut reasons = Vec::new();
@@ -157,6 +168,20 @@ impl Sandbox for Contained {
         output: OutputSink<'_>,
         cancel: &Cancel,
     ) -> Result<Outcome, SandboxError> {
+        guard::run(process, output, cancel, |process, hold, output| {
+            self.run_held(process, hold, output, cancel)
+        })
+    }
+}
+
+impl Contained {
+    fn run_held(
+        &self,
+        process: &Process,
+        hold: &Hold<'_>,
+        output: OutputSink<'_>,
+        cancel: &Cancel,
+    ) -> Result<Outcome, SandboxError> {
         let attachment = match (process.network, &self.networks) {
             (Network::None, _) => Attachment::None,
             (Network::Private, None) | (Network::Host, _) => Attachment::Host,
@@ -172,7 +197,7 @@ impl Sandbox for Contained {
                         Purpose::Run,
                     )?
                 };
-                let outcome = run(&launch, Some(network.netns()), output, cancel);
+                let outcome = run(&launch, Some(network.netns()), hold, output, cancel);
                 // After anything unusual, nobody knows what is left of it.
                 if outcome.is_ok() {
                     networks.give_back(network);
@@ -182,7 +207,7 @@ impl Sandbox for Contained {
             (Network::Private, Some(networks)) => Attachment::Private(networks.helper().clone()),
         };
         let launch = launch(&self.runtime, process.clone(), attachment, Purpose::Run)?;
-        run(&launch, None, output, cancel)
+        run(&launch, None, hold, output, cancel)
     }
 }
 
@@ -206,7 +231,11 @@ fn probe(runtime: &Runtime) -> Result<(), SandboxError> {
     }
     let launch = launch(runtime, process, Attachment::None, Purpose::Probe)?;
     let mut ignore = |_: Stream, _: &[u8]| {};
-    match run(&launch, None, &mut ignore, &Cancel::new())? {
+    let hold = Hold {
+        alarm: None,
+        doors: &[],
+    };
+    match run(&launch, None, &hold, &mut ignore, &Cancel::new())? {
         Outcome::Exited(0) => Ok(()),
         Outcome::Exited(status) => Err(SandboxError::Refused {
             sandbox: runtime.kind.name(),
@@ -235,6 +264,8 @@ pub(super) fn nothing_in(rootfs: &Path) -> Process {
         shm_size: None,
         ulimits: Vec::new(),
         owners: None,
+        limits: Limits::default(),
+        written_dir: None,
     }
 }
 
@@ -287,13 +318,14 @@ fn take_file_owners(mounts: &mut [Mount]) -> Vec<(PathBuf, Owner)> {
     owners
 }
 
-/// Starts the stages of `launch`; `netns` is a network that is held.
+/// Starts the stages of `launch`; `netns` is a network that is held, `doors` lead into cgroups.
 ///
 /// # Errors
 /// [`SandboxError::Io`].
 pub(super) fn start(
     launch: &Launch,
     netns: Option<&OwnedFd>,
+    doors: &[OwnedFd],
 ) -> Result<(Child, Ears), SandboxError> {
     let exe = own_program().map_err(io("copying this program into memory"))?;
     let text = serde_json::to_vec(launch)
@@ -320,6 +352,7 @@ pub(super) fn start(
         RuntimeKind::Chroot => "__chroot",
         _ => "__supervise",
     };
+    fds.extend(doors);
     let mut child =
         supervise::start(stage, &fds, &socket, far_socket).map_err(io("starting the sandbox"))?;
     let (Some(stdout), Some(stderr)) = (child.stdout.take(), child.stderr.take()) else {
@@ -342,6 +375,7 @@ pub(super) fn io(doing: &'static str) -> impl Fn(std::io::Error) -> SandboxError
 pub(super) fn run(
     launch: &Launch,
     netns: Option<&OwnedFd>,
+    hold: &Hold<'_>,
     output: OutputSink<'_>,
     cancel: &Cancel,
 ) -> Result<Outcome, SandboxError> {
@@ -350,7 +384,7 @@ pub(super) fn run(
     if cancel.is_cancelled() {
         return Err(SandboxError::Cancelled);
     }
-    let (mut child, ears) = start(launch, netns)?;
+    let (mut child, ears) = start(launch, netns, hold.doors)?;
     let mut tracing = None;
     let heard = {
         use std::os::fd::AsFd;
@@ -359,7 +393,7 @@ pub(super) fn run(
             tracing = Some(trace(pid, inodes, launch.file_owners.clone(), &ears)?);
             Ok(())
         };
-        listen(&ears, waker.as_fd(), output, &mut traceable)
+        listen(&ears, waker.as_fd(), hold.alarm, output, &mut traceable)
     };
     if heard.is_err() {
         // Makes the supervisor kill everything.
@@ -526,6 +560,8 @@ pub fn hidden_command() {
 struct Request {
     #[serde(default)]
     sandbox: Choice,
+    #[serde(default)]
+    allow_old_runc: bool,
     rootfs: String,
     args: Vec<String>,
     #[serde(default)]
@@ -547,6 +583,8 @@ struct Request {
     shm_size: Option<u64>,
     #[serde(default)]
     ulimits: Vec<Ulimit>,
+    #[serde(default)]
+    limits: Limits,
     /// Cancels the step as soon as it has printed something.
     #[serde(default)]
     cancel_on_output: bool,
@@ -625,6 +663,8 @@ impl Request {
             shm_size: self.shm_size,
             ulimits: self.ulimits.clone(),
             owners: None,
+            limits: self.limits.clone(),
+            written_dir: None,
         }
     }
 }
@@ -665,8 +705,9 @@ fn sandbox_main() -> i32 {
             cancel.cancel();
         }
     };
-    let outcome = choose(request.sandbox, &world).and_then(|sandbox| {
-        for note in sandbox.notes() {
+    let outcome = choose(request.sandbox, request.allow_old_runc, &world).and_then(|sandbox| {
+        let limits = super::limit_notes(&request.limits)?;
+        for note in sandbox.notes().iter().chain(&limits) {
             say(&note);
         }
         sandbox.run(&request.process(), &mut sink, &cancel)

@@ -14,7 +14,8 @@ use super::wire::{Attachment, Doing, Failure, Launch, Report, RuntimeKind};
 use super::{Security, bwrap, netlink, network, runc, sys, wire};
 
 /// The file descriptors that the innermost stage is started with, in the order of its
-/// arguments: its own program, the launch, the reports, standard output and error.
+/// arguments: its own program, the launch, the reports, standard output and error. Those of cgroups
+/// follow.
 pub(super) const INIT_FDS: std::ops::RangeInclusive<i32> = 3..=7;
 
 /// What a step is started with.
@@ -29,6 +30,8 @@ pub(super) struct Inherited {
     pub(super) reaper: OwnedFd,
     /// The network, where another process holds it.
     pub(super) netns: Option<OwnedFd>,
+    /// Files by which the innermost stage enters cgroups.
+    pub(super) doors: Vec<OwnedFd>,
 }
 
 /// Does what the module says; returns only where that failed.
@@ -114,10 +117,11 @@ fn become_runtime(
 ) -> Result<std::convert::Infallible, Failure> {
     let base = &launch.process.rootfs;
     let program = &launch.runtime.program;
+    let count = INIT_FDS.count() + inherited.doors.len();
     let mut command = Command::new(program);
     match launch.runtime.kind {
         RuntimeKind::Bwrap => {
-            command.args(bwrap::args(view, &init_args()));
+            command.args(bwrap::args(view, &init_args(count)));
         }
         kind => {
             // Its configuration is JSON, whose strings are Unicode.
@@ -127,12 +131,11 @@ fn become_runtime(
                 return Err(Failure::new(doing, &error));
             }
             let bundle = base.join("bundle");
-            let config = runc::spec(view, &init_args()).to_string();
+            let config = runc::spec(view, &init_args(count)).to_string();
             let doing = || format!("writing {}", bundle.join("config.json").display());
             std::fs::create_dir(&bundle).doing(doing)?;
             std::fs::write(bundle.join("config.json"), config).doing(doing)?;
-            let fds = INIT_FDS.count();
-            command.args(runc::args(kind, &base.join("state"), &bundle, fds));
+            command.args(runc::args(kind, &base.join("state"), &bundle, count));
         }
     }
     let doing = || "handing file descriptors to the runtime".to_owned();
@@ -156,10 +159,11 @@ fn become_runtime(
         log,
         reaper,
         netns,
+        doors,
     } = inherited;
     // What is handed over has numbers of its own, which must be free.
     drop((log, reaper, netns));
-    let passed = hand_over(exe, launch).doing(doing)?;
+    let passed = hand_over(exe, launch, doors).doing(doing)?;
     let error = command.exec();
     drop(passed);
     Err(Failure::new(
@@ -176,19 +180,26 @@ pub(super) fn aside(fd: BorrowedFd<'_>) -> rustix::io::Result<OwnedFd> {
     rustix::io::fcntl_dupfd_cloexec(fd, OUT_OF_THE_WAY)
 }
 
-/// Gives the file descriptors of the innermost stage the numbers [`INIT_FDS`], which stay
+/// Gives the file descriptors of the innermost stage the numbers from [`INIT_FDS`] on, which stay
 /// open when a program is executed. These must be free but for the given ones.
-pub(super) fn hand_over(exe: OwnedFd, launch: OwnedFd) -> io::Result<Vec<OwnedFd>> {
-    let fds = [
+pub(super) fn hand_over(
+    exe: OwnedFd,
+    launch: OwnedFd,
+    doors: Vec<OwnedFd>,
+) -> io::Result<Vec<OwnedFd>> {
+    let mut fds = vec![
         aside(exe.as_fd())?,
         aside(launch.as_fd())?,
         aside(rustix::stdio::stdin())?,
         aside(rustix::stdio::stdout())?,
         aside(rustix::stdio::stderr())?,
     ];
-    drop((exe, launch));
+    for door in &doors {
+        fds.push(aside(door.as_fd())?);
+    }
+    drop((exe, launch, doors));
     let mut passed = Vec::new();
-    for (fd, number) in fds.iter().zip(INIT_FDS) {
+    for (fd, number) in fds.iter().zip(*INIT_FDS.start()..) {
         let duplicate = rustix::io::fcntl_dupfd_cloexec(fd, number)?;
         if duplicate.as_raw_fd() != number {
             return Err(io::Error::other(format!(
@@ -201,12 +212,13 @@ pub(super) fn hand_over(exe: OwnedFd, launch: OwnedFd) -> io::Result<Vec<OwnedFd
     Ok(passed)
 }
 
-/// The command line of the innermost stage.
-pub(super) fn init_args() -> Vec<OsString> {
+/// The command line of the innermost stage with so many file descriptors.
+pub(super) fn init_args(count: usize) -> Vec<OsString> {
+    let numbers = (*INIT_FDS.start()..).take(count);
     let exe = format!("/proc/self/fd/{}", INIT_FDS.start());
     [exe, "__init".to_owned()]
         .into_iter()
-        .chain(INIT_FDS.map(|fd| fd.to_string()))
+        .chain(numbers.map(|fd| fd.to_string()))
         .map(OsString::from)
         .collect()
 }

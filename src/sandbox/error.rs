@@ -3,6 +3,8 @@
 use std::fmt;
 use std::io;
 
+use super::LimitReached;
+
 /// Why no sandbox could be had, or why one could not run a process.
 ///
 /// A process that ran and failed is no error but an [`super::Outcome`].
@@ -11,6 +13,9 @@ pub enum SandboxError {
     /// Somebody asked for the step to be ended.
     #[error("the step was cancelled")]
     Cancelled,
+    /// The step was ended by a limit, or failed because of one.
+    #[error(transparent)]
+    LimitReached(#[from] LimitReached),
     /// Nothing that was tried works here.
     #[error("no sandbox works here: {}", list(.0))]
     Unavailable(Vec<Refusal>),
@@ -74,6 +79,15 @@ pub enum Refusal {
         /// Its name.
         program: &'static str,
     },
+    /// It has holes that later versions have not.
+    TooOld {
+        /// Its name.
+        program: &'static str,
+        /// What it says of itself.
+        version: String,
+        /// The first versions that would do.
+        wanted: &'static str,
+    },
     /// The kernel, or something that guards it, said no.
     NotPermitted {
         /// Which sandbox.
@@ -113,6 +127,11 @@ impl Refusal {
                  others; see `sockless doctor`)"
                     .to_owned(),
             ),
+            Self::TooOld { .. } => Some(
+                "install a newer one, or bubblewrap; where a distribution has mended an old one, \
+                 --allow-old-runc has it used"
+                    .to_owned(),
+            ),
             Self::NotPermitted { .. } => Some(
                 "in a container, allow namespaces and an unmasked /proc (Docker: --security-opt \
                  seccomp=unconfined --security-opt apparmor=unconfined --security-opt \
@@ -134,6 +153,14 @@ impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::NotInstalled { program } => write!(f, "{program} is not installed"),
+            Self::TooOld {
+                program,
+                version,
+                wanted,
+            } => write!(
+                f,
+                "{program} is too old: it says {version:?}, where {wanted} is needed"
+            ),
             Self::NotPermitted { program, message } => {
                 write!(f, "{program} is not permitted here: {message}")
             }

@@ -5,7 +5,7 @@
 
 use std::ffi::{CString, OsStr, OsString};
 use std::io::{self, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::Path;
 
@@ -13,11 +13,13 @@ use rustix::fs::{Gid, Mode, OFlags, StatVfsMountFlags, Uid};
 use rustix::io::Errno;
 use rustix::mount::UnmountFlags;
 use rustix::process::{Resource, Rlimit};
-use rustix::thread::{CapabilitySet, CapabilitySets};
+use rustix::thread::{CapabilitySet, CapabilitySets, UnshareFlags};
 
 use super::enter::INIT_FDS;
-use super::wire::{self, Doing, Failure, Launch, Purpose, Report, RuntimeKind};
-use super::{Process, Security, User, chroot, limits, seccomp, sys, tracer, userns};
+use super::wire::{self, Doing, Failure, Launch, Part, Purpose, Report, RuntimeKind};
+use super::{
+    Process, Security, User, cgroup, chroot, limits, seccomp, sys, tracer, userns, verify,
+};
 
 /// All capabilities that this program knows, by the names of the runtime specification, at
 /// their numbers; those of Linux 5.9. See `capabilities(7)`.
@@ -103,23 +105,25 @@ pub(super) fn init_main(args: &[OsString]) -> i32 {
         .iter()
         .filter_map(|arg| arg.to_str()?.parse().ok())
         .collect();
-    if !numbers.iter().copied().eq(INIT_FDS) {
+    let wanted = *INIT_FDS.start()..;
+    if numbers.len() < INIT_FDS.count() || !numbers.iter().copied().eq(wanted.take(numbers.len())) {
         return 2;
     }
     // First of all: whatever else a runtime left open is no business of the step.
-    if sys::close_from(INIT_FDS.end() + 1).is_err() {
+    if sys::close_from(INIT_FDS.start() + numbers.len() as i32).is_err() {
         return 2;
     }
-    let fds: io::Result<Vec<OwnedFd>> = INIT_FDS.map(sys::adopt).collect();
-    let Ok([exe, launch, socket, stdout, stderr]) =
-        fds.and_then(|fds| <[OwnedFd; 5]>::try_from(fds).map_err(|_| Errno::BADF.into()))
-    else {
+    let fds: io::Result<Vec<OwnedFd>> = numbers.iter().copied().map(sys::adopt).collect();
+    let Ok(mut fds) = fds else { return 2 };
+    let doors = fds.split_off(INIT_FDS.count());
+    let Ok([exe, launch, socket, stdout, stderr]) = <[OwnedFd; 5]>::try_from(fds) else {
         return 2;
     };
     drop(exe);
     let prepared = wire::read_launch(&launch)
         .doing(|| "reading the launch".to_owned())
         .and_then(|launch| {
+            enter_cgroups(&launch, doors)?;
             let command = prepare(&launch, &socket, stdout, stderr)?;
             Ok((launch, command))
         });
@@ -142,6 +146,26 @@ pub(super) fn init_main(args: &[OsString]) -> i32 {
     }
 }
 
+/// Enters the cgroups of the step, in which nothing but the step is, and has it see them as the
+/// topmost ones.
+fn enter_cgroups(launch: &Launch, doors: Vec<OwnedFd>) -> Result<(), Failure> {
+    for door in &doors {
+        let entered = cgroup::enter(door.as_fd()).doing(|| "entering a cgroup".to_owned());
+        entered.map_err(|failure| Failure {
+            part: Part::Asked,
+            ..failure
+        })?;
+    }
+    // An insecure step has mounted them from a namespace of its own; without namespaces there is
+    // none to be had, and nothing of /sys to be seen.
+    let is_insecure = launch.process.security == Security::Insecure;
+    if doors.is_empty() || is_insecure || launch.runtime.kind == RuntimeKind::Chroot {
+        return Ok(());
+    }
+    let doing = || "entering a cgroup namespace".to_owned();
+    sys::unshare(UnshareFlags::NEWCGROUP).doing(doing)
+}
+
 /// A command ready for `execve(2)`.
 #[derive(Debug)]
 struct Command {
@@ -160,8 +184,9 @@ fn prepare(
     let process = &launch.process;
     let command = command(process)?;
     let is_chroot = launch.runtime.kind == RuntimeKind::Chroot;
-    if is_chroot {
-        chroot::confine(&process.rootfs)?;
+    match is_chroot {
+        true => chroot::confine(&process.rootfs)?,
+        false => verify::check(launch)?,
     }
     // Fails where a runtime has already done it.
     let _ = rustix::process::setsid();
@@ -270,8 +295,12 @@ fn set_stdio(
     let doing = || "setting standard input, output and error".to_owned();
     // runc makes its own input a pipe.
     if let Some(path) = stdin {
-        let stdin = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
-        rustix::stdio::dup2_stdin(stdin.doing(doing)?).doing(doing)?;
+        let null = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
+        let null = null.doing(doing)?;
+        if !verify::is_device(&null, 1, 3).doing(doing)? {
+            return Err(Failure::new(doing(), &Errno::NODEV.into()));
+        }
+        rustix::stdio::dup2_stdin(null).doing(doing)?;
     }
     rustix::stdio::dup2_stdout(stdout).doing(doing)?;
     rustix::stdio::dup2_stderr(stderr).doing(doing)

@@ -30,8 +30,11 @@
 //! Where no namespace can be had, there is a shorter chain, in which nothing is mounted: see
 //! `chroot`. Which ways there are, and which one a machine is good for, says [`Rung`].
 //!
-//! What it does not do: limit memory or CPU (no cgroup is touched), or make mount points; [`mount_points`] tells the caller which are needed. Needs Linux
-//! 5.12 for `mount_setattr(2)`.
+//! Limits hold by cgroups where this program may make them (`cgroup`), else by limits of processes
+//! (`resources`); time and disk are watched over by this program (`guard`).
+//!
+//! What it does not do: make mount points; [`mount_points`] tells the caller which are needed. Needs
+//! Linux 5.12 for `mount_setattr(2)`.
 
 #![allow(
     clippy::disallowed_methods,
@@ -40,11 +43,13 @@
 
 mod bwrap;
 pub mod cdi;
+mod cgroup;
 mod choose;
 mod chroot;
 mod emulation;
 mod enter;
 mod error;
+mod guard;
 mod hosts;
 mod init;
 mod ladder;
@@ -55,12 +60,15 @@ mod netlink;
 mod network;
 mod networks;
 mod output;
+mod resources;
 mod runc;
 mod seccomp;
 mod supervise;
 mod sys;
 mod tracer;
 mod userns;
+mod verify;
+mod version;
 mod wire;
 
 use std::ffi::OsString;
@@ -78,6 +86,7 @@ pub use hosts::{HOST_GATEWAY, HostError, parse_extra_host};
 pub use ladder::{ChrootLack, Rung};
 pub use limits::{Ulimit, UlimitError};
 pub use output::Cancel;
+pub use resources::{Bytes, CpuLimits, LimitReached, Limits, Swap};
 pub use userns::{UsernsError, World, enter};
 
 /// Runs processes. Implementations: bubblewrap, runc, crun, chroot.
@@ -132,8 +141,8 @@ pub trait Sandbox: Send + Sync {
     /// no process of the step is left.
     ///
     /// # Errors
-    /// [`SandboxError::Cancelled`] after [`Cancel::cancel`]; all others say why the
-    /// process was never started.
+    /// [`SandboxError::Cancelled`] after [`Cancel::cancel`]; [`SandboxError::LimitReached`] where a
+    /// limit ended it or had it fail; all others say why the process was never started.
     fn run(
         &self,
         process: &Process,
@@ -181,6 +190,11 @@ pub struct Process {
     /// made up for the process, too, and this is kept true.
     #[serde(skip)]
     pub owners: Option<Inodes>,
+    /// How much it may use.
+    pub limits: Limits,
+    /// The directory of this machine that grows with what it writes into its root filesystem, if
+    /// not `rootfs`: the upper directory of an overlay.
+    pub written_dir: Option<PathBuf>,
 }
 
 /// Numbers of user and groups, as inside.
@@ -334,7 +348,7 @@ pub struct Device {
     /// Where it is outside: a character or block device.
     #[serde(with = "wire::path")]
     pub host_path: PathBuf,
-    /// Some of `r`, `w` and `m`. No cgroup is touched, so these are not enforced: what can
+    /// Some of `r`, `w` and `m`. No device cgroup is made, so these are not enforced: what can
     /// be done with a device is what its owner and mode let the process do.
     pub permissions: String,
 }
@@ -392,6 +406,15 @@ pub fn mount_points(process: &Process) -> Vec<MountPoint> {
     points
 }
 
+/// Says which of `limits` do not hold on this machine, or hold for something else; in words for people,
+/// shown once when a build starts.
+///
+/// # Errors
+/// [`SandboxError::Asked`] where the cgroup that was named for the steps cannot be used.
+pub fn limit_notes(limits: &Limits) -> Result<Vec<String>, SandboxError> {
+    Ok(limits.notes(&*cgroup::Place::of(limits)?))
+}
+
 /// Takes output as it comes; called from one thread at a time.
 pub type OutputSink<'a> = &'a mut (dyn FnMut(Stream, &[u8]) + Send);
 
@@ -410,4 +433,6 @@ pub enum Choice {
     Crun,
     /// `chroot(2)`, which isolates less than the others.
     Chroot,
+    /// youki: by the runtime specification and its own documentation; untested.
+    Youki,
 }

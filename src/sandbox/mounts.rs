@@ -56,7 +56,7 @@ pub(super) struct View {
 
 /// What of `/proc` tells about the host, as Docker and BuildKit have it. The first group
 /// are files, the second directories.
-const MASKED_FILES: [&str; 7] = [
+pub(super) const MASKED_FILES: [&str; 7] = [
     "/proc/kcore",
     "/proc/keys",
     "/proc/latency_stats",
@@ -65,9 +65,9 @@ const MASKED_FILES: [&str; 7] = [
     "/proc/sched_debug",
     "/proc/interrupts",
 ];
-const MASKED_DIRS: [&str; 3] = ["/proc/acpi", "/proc/asound", "/proc/scsi"];
+pub(super) const MASKED_DIRS: [&str; 3] = ["/proc/acpi", "/proc/asound", "/proc/scsi"];
 /// What of `/proc` changes the host.
-const READ_ONLY: [&str; 5] = [
+pub(super) const READ_ONLY: [&str; 5] = [
     "/proc/bus",
     "/proc/fs",
     "/proc/irq",
@@ -75,7 +75,7 @@ const READ_ONLY: [&str; 5] = [
     "/proc/sysrq-trigger",
 ];
 /// What of `/sys` tells about the host.
-const MASKED_SYS: [&str; 2] = ["/sys/firmware", "/sys/devices/virtual/powercap"];
+pub(super) const MASKED_SYS: [&str; 2] = ["/sys/firmware", "/sys/devices/virtual/powercap"];
 
 /// The devices of `/dev`: name, major and minor number.
 pub(super) const DEVICES: [(&str, u32, u32); 6] = [
@@ -184,7 +184,10 @@ pub(super) fn mount_all(launch: &Launch) -> Result<View, Failure> {
     }
     let wanted = open_all(process)?;
     detach_newer(launch)?;
-    if matches!(launch.runtime.kind, RuntimeKind::Runc | RuntimeKind::Crun) {
+    if matches!(
+        launch.runtime.kind,
+        RuntimeKind::Runc | RuntimeKind::Crun | RuntimeKind::Youki
+    ) {
         hide_cgroups()?;
     }
 
@@ -763,7 +766,7 @@ pub(super) fn detach_newer(launch: &Launch) -> Result<(), Failure> {
 }
 
 /// Undoes the octal escapes of `mountinfo`: space, tab, newline and backslash.
-fn unescape(text: &str) -> OsString {
+pub(super) fn unescape(text: &str) -> OsString {
     use std::os::unix::ffi::OsStringExt;
     let mut bytes = text.bytes().collect::<std::collections::VecDeque<u8>>();
     let mut out = Vec::with_capacity(bytes.len());

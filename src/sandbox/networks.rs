@@ -203,7 +203,7 @@ impl Drop for Maker {
 fn make(launch: &Launch, cancel: &Cancel) -> Result<HeldNetwork, SandboxError> {
     let sandbox = launch.runtime.kind.name();
     let waker = cancel.waker().map_err(io("making an event file"))?;
-    let (mut child, ears) = start(launch, None)?;
+    let (mut child, ears) = start(launch, None, &[])?;
     let ready = ready(&ears, waker.as_fd());
     let error = match ready {
         Ok(Some((Report::Network, fds))) => match <[OwnedFd; 1]>::try_from(fds) {

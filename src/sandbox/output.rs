@@ -83,7 +83,7 @@ pub(super) struct Heard {
     pub(super) exited: Option<i32>,
     /// The first failure of a stage.
     pub(super) failure: Option<Failure>,
-    /// Whether it was cancelled while it ran.
+    /// Whether it was cancelled, or ended by a limit, while it ran.
     pub(super) cancelled: bool,
     /// The end of what runtime and helpers wrote for people.
     pub(super) log: Vec<u8>,
@@ -108,7 +108,7 @@ const LOG_LIMIT_BYTES: usize = 16 * 1024;
 /// Carries output to `sink` until every writer is gone.
 ///
 /// All of them go when the sandbox's PID namespace ends, so a background process that
-/// holds a pipe cannot keep this waiting. When `cancel` becomes readable, the socket is
+/// holds a pipe cannot keep this waiting. When `cancel` or `alarm` becomes readable, the socket is
 /// shut down, which makes the supervisor kill everything. `traceable` gets the process that waits
 /// to be traced.
 ///
@@ -117,6 +117,7 @@ const LOG_LIMIT_BYTES: usize = 16 * 1024;
 pub(super) fn listen(
     ears: &Ears,
     cancel: BorrowedFd<'_>,
+    alarm: Option<BorrowedFd<'_>>,
     sink: OutputSink<'_>,
     traceable: &mut dyn FnMut(Pid) -> io::Result<()>,
 ) -> io::Result<Heard> {
@@ -128,8 +129,9 @@ pub(super) fn listen(
         ears.log.as_fd(),
         ears.socket.as_fd(),
         cancel,
+        alarm.unwrap_or(cancel),
     ];
-    let mut open = [true; 5];
+    let mut open = [true; 6];
     let mut buffer = vec![0; 64 * 1024];
     while open[..4].contains(&true) {
         let watched: Vec<usize> = (0..fds.len()).filter(|&index| open[index]).collect();
@@ -261,7 +263,7 @@ mod tests {
             Stream::Stdout => stdout.extend_from_slice(bytes),
             Stream::Stderr => stderr.extend_from_slice(bytes),
         };
-        let heard = listen(&ears, cancel.as_fd(), &mut sink, &mut nobody).unwrap();
+        let heard = listen(&ears, cancel.as_fd(), None, &mut sink, &mut nobody).unwrap();
         writer.join().unwrap();
         assert!(stdout == long);
         assert_eq!(stderr, b"to stderr");
@@ -290,7 +292,7 @@ mod tests {
                 drop(mouths);
                 hung_up
             });
-            let heard = listen(&ears, waker.as_fd(), &mut |_, _| {}, &mut nobody).unwrap();
+            let heard = listen(&ears, waker.as_fd(), None, &mut |_, _| {}, &mut nobody).unwrap();
             assert!(heard.cancelled && cancel.is_cancelled());
             assert!(supervisor.join().unwrap());
         }

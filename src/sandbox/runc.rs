@@ -1,4 +1,4 @@
-//! The bundle and the command line of OCI runtimes: runc, crun.
+//! The bundle and the command line of OCI runtimes: runc, crun, youki.
 //!
 //! The container's process is the innermost stage, as root with the capabilities of a
 //! step; it switches to the step's user itself. No cgroup is made.
@@ -20,6 +20,8 @@ pub(super) fn args(kind: RuntimeKind, state: &Path, bundle: &Path, fds: usize) -
     match kind {
         // Read-only cgroups are then no error.
         RuntimeKind::Runc => args.push("--rootless=true".into()),
+        // It finds out by itself whether it is root. Untested: its command line is said to be runc's.
+        RuntimeKind::Youki => {}
         _ => args.push("--cgroup-manager=disabled".into()),
     }
     args.extend(["run".into(), "--preserve-fds".into()]);
@@ -102,6 +104,10 @@ mod tests {
         check(
             RuntimeKind::Crun,
             "--root /s --cgroup-manager=disabled run --preserve-fds 5 --bundle /b step",
+        );
+        check(
+            RuntimeKind::Youki,
+            "--root /s run --preserve-fds 5 --bundle /b step",
         );
     }
 

@@ -128,7 +128,7 @@ fn missing_fd() -> Failure {
     Failure::new("taking file descriptors", &rustix::io::Errno::BADF.into())
 }
 
-/// `__reap EXE LAUNCH LOG [NETNS]`: PID 1 of the sandbox's outer namespace.
+/// `__reap EXE LAUNCH LOG [NETNS] [CGROUP…]`: PID 1 of the sandbox's outer namespace.
 pub(super) fn reap_main(args: &[OsString]) -> i32 {
     stage(|| {
         die_with_parent()?;
@@ -233,30 +233,35 @@ fn wait_for(pid: Option<u32>) -> Result<i32, Failure> {
 /// Where the socket of `__reap` is among the arguments of `__enter`.
 const REAPER_AT: usize = 3;
 
-/// `__enter EXE LAUNCH LOG REAPER [NETNS]`: becomes the runtime, or holds a network.
+/// `__enter EXE LAUNCH LOG REAPER [NETNS] [CGROUP…]`: becomes the runtime, or holds a network.
 pub(super) fn enter_main(args: &[OsString]) -> i32 {
     stage(|| {
         let mut fds = adopt_all(args)?;
-        let netns = fds.drain(REAPER_AT + 1..).next();
+        let mut more = fds.drain(REAPER_AT + 1..).collect::<Vec<_>>().into_iter();
         let fds: Result<[OwnedFd; REAPER_AT + 1], _> = fds.try_into();
         let [exe, launch_file, log, reaper] = fds.map_err(|_| missing_fd())?;
         let launch = wire::read_launch(&launch_file).doing(|| "reading the launch".to_owned())?;
         if launch.purpose == Purpose::HoldNetwork {
             return enter::hold_network(&launch, &reaper);
         }
+        let netns = match launch.network {
+            Attachment::Held => more.next(),
+            _ => None,
+        };
         let inherited = Inherited {
             exe,
             launch: launch_file,
             log,
             reaper,
             netns,
+            doors: more.collect(),
         };
         match enter::enter(&launch, inherited)? {}
     })
 }
 
-/// Starts the first stage, of this name, with what it needs; `fds` are the program, the launch, the log, and a
-/// network that is held.
+/// Starts the first stage, of this name, with what it needs; `fds` are the program, the launch, the
+/// log, perhaps a network that is held, and the doors of cgroups.
 ///
 /// # Errors
 /// Those of starting a process and of sending to it.

@@ -77,6 +77,8 @@ pub(super) enum RuntimeKind {
     Crun,
     /// None: this program, by `chroot(2)`.
     Chroot,
+    /// youki.
+    Youki,
 }
 
 impl RuntimeKind {
@@ -87,6 +89,7 @@ impl RuntimeKind {
             Self::Runc => "runc",
             Self::Crun => "crun",
             Self::Chroot => "chroot",
+            Self::Youki => "youki",
         }
     }
 }
@@ -271,8 +274,8 @@ pub(super) fn receive_report_with(socket: impl AsFd) -> io::Result<Option<Receiv
     }))
 }
 
-/// The most file descriptors of one message.
-const FDS_MAX: usize = 4;
+/// The most file descriptors of one message: program, launch, log, network, cgroups.
+const FDS_MAX: usize = 8;
 
 /// Sends file descriptors, at most [`FDS_MAX`], with one byte of data.
 ///

@@ -65,6 +65,26 @@ pub(crate) fn arguments(config: &ServiceConfig, root: &Path, prepared: &Prepared
     flag("root", root.into());
     flag("sandbox", config.build.sandbox_name().into());
     flag("rootfs", config.build.rootfs_name().into());
+    if config.build.allow_old_runc {
+        flag("allow-old-runc", "true".into());
+    }
+    let limits = &config.build.limits;
+    let limits = [
+        ("memory", limits.memory.map(|bytes| bytes.to_string())),
+        ("cpus", limits.cpus.map(|cpus| cpus.to_string())),
+        ("pids-limit", limits.pids.map(|pids| pids.to_string())),
+        (
+            "step-timeout",
+            limits.timeout.map(|time| format!("{}s", time.as_secs())),
+        ),
+        ("output-limit", limits.output.map(|bytes| bytes.to_string())),
+        ("disk-limit", limits.disk.map(|bytes| bytes.to_string())),
+    ];
+    for (name, value) in limits {
+        if let Some(value) = value {
+            flag(name, value.into());
+        }
+    }
     for mirror in &config.build.mirrors {
         flag("registry-mirror", mirror.into());
     }
@@ -275,6 +295,10 @@ mod tests {
         config.build.insecure = vec!["r.example:5000".to_owned()];
         config.build.ca_files = vec![PathBuf::from("/ca.pem")];
         config.build.store_limit = Some(5 << 30);
+        config.build.allow_old_runc = true;
+        config.build.limits.cpus = Some(1.5);
+        config.build.limits.timeout = Some(std::time::Duration::from_secs(90));
+        config.build.limits.pids = None;
         let prepared = Prepared {
             context: PathBuf::from("/job/context"),
             dockerfile: PathBuf::from("/job/context/Dockerfile"),
@@ -288,6 +312,12 @@ mod tests {
             "--root=/store",
             "--sandbox=auto",
             "--rootfs=auto",
+            "--allow-old-runc=true",
+            "--memory=4294967296",
+            "--cpus=1.5",
+            "--step-timeout=90s",
+            "--output-limit=4194304",
+            "--disk-limit=21474836480",
             "--registry-mirror=docker.io=https://m.example",
             "--insecure-registry=r.example:5000",
             "--registry-ca=/ca.pem",

@@ -28,6 +28,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{Mode, OFlags};
 
+use super::guard::{self, Hold};
 use super::landlock::Landlock;
 use super::wire::{Attachment, Doing, Failure, Purpose, Runtime, RuntimeKind};
 use super::{
@@ -65,7 +66,16 @@ impl Chroot {
         ))?;
         let process = choose::nothing_in(rootfs.path());
         let mut ignore = |_, _: &[u8]| {};
-        let outcome = this.start(process, Purpose::Probe, &mut ignore, &Cancel::new())?;
+        let outcome = this.start(
+            process,
+            Purpose::Probe,
+            &Hold {
+                alarm: None,
+                doors: &[],
+            },
+            &mut ignore,
+            &Cancel::new(),
+        )?;
         match outcome {
             Outcome::Exited(0) => Ok(this),
             Outcome::Exited(status) => Err(SandboxError::Refused {
@@ -82,11 +92,12 @@ impl Chroot {
         &self,
         process: Process,
         purpose: Purpose,
+        hold: &Hold<'_>,
         output: OutputSink<'_>,
         cancel: &Cancel,
     ) -> Result<Outcome, SandboxError> {
         let launch = choose::launch(&self.runtime, process, Attachment::Host, purpose)?;
-        choose::run(&launch, None, output, cancel)
+        choose::run(&launch, None, hold, output, cancel)
     }
 }
 
@@ -179,7 +190,9 @@ impl Sandbox for Chroot {
         cancel: &Cancel,
     ) -> Result<Outcome, SandboxError> {
         check(process)?;
-        self.start(process.clone(), Purpose::Run, output, cancel)
+        guard::run(process, output, cancel, |process, hold, output| {
+            self.start(process.clone(), Purpose::Run, hold, output, cancel)
+        })
     }
 }
 

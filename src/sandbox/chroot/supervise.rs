@@ -30,9 +30,16 @@ pub(in super::super) fn supervise_main() -> i32 {
     supervise::stage(|| {
         let fds =
             wire::receive_fds(rustix::stdio::stdin()).doing(|| "receiving files".to_owned())?;
-        let [exe, launch, log] = <[OwnedFd; 3]>::try_from(fds)
-            .map_err(|_| Failure::new("receiving files", &Errno::BADF.into()))?;
-        let fds = Received { exe, launch, log };
+        let mut fds = fds.into_iter();
+        let (Some(exe), Some(launch), Some(log)) = (fds.next(), fds.next(), fds.next()) else {
+            return Err(Failure::new("receiving files", &Errno::BADF.into()));
+        };
+        let fds = Received {
+            exe,
+            launch,
+            log,
+            doors: fds.collect(),
+        };
         let launch = wire::read_launch(&fds.launch).doing(|| "reading the launch".to_owned())?;
         let landlock = Landlock::here();
         prepare(landlock)?;
@@ -57,6 +64,8 @@ struct Received {
     exe: OwnedFd,
     launch: OwnedFd,
     log: OwnedFd,
+    /// Into the step's cgroups.
+    doors: Vec<OwnedFd>,
 }
 
 /// Makes this process what it has to be before it starts anything.
@@ -77,7 +86,7 @@ fn prepare(landlock: Landlock) -> Result<(), Failure> {
 fn start_init(fds: Received) -> Result<Child, Failure> {
     let doing = || "handing file descriptors to the step".to_owned();
     let [stdout, stderr] = [(); 2].map(|()| enter::aside(fds.log.as_fd()).map(Stdio::from));
-    let args = enter::init_args();
+    let args = enter::init_args(enter::INIT_FDS.count() + fds.doors.len());
     let [program, args @ ..] = &args[..] else {
         unreachable!("there is a program");
     };
@@ -90,7 +99,7 @@ fn start_init(fds: Received) -> Result<Child, Failure> {
         .stdout(stdout.doing(doing)?)
         .stderr(stderr.doing(doing)?);
     drop(fds.log);
-    let passed = enter::hand_over(fds.exe, fds.launch).doing(doing)?;
+    let passed = enter::hand_over(fds.exe, fds.launch, fds.doors).doing(doing)?;
     let child = command.spawn();
     drop(passed);
     child.doing(|| "starting the step".to_owned())
