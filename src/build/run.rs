@@ -136,9 +136,17 @@ pub(super) fn run(
         } = output;
         masked.end(&mounts.secrets, |bytes| {
             tail.add(bytes);
+            let (bytes, _) = clip.cut(bytes);
             lines.add(bytes, |bytes| say(stream, bytes));
         });
         lines.end(|bytes| say(stream, bytes));
+    }
+    if clip.is_clipped() && !matches!(outcome, Ok(Outcome::Exited(0))) {
+        // Why it failed is said at the end.
+        say(Stream::Stderr, b"[the last lines of the output]\n");
+        let last = tail.text() + "\n";
+        last.split_inclusive('\n')
+            .for_each(|line| say(Stream::Stderr, line.as_bytes()));
     }
     engine.timings.add("run", running.elapsed());
     drop(slot);
@@ -310,6 +318,11 @@ impl Clip {
         Self { limit, shown: 0 }
     }
 
+    /// Whether something was not shown.
+    fn is_clipped(&self) -> bool {
+        self.limit.is_some_and(|limit| self.shown > limit)
+    }
+
     /// The part of `bytes` that is shown, and, where the limit is reached, what is said of that in
     /// BuildKit's words.
     fn cut<'b>(&mut self, bytes: &'b [u8]) -> (&'b [u8], Option<String>) {
@@ -317,7 +330,7 @@ impl Clip {
             return (bytes, None);
         };
         let left = limit.saturating_sub(self.shown);
-        let was_within = self.shown <= limit;
+        let was_within = !self.is_clipped();
         self.shown = self.shown.saturating_add(bytes.len() as u64);
         if self.shown <= limit {
             return (bytes, None);
@@ -385,8 +398,10 @@ mod tests {
         let mut clip = Clip::new(Some(5));
         assert_eq!(clip.cut(b"abc"), (&b"abc"[..], None));
         assert_eq!(clip.cut(b"de"), (&b"de"[..], None));
+        assert!(!clip.is_clipped());
         assert_eq!(clip.cut(b"f"), (&b""[..], notice.clone()));
         assert_eq!(clip.cut(b"g"), (&b""[..], None));
+        assert!(clip.is_clipped());
         let mut clip = Clip::new(Some(5));
         assert_eq!(clip.cut(b"abcdefgh"), (&b"abcde"[..], notice));
         assert_eq!(clip.cut(b"i"), (&b""[..], None));

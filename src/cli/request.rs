@@ -984,7 +984,7 @@ pub(super) mod tests {
             &["."],
             &[("SOCKLESS_SANDBOX", "docker")],
             "environment variable SOCKLESS_SANDBOX is \"docker\": \
-             expected one of \"auto\", \"bwrap\", \"runc\", \"crun\", \"chroot\"",
+             expected one of \"auto\", \"bwrap\", \"runc\", \"crun\", \"chroot\", \"youki\"",
         );
         check_error(
             &["."],

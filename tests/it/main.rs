@@ -48,6 +48,8 @@ mod growing;
 mod ladder;
 /// What of a base image is fetched and made, and how often.
 mod lazy;
+/// How much RUN steps may use, and what is said where nothing holds them to that.
+mod limits;
 /// How much memory a build takes.
 mod memory;
 /// Which module may use which.

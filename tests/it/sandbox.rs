@@ -516,6 +516,74 @@ fn security_s12_sandbox_the_host_is_out_of_sight() {
     });
 }
 
+/// CVE-2019-16884, CVE-2025-31133: an image, or what is mounted, takes the place of what protects the host.
+#[test]
+fn security_s11_what_protects_the_host_is_looked_at_from_inside() {
+    everywhere(|fixture, sandbox| {
+        // Nothing may lie over a device: it would be what masks have been made of.
+        let file = fixture.dir.path().join("file");
+        std::fs::write(&file, "not a device\n").unwrap();
+        for name in ["null", "tty"] {
+            let target = format!("/dev/{name}");
+            let more = json!({"mounts": [{"source": file, "target": target}]});
+            let ran = fixture.run(sandbox, with("echo begun", more));
+            let expected = format!(
+                "checking {target} in the sandbox: it is another file; the step was not begun"
+            );
+            assert_eq!(
+                (ran.status, ran.stdout.as_str()),
+                (NO_OUTCOME, ""),
+                "{sandbox}"
+            );
+            // crun opens what it masks with, and may notice before.
+            let noticed = "crun failed: failed open()ing /dev/null";
+            let is_said = ran.own.contains(&expected)
+                || (sandbox, name) == ("crun", "null") && ran.own.contains(noticed);
+            assert!(is_said, "{sandbox} {ran:?}");
+        }
+        // An image whose directories are links: a step sees the real ones, or nothing runs.
+        for name in ["proc", "dev", "sys"] {
+            let dir = fixture.root().join(name);
+            std::fs::remove_dir(&dir).unwrap();
+            std::os::unix::fs::symlink("/tmp", &dir).unwrap();
+            let script = "grep -q ^Name: /proc/self/status || echo no proc; \
+                          cat /proc/kcore /proc/keys | wc -c; stat -c %t:%T /dev/null; \
+                          mkdir /sys/x 2>/dev/null || echo denied";
+            let ran = fixture.run(sandbox, sh(script));
+            let seen = (ran.status, ran.stdout.as_str());
+            assert!(
+                seen == (NO_OUTCOME, "") || seen == (0, "0\n1:3\ndenied\n"),
+                "{sandbox} {name} {ran:?}"
+            );
+            std::fs::remove_file(&dir).unwrap();
+            std::fs::create_dir(&dir).unwrap();
+            fixture.give(&dir);
+        }
+    });
+}
+
+#[test]
+fn sandbox_namespaces_are_the_steps_own() {
+    const KINDS: [&str; 5] = ["pid", "ipc", "uts", "mnt", "cgroup"];
+    everywhere(|fixture, sandbox| {
+        let script = format!(
+            "for kind in {}; do readlink /proc/self/ns/$kind; done",
+            KINDS.join(" ")
+        );
+        let ran = fixture.run(sandbox, sh(&script));
+        let inside: Vec<&str> = ran.stdout.lines().collect();
+        assert_eq!(inside.len(), KINDS.len(), "{sandbox} {ran:?}");
+        for (kind, inside) in KINDS.iter().zip(inside) {
+            let own = std::fs::read_link(format!("/proc/self/ns/{kind}")).unwrap();
+            assert!(
+                inside.starts_with(&format!("{kind}:[")),
+                "{sandbox} {inside}"
+            );
+            assert_ne!(own.to_str(), Some(inside), "{sandbox} {:?}", fixture.who);
+        }
+    });
+}
+
 #[test]
 fn security_s10_sandbox_no_descriptor_leads_out() {
     // CVE-2024-21626: a working directory through a leaked descriptor of the host.
