@@ -763,8 +763,9 @@ impl BuildConfig {
                 _ => None,
             })?,
             allow_old_runc: values.required("allow_old_runc", |text| match text {
-                "true" => Some(true),
-                "false" => Some(false),
+                // `sockless build` takes numbers in the variable of the same name.
+                "true" | "1" => Some(true),
+                "false" | "0" => Some(false),
                 _ => None,
             })?,
             limits: StepLimits::from_values(values)?,
