@@ -719,8 +719,7 @@ impl Engine {
     fn sandbox(&self) -> anyhow::Result<&dyn Sandbox> {
         self.check_world()?;
         let chosen = self.sandbox.get_or_init(|| {
-            let sandbox =
-                sandbox::choose(self.sandbox_choice, self.allow_old_runc, &self.world);
+            let sandbox = sandbox::choose(self.sandbox_choice, self.allow_old_runc, &self.world);
             let sandbox = sandbox.map_err(Arc::new)?;
             let mut message = format!("RUN steps run in {}", sandbox.name());
             if let World::Chroot { reason } = &*self.world {
