@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 use super::{DiffId, Manifest, Platform};
 
 /// The largest image config that is read, in bytes. Real ones have a few KiB.
-pub const CONFIG_LIMIT_BYTES: u64 = 8 << 20;
+pub const CONFIG_LIMIT_BYTES: u64 = 4 << 20;
 
 /// The `PATH` of images whose base has none, as Docker sets it.
 pub const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";

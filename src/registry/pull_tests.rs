@@ -384,7 +384,7 @@ async fn security_s17_a_config_must_fit_its_manifest() {
     for (tag, expected) in [
         ("fewer", "it lists 1 diff IDs, the manifest 0 layers"),
         ("artifact", "its type is \"application/vnd.cncf.helm\""),
-        ("huge", "is larger than 8388608 bytes"),
+        ("huge", "is larger than 4194304 bytes"),
     ] {
         let reference = registry.reference(&format!("a:{tag}"));
         let error = client.resolve(&reference, &amd64()).await.unwrap_err();

@@ -248,7 +248,7 @@ fn security_s16_giant_documents_are_not_read() {
     needs!(programs(&["time"]));
     let upstream = upstream!();
     drop(upstream);
-    let padding = "x".repeat(9 << 20);
+    let padding = "x".repeat(5 << 20);
     for document in ["manifest", "config", "index.json"] {
         let place = Place::new();
         let layout = place.dir.join("evil");

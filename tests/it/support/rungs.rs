@@ -53,6 +53,12 @@ const RUNGS: &[Rung] = &[
         before: &[],
         args: &["--sandbox", "bwrap", "--rootfs", "copy"],
     },
+    Rung {
+        name: "one ID, bwrap on overlays",
+        needs: &["bwrap", "unshare"],
+        before: &["unshare", "--user", "--map-root-user"],
+        args: &["--sandbox", "bwrap", "--rootfs", "overlay"],
+    },
 ];
 
 /// The exit status of a build for which no sandbox works here.
