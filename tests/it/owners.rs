@@ -216,3 +216,82 @@ fn sandbox_whoever_has_one_id_keeps_a_store_of_their_own_kind() {
     assert_eq!(printed(&all), ["5-6"]);
     run(place.command().args(["store", "verify"])).success();
 }
+
+/// What tells a test that it is a step.
+const INSIDE: &str = "SOCKLESS_TEST_STEP";
+
+/// Threads that give files away while signals come in, in a step: whatever call is under way, none
+/// sees another's owner, and no call is lost.
+#[test]
+fn sandbox_threads_and_signals_do_not_confuse_owners() {
+    if std::env::var_os(INSIDE).is_some() {
+        return give_away_in_threads();
+    }
+    let upstream = upstream!();
+    needs!(programs(&["unshare"]));
+    let place = Place::new();
+    let dockerfile = format!(
+        "FROM busybox\n\
+         RUN --mount=type=bind,source=test,target=/test mkdir -p /tmp /w && {INSIDE}=1 /test --exact \
+         owners::sandbox_threads_and_signals_do_not_confuse_owners && stat -c '= %u:%g' /w/3\n"
+    );
+    let context = place.context("context", &[("Dockerfile", &dockerfile)]);
+    let test = std::env::current_exe().expect("there is one");
+    std::fs::copy(test, context.join("test")).expect("a copy");
+    for way in ways() {
+        let place = Place::new();
+        let (ran, image) = build(way, &place, &upstream, &context);
+        assert_eq!(printed(&ran), ["1003:2003"], "{way:?}");
+        assert_eq!(image.summary("w/3"), "600 1003:2003 0");
+        assert_eq!(image.summary("w/link3"), "600 1003:2003 1");
+    }
+}
+
+fn give_away_in_threads() {
+    use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, chown};
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    // A child that ends is a signal to this process.
+    let over = AtomicBool::new(false);
+    let children = std::thread::scope(|scope| {
+        let signals = scope.spawn(|| {
+            let mut count = 0;
+            while !over.load(Ordering::Relaxed) {
+                run(&mut Command::new("/bin/true")).success();
+                count += 1;
+            }
+            count
+        });
+        let workers: Vec<_> = (0..6_u32)
+            .map(|worker| {
+                scope.spawn(move || {
+                    let owner = |path: &str| {
+                        let found = std::fs::symlink_metadata(path).expect("it was made");
+                        (found.uid(), found.gid())
+                    };
+                    let (file, link) = (format!("/w/{worker}"), format!("/w/link{worker}"));
+                    for round in 0..200 {
+                        for path in [&file, &link] {
+                            let _ = std::fs::remove_file(path);
+                        }
+                        let mut options = std::fs::OpenOptions::new();
+                        options.write(true).create(true).mode(0o600);
+                        options.open(&file).expect("a new file");
+                        assert_eq!(owner(&file), (0, 0), "{file} {round}");
+                        let want = (1000 + worker, 2000 + worker);
+                        chown(&file, Some(want.0), None).expect("root can");
+                        chown(&file, None, Some(want.1)).expect("root can");
+                        std::fs::hard_link(&file, &link).expect("on one file system");
+                        assert_eq!((owner(&file), owner(&link)), (want, want), "{round}");
+                    }
+                })
+            })
+            .collect();
+        for worker in workers {
+            worker.join().expect("no thread saw another's owner");
+        }
+        over.store(true, Ordering::Relaxed);
+        signals.join().expect("children end")
+    });
+    assert!(children > 0);
+}
