@@ -790,7 +790,7 @@ impl Engine {
         Ok(rootfs)
     }
 
-    /// Whether layers can be unpacked with their owners, and mounted.
+    /// Whether there can be a root filesystem to run something in.
     fn check_world(&self) -> Result<(), NoRootfs> {
         match &*self.world {
             World::Root
@@ -853,10 +853,10 @@ pub struct PushDenied {
 #[error("{0}")]
 pub struct SandboxUnavailable(pub Arc<SandboxError>);
 
-/// This user cannot have a root filesystem with several owners here.
+/// Nothing can be run here: not in namespaces, and not without.
 #[derive(Debug, Error)]
 #[error(
-    "a step needs the layers below it unpacked with their owners, which needs a user namespace with subordinate IDs: {reason}"
+    "a RUN step needs a root filesystem of its own, which takes a user namespace or root's chroot(2): {reason}"
 )]
 pub struct NoRootfs {
     /// Why there is none.
