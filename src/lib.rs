@@ -88,6 +88,13 @@
 //! are hashed on their way into the layer, or known from the context's stat cache;
 //! what ADD names by URL or in git, [`remote::Fetcher`] fetches first.
 //!
+//! # A look at the host
+//!
+//! `sockless doctor` enters nothing itself. [`sandbox::doctor`] tries each rung in a process of its
+//! own; another one enters what a build would enter, and [`pipeline::doctor::inside`] tries
+//! sandboxes, networks, root filesystems and the store there; [`registry::Client::examine`] asks
+//! registries. [`pipeline::doctor`] joins what they say.
+//!
 //! # A webhook
 //!
 //! `service::webhook` verifies the signature over the raw body, and answers when the job is

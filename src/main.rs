@@ -24,6 +24,12 @@ fn main() -> ExitCode {
             Ok(_) => cli::store(*command),
             Err(error) => cli::report(&error),
         },
+        Invocation::Doctor(command) if command.is_inside() => match prepare(false) {
+            Ok(world) => cli::doctor_inside(&command, &world),
+            Err(error) => cli::report(&error),
+        },
+        // It enters nothing itself: each way is tried by a process of its own.
+        Invocation::Doctor(command) => cli::doctor(*command),
         Invocation::Version => cli::print_version(),
     };
     code.into()

@@ -3,6 +3,7 @@
 mod ask;
 mod cache;
 mod contexts;
+pub mod doctor;
 mod epoch;
 mod images;
 mod limit;

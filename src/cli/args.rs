@@ -39,6 +39,8 @@ pub(super) enum Command {
     Ls(super::store::LsArgs),
     /// Looks after the store
     Store(super::store::StoreArgs),
+    /// Says which sandboxes, root filesystems, networks and registries work here, and what unlocks the rest
+    Doctor(super::doctor::DoctorArgs),
     /// Prints the version and what it was built for
     Version,
 }

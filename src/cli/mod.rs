@@ -6,6 +6,7 @@
 mod args;
 mod cache;
 mod call;
+mod doctor;
 mod limits;
 mod log;
 mod output;
@@ -28,6 +29,7 @@ use crate::failure::{Failure, Kind};
 use args::{Cli, Command};
 use request::{BuildSettings, Machine, RequestError};
 
+pub use doctor::{DoctorCommand, doctor, doctor_inside};
 pub use report::report;
 pub use run::{ask, build, die_with_parent, print_version, serve};
 pub use store::{StoreCommand, store};
@@ -43,6 +45,8 @@ pub enum Invocation {
     Serve(Option<std::path::PathBuf>),
     /// `sockless prune`, `du`, `ls`, `store`.
     Store(Box<StoreCommand>),
+    /// `sockless doctor`.
+    Doctor(Box<DoctorCommand>),
     /// `sockless version`.
     Version,
 }
@@ -129,6 +133,10 @@ pub fn parse(
                 Some(_) => Invocation::Call(build),
                 None => Invocation::Build(build),
             })
+        }
+        Command::Doctor(args) => {
+            let command = DoctorCommand::from_args(args, &machine).map_err(refuse)?;
+            Ok(Invocation::Doctor(Box::new(command)))
         }
         Command::Serve(args) => Ok(Invocation::Serve(args.config)),
         Command::Version => Ok(Invocation::Version),

@@ -41,7 +41,7 @@ pub(super) fn options<E: Fn(&str) -> Option<OsString>>(
 }
 
 /// The registry that `host` names, as references spell it.
-fn parse_registry(host: &str) -> Option<String> {
+pub(super) fn parse_registry(host: &str) -> Option<String> {
     if host.contains('/') {
         return None;
     }

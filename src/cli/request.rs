@@ -126,6 +126,9 @@ pub(super) enum RequestError {
     /// `--insecure-registry`.
     #[error("--insecure-registry {0:?}: expected HOST[:PORT] with a dot, a port or \"localhost\"")]
     InsecureRegistry(String),
+    /// A registry of `doctor`.
+    #[error("{0:?} is not a registry: expected HOST[:PORT] with a dot, a port or \"localhost\"")]
+    Registry(String),
     /// `prune --filter`.
     #[error(
         "--filter {0:?}: expected until=DURATION such as until=24h, type=tree, blob, step, http or mount, or id=PREFIX"

@@ -609,7 +609,7 @@ fn shown_path(text: &str) -> String {
 }
 
 /// Bytes in decimal units with four digits, as Docker shows them.
-fn human(bytes: u64) -> String {
+pub(super) fn human(bytes: u64) -> String {
     const UNITS: [&str; 7] = ["B", "kB", "MB", "GB", "TB", "PB", "EB"];
     let mut value = bytes as f64;
     let mut unit = 0;

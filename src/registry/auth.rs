@@ -39,6 +39,11 @@ const CHALLENGE_LIMIT_BYTES: usize = 16 << 10;
 pub(super) struct Scopes(BTreeSet<String>);
 
 impl Scopes {
+    /// For nothing but to be known.
+    pub(super) fn none() -> Self {
+        Self(BTreeSet::new())
+    }
+
     /// To read from `repository`.
     pub(super) fn pull(repository: &str) -> Self {
         Self([format!("repository:{repository}:pull")].into())
@@ -108,6 +113,11 @@ impl Authenticator {
             challenges: Mutex::default(),
             slots: Mutex::default(),
         }
+    }
+
+    /// Where credentials are looked for.
+    pub(super) fn files(&self) -> &CredentialFiles {
+        &self.files
     }
 
     /// What to show `origin` with the next request, as far as is known.
@@ -406,6 +416,14 @@ fn sensitive(text: &str) -> Option<HeaderValue> {
     let mut value = HeaderValue::from_str(text).ok()?;
     value.set_sensitive(true);
     Some(value)
+}
+
+/// The name of what a registry asks for; absent where it is nothing that is understood here.
+pub(super) fn wanted(headers: &HeaderMap) -> Option<&'static str> {
+    choose(headers).map(|challenge| match challenge {
+        Challenge::Basic => "basic",
+        Challenge::Bearer { .. } => "bearer",
+    })
 }
 
 /// The challenge that is answered: tokens rather than passwords.

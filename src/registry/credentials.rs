@@ -12,7 +12,7 @@
     reason = "credential helpers are programs, started here"
 )]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -107,6 +107,40 @@ impl CredentialFiles {
             podman(config),
         ];
         Self(files.into_iter().flatten().collect())
+    }
+
+    /// The registries that the files name, whatever they have for them.
+    ///
+    /// # Errors
+    /// [`RegistryError::Credentials`] where a file exists but cannot be read.
+    pub(super) async fn registries(&self) -> Result<BTreeSet<String>, RegistryError> {
+        let mut all = BTreeSet::new();
+        for file in &self.0 {
+            let config = read(file)
+                .await
+                .map_err(|error| RegistryError::Credentials {
+                    registry: "all registries".to_owned(),
+                    from: file.display().to_string(),
+                    reason: error.to_string(),
+                })?;
+            let Some(Config {
+                auths,
+                cred_helpers,
+                ..
+            }) = config
+            else {
+                continue;
+            };
+            let keys = auths.into_iter().flat_map(BTreeMap::into_keys);
+            let helped = cred_helpers.into_iter().flat_map(BTreeMap::into_keys);
+            for key in keys.chain(helped) {
+                // Podman's may go on with a repository.
+                let key = normal_key(&key);
+                all.insert(key.split('/').next().unwrap_or_default().to_owned());
+            }
+        }
+        all.remove("");
+        Ok(all)
     }
 
     /// Finds the credential for `repository` (its path) at `registry`.

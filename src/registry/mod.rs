@@ -19,6 +19,7 @@
 //! credentials.rs  what `docker login` and `podman login` left
 //! address.rs      where requests go and where they must not
 //! http.rs         TLS, proxies, time limits
+//! examine.rs      what `doctor` says of a registry
 //! error.rs        RegistryError
 //! ```
 //!
@@ -35,6 +36,7 @@ mod address;
 mod auth;
 mod credentials;
 mod error;
+mod examine;
 mod http;
 mod pull;
 mod push;
@@ -56,6 +58,7 @@ pub(crate) mod testing;
 pub(crate) use address::{may_follow, same_origin};
 pub(crate) use error::request_label;
 pub use error::{ConnectionFailure, RegistryError, SpecError, StatusError};
+pub use examine::{Examined, RegistryFailure};
 pub(crate) use http::{Http, Patience};
 pub use pull::{BlobStream, Resolved};
 pub use push::PushedBlob;

@@ -81,6 +81,11 @@ impl Transport {
         }
     }
 
+    /// Who answers challenges.
+    pub(super) fn authenticator(&self) -> &Authenticator {
+        &self.authenticator
+    }
+
     /// A call for `path` below the endpoint's repository, such as `manifests/latest`.
     ///
     /// # Errors

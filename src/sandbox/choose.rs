@@ -22,8 +22,8 @@ use super::output::{Ears, Heard, listen};
 use super::wire::{Attachment, Failure, Launch, Part, Purpose, Runtime, RuntimeKind};
 use super::{
     Cancel, Choice, Content, Device, Limits, Mount, MountSource, Network, Outcome, OutputSink,
-    Process, Refusal, Sandbox, SandboxError, Security, Ulimit, User, World, hosts, init, network,
-    seccomp, supervise, tracer, userns, version,
+    Process, Refusal, Sandbox, SandboxError, Security, Ulimit, User, World, doctor, hosts, init,
+    network, seccomp, supervise, tracer, userns, version,
 };
 use crate::owners::{Inodes, Owner};
 use crate::progress::Stream;
@@ -549,6 +549,7 @@ pub fn hidden_command() {
         Some("__enter") => supervise::enter_main(&rest),
         Some("__init") => init::init_main(&rest),
         Some("__sandbox") => sandbox_main(),
+        Some("__doctor") => doctor::rung_main(&rest),
         _ => return,
     };
     std::process::exit(status);

@@ -168,7 +168,7 @@ pub(super) fn without_namespaces(reason: UsernsError) -> World {
 
 /// Whether this process can change its root directory, and give files to others. Neither
 /// shows: the root directory stays what it is, and the file is one in memory.
-fn try_chroot() -> Result<(), ChrootLack> {
+pub(super) fn try_chroot() -> Result<(), ChrootLack> {
     let uid = rustix::process::geteuid();
     if !uid.is_root() {
         return Err(ChrootLack::NotRoot(uid.as_raw()));

@@ -46,6 +46,7 @@ pub mod cdi;
 mod cgroup;
 mod choose;
 mod chroot;
+pub mod doctor;
 mod emulation;
 mod enter;
 mod error;

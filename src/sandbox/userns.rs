@@ -215,7 +215,11 @@ pub fn enter() -> Result<World, UsernsError> {
     Ok(world)
 }
 
-fn enter_user_namespace() -> Result<World, UsernsError> {
+/// Enters a user namespace with as many IDs as can be had.
+///
+/// # Errors
+/// As [`enter`].
+pub(super) fn enter_user_namespace() -> Result<World, UsernsError> {
     let (uid, gid) = (
         rustix::process::geteuid().as_raw(),
         rustix::process::getegid().as_raw(),
@@ -249,6 +253,15 @@ fn enter_user_namespace() -> Result<World, UsernsError> {
         (Err(reason), _) => reason,
         (Ok(_), None) => unreachable!("a helper is started for every plan"),
     };
+    map_single(uid, gid)?;
+    Ok(World::SingleId { reason })
+}
+
+/// Maps this user, and no other, to uid 0 of the namespace that was just entered.
+///
+/// # Errors
+/// [`UsernsError::Io`] where not even that is allowed.
+pub(super) fn map_single(uid: u32, gid: u32) -> Result<(), UsernsError> {
     // The map was not written, or only that of the groups; one that exists stays.
     for (file, text) in [
         ("/proc/self/setgroups", "deny".to_owned()),
@@ -265,7 +278,20 @@ fn enter_user_namespace() -> Result<World, UsernsError> {
             }
         }
     }
-    Ok(World::SingleId { reason })
+    Ok(())
+}
+
+/// The name of this user, or the number where there is none.
+pub(super) fn user_name() -> String {
+    let uid = rustix::process::geteuid().as_raw();
+    let passwd = std::fs::read_to_string("/etc/passwd").unwrap_or_default();
+    name_of(&passwd, uid).unwrap_or_else(|| uid.to_string())
+}
+
+/// Whether the text of `/etc/subuid` or `/etc/subgid` grants this user anything.
+pub(super) fn has_range(text: &str) -> bool {
+    let uid = rustix::process::geteuid().as_raw();
+    !subordinate_ranges(text, Some(&user_name()), uid).is_empty()
 }
 
 /// One line of an ID map: `count` IDs from `inside` on are those from `outside` on.
@@ -552,7 +578,7 @@ pub(super) fn is_initial() -> bool {
         .is_ok_and(|map| map.split_whitespace().eq(["0", "0", "4294967295"]))
 }
 
-fn is_powerful_root() -> bool {
+pub(super) fn is_powerful_root() -> bool {
     rustix::process::geteuid().is_root()
         && rustix::thread::capabilities(None)
             .is_ok_and(|sets| sets.effective.contains(CapabilitySet::SYS_ADMIN))

@@ -40,6 +40,8 @@ mod conformance;
 mod content;
 /// Dockerfiles in, typed instructions or exact messages out: `fixtures/dockerfiles`.
 mod dockerfile;
+/// `doctor`, on hosts that are broken for it.
+mod doctor;
 /// `--explain`: why a step was not found in the cache.
 mod explain;
 /// Layers that go up while they are made: to several registries, slow ones, stopped ones.

@@ -48,6 +48,14 @@ pub(super) const TRACED: u8 = b't';
 /// Leaves an ID as it is.
 const KEEP: u32 = u32::MAX;
 
+/// Whether this process may trace `pid`, which is killed with this thread if so.
+///
+/// # Errors
+/// That of `ptrace(2)`.
+pub(super) fn may_trace(pid: Pid) -> io::Result<()> {
+    ptrace::seize(pid)
+}
+
 /// Traces `pid`, and all that it starts, until they have ended; whom their files belong to is kept
 /// true in `inodes`. `files` of its root filesystem belong to others from the begin. `ready` gets [`TRACED`] when they can begin. Call it on a thread of its own.
 ///
