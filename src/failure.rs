@@ -4,9 +4,12 @@
 //! `Failure` is attached as `anyhow` context. The kind decides the exit code and is
 //! asked of the error, never of its text.
 
+mod disk;
+
 use std::error::Error;
 use std::fmt;
 use std::io;
+use std::path::Path;
 
 use crate::build::{NoRootfs, NotIsolated, SandboxUnavailable, Shared_, StepFailed, StepPlace};
 use crate::context::{ContextError, NamedContextError};
@@ -61,6 +64,7 @@ pub struct Failure {
     /// What kind it is.
     pub kind: Kind,
     /// What was being done: a gerund with its subject, or the whole error where it has no source.
+    /// Empty where there is advice alone.
     pub message: String,
     /// Advice, one sentence each.
     pub hints: Vec<String>,
@@ -104,6 +108,22 @@ impl Failure {
         hints.extend(error.chain().filter_map(hint_of_cause));
         hints
     }
+
+    /// Adds to `error`, of a program whose store is at `store`, what there is to say of a disk that
+    /// is full or read-only. Its text stays as it is.
+    pub fn with_disk_advice(error: anyhow::Error, store: &Path) -> anyhow::Error {
+        let Some(advice) = disk::advice(&error, store) else {
+            return error;
+        };
+        let outermost = error.downcast_ref::<Self>();
+        let hints = outermost.map_or_else(Vec::new, |failure| failure.hints.clone());
+        let failure = Self {
+            kind: Self::kind_of(&error),
+            message: String::new(),
+            hints,
+        };
+        error.context(failure.with_hint(advice))
+    }
 }
 
 /// The end of what the failed step printed, if a step failed.
@@ -117,6 +137,9 @@ pub fn output_of_failed_step(error: &anyhow::Error) -> Option<&str> {
 /// What the type of one cause tells.
 fn kind_of_cause(cause: &(dyn Error + 'static)) -> Option<Kind> {
     let cause = Shared_::unwrapped(cause);
+    if cause.is::<SandboxUnavailable>() && has_machine_cause(cause) {
+        return Some(Kind::Internal);
+    }
     if cause.is::<DockerfileError>()
         || cause.is::<CheckError>()
         || cause.is::<LintError>()
@@ -181,6 +204,11 @@ fn is_of_machine(cause: &(dyn Error + 'static)) -> bool {
         error.kind(),
         OutOfMemory | QuotaExceeded | ReadOnlyFilesystem | StorageFull
     ) || error.raw_os_error().is_some_and(|n| NUMBERS.contains(&n))
+}
+
+/// Whether a cause of `error` says what is wrong with this machine.
+fn has_machine_cause(error: &(dyn Error + 'static)) -> bool {
+    std::iter::successors(error.source(), |&cause| cause.source()).any(is_of_machine)
 }
 
 fn hint_of_cause(cause: &(dyn Error + 'static)) -> Option<String> {
@@ -276,6 +304,22 @@ mod tests {
         let missing = SessionError::SecretMissing { id: "a".into() };
         assert_eq!(of_step(missing.into()), Kind::Configuration);
         assert_eq!(Failure::kind_of(&os(20)), Kind::Internal);
+    }
+
+    #[test]
+    fn advice_on_a_disk_changes_neither_kind_nor_text() {
+        let store = Path::new("/store");
+        let error = anyhow::Error::new(io::Error::from_raw_os_error(30));
+        let error = error.context(Failure::new(Kind::Configuration, "x").with_hint("y"));
+        let error = Failure::with_disk_advice(error, store);
+        assert_eq!(Failure::kind_of(&error), Kind::Configuration);
+        let hints = Failure::hints_of(&error);
+        assert_eq!(hints.len(), 2, "{hints:?}");
+        assert_eq!(hints[0], "y");
+        assert!(hints[1].starts_with("the store /store is "), "{hints:?}");
+        let other = Failure::with_disk_advice(anyhow!("z"), store);
+        assert_eq!(Failure::hints_of(&other), [""; 0]);
+        assert_eq!(other.chain().count(), 1);
     }
 
     #[test]

@@ -9,6 +9,7 @@ use thiserror::Error;
 use super::args::ProgressArg;
 use super::{log, progress, report};
 use crate::dockerfile::comma_fields;
+use crate::failure::Failure;
 use crate::lint::LintError;
 use crate::pipeline::{self, BuildRequest, Question};
 
@@ -90,7 +91,7 @@ impl CallSettings {
 pub(super) fn run(call: CallSettings, request: &BuildRequest, progress: ProgressArg) -> u8 {
     match try_run(call, request, progress) {
         Ok(code) => code,
-        Err(error) => report(&error),
+        Err(error) => report(&Failure::with_disk_advice(error, &request.root)),
     }
 }
 

@@ -127,6 +127,7 @@ fn try_build(
                 .to_owned(),
         });
     }
+    let root = request.root.clone();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(std::thread::available_parallelism().map_or(2, |n| n.get().max(2)))
         .enable_all()
@@ -159,7 +160,11 @@ fn try_build(
         }
     });
     runtime.shutdown_timeout(CLEAN_UP_LIMIT);
-    outcome
+    outcome.map_err(|stopped| match stopped {
+        // When everything has ended, and removed what it had not finished.
+        Stopped::Failed(error) => Stopped::Failed(Failure::with_disk_advice(error, &root)),
+        signalled @ Stopped::Signalled(_) => signalled,
+    })
 }
 
 /// What a panic says; its place was printed when it happened.

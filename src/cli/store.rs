@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 
 use super::request::{Machine, RequestError};
 use super::values;
+use crate::failure::Failure;
 use crate::store::{Finding, Kind, Object, PruneOptions, Pruned, Store};
 
 /// The exit code of `store verify` that found something that is still so.
@@ -255,7 +256,7 @@ pub fn store(command: StoreCommand) -> u8 {
             Ok(()) => code,
             Err(error) => super::report(&error),
         },
-        Err(error) => super::report(&error),
+        Err(error) => super::report(&Failure::with_disk_advice(error, &command.root)),
     }
 }
 

@@ -51,7 +51,7 @@ pub(super) fn write_whole(
             is_cancelled,
         };
         let mut buffered = BufWriter::with_capacity(BUFFER_BYTES, checked);
-        write(&mut buffered)?;
+        write(&mut buffered).map_err(|error| error.at(dest))?;
         buffered.flush().map_err(ExportError::io("writing", dest))
     };
     if dest == Path::new(STDOUT) {

@@ -40,7 +40,8 @@ pub fn image_layout(
     is_cancelled: IsCancelled<'_>,
 ) -> Result<(), ExportError> {
     if dest.exists() {
-        return extend(image, names, store, dest, is_cancelled);
+        let extended = extend(image, names, store, dest, is_cancelled);
+        return extended.map_err(|error| error.at(dest));
     }
     let parent = parent_of(dest);
     fs::create_dir_all(parent).map_err(ExportError::io("creating", parent))?;
@@ -50,7 +51,8 @@ pub fn image_layout(
         .permissions(fs::Permissions::from_mode(0o777))
         .tempdir_in(parent)
         .map_err(ExportError::io("creating a directory in", parent))?;
-    extend(image, names, store, temporary.path(), is_cancelled)?;
+    let extended = extend(image, names, store, temporary.path(), is_cancelled);
+    extended.map_err(|error| error.at(dest))?;
     fs::rename(temporary.path(), dest).map_err(ExportError::io("naming", dest))?;
     // It has another name now, so there is nothing to remove.
     drop(temporary.keep());

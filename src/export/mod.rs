@@ -113,12 +113,34 @@ pub enum ExportError {
         #[source]
         source: io::Error,
     },
+    /// What is written to this file or directory failed on the way.
+    #[error("writing {}", path.display())]
+    Dest {
+        /// The destination.
+        path: PathBuf,
+        /// What failed.
+        #[source]
+        source: Box<ExportError>,
+    },
     /// The directory has a layout that cannot be extended.
     #[error(transparent)]
     Layout(#[from] LayoutError),
 }
 
 impl ExportError {
+    /// Says where it was to be written, where that may be what failed and is not said yet.
+    fn at(self, dest: &Path) -> Self {
+        let is_damaged = |error: &io::Error| error.kind() == io::ErrorKind::InvalidData;
+        match &self {
+            Self::CopyBlob { source, .. } | Self::Archive(source) if is_damaged(source) => self,
+            Self::CopyBlob { .. } | Self::Archive(_) | Self::RootTar(_) => Self::Dest {
+                path: dest.to_owned(),
+                source: Box::new(self),
+            },
+            _ => self,
+        }
+    }
+
     fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         let path = path.to_owned();
         move |source| Self::Io {

@@ -108,7 +108,7 @@ pub enum StoreError {
         source: io::Error,
     },
     /// The store was made by another version of sockless.
-    #[error("the store {} has version {found:?}, this sockless reads {VERSION:?}; use another --root or remove it", root.display())]
+    #[error("the store {} is of version {found:?}, and this sockless reads version {:?}: another one made it; use that, or give another directory with --root DIR or SOCKLESS_ROOT", root.display(), VERSION.trim_end())]
     Version {
         /// The store.
         root: PathBuf,
@@ -507,7 +507,7 @@ fn check_version(root: &Path) -> Result<bool, StoreError> {
         Ok(found) if found == VERSION => Ok(true),
         Ok(found) => Err(StoreError::Version {
             root: root.to_owned(),
-            found,
+            found: found.trim_end().to_owned(),
         }),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
         Err(error) => Err(StoreError::io("reading", &path)(error)),

@@ -44,6 +44,8 @@ mod dockerfile;
 mod doctor;
 /// `--explain`: why a step was not found in the cache.
 mod explain;
+/// Disks that are full or read-only, programs that are missing, stores of other versions.
+mod faults;
 /// Layers that go up while they are made: to several registries, slow ones, stopped ones.
 mod growing;
 /// Rungs of the ladder on which steps are isolated less.

@@ -100,6 +100,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "build",
             "context",
             "dockerfile",
+            "export",
             "layer",
             "layout",
             "lint",

@@ -450,7 +450,7 @@ fn a_store_of_another_version_and_no_store_are_left_alone() {
     ] {
         let refused = sockless(&place, args).failure();
         assert_eq!(refused.status.code(), Some(70), "{args:?}");
-        refused.says("has version \"99\\n\", this sockless reads");
+        refused.says("is of version \"99\", and this sockless reads version \"2\"");
         assert_eq!(files(&place), ["version"], "{args:?}");
     }
 }
