@@ -62,12 +62,14 @@ fn try_root() -> Vec<Lack> {
     }
     let map = std::fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
     if userns::mapped_ids(&map) <= 1 {
-        let lack = Lack::new(UsernsError::InheritedSingle.to_string()).by("/proc/self/uid_map");
-        return vec![
-            lack.unlocked_by("unshare --user --map-root-user --map-auto sockless build …"),
-        ];
+        return vec![inherited_single()];
     }
     try_mount()
+}
+
+fn inherited_single() -> Lack {
+    let lack = Lack::new(UsernsError::InheritedSingle.to_string()).by("/proc/self/uid_map");
+    lack.unlocked_by("unshare --user --map-root-user --map-auto sockless build …")
 }
 
 fn not_root(uid: u32) -> Lack {
@@ -78,6 +80,8 @@ fn not_root(uid: u32) -> Lack {
 fn try_mapped() -> Vec<Lack> {
     let (lacks, guards) = (missing_ids(), Guards::here());
     match userns::enter_user_namespace() {
+        // The map of who has one ID only can be copied, and is of no use.
+        Ok(World::MappedUser { uids: 0 | 1, .. }) => vec![inherited_single()],
         Ok(World::MappedUser { .. }) => try_mount(),
         Ok(World::SingleId { reason }) if lacks.is_empty() => vec![of_map(&reason)],
         Ok(World::SingleId { .. }) => lacks,
