@@ -23,7 +23,7 @@ use crate::image::Digest;
 use crate::owners::Owners;
 use crate::plan::Sharing;
 use crate::sandbox::Cancel;
-use crate::store::Store;
+use crate::store::{MOUNT_OWNERS_RECORDED, Store};
 
 /// How often a step that waits for a directory looks again.
 const POLL: Duration = Duration::from_millis(50);
@@ -99,7 +99,7 @@ pub(super) fn take(
 /// files have their own.
 fn directories(store: &Store, name: &str) -> PathBuf {
     let kind = match store.records_owners() {
-        true => "\nowners recorded",
+        true => MOUNT_OWNERS_RECORDED,
         false => "",
     };
     let name = Digest::of(format!("{name}{kind}").as_bytes());

@@ -80,6 +80,10 @@ pub use verify::Finding;
 /// a directory, and an info file beside it.
 const VERSION: &str = "2\n";
 
+/// What the name of a cache mount is followed by in what its directory is called after, where the
+/// owners of its files are recorded.
+pub const MOUNT_OWNERS_RECORDED: &str = "\nowners recorded";
+
 /// A store, opened by this process.
 #[derive(Debug)]
 pub struct Store {

@@ -8,7 +8,7 @@ use super::inventory::{self, MOUNT_SIZE, RecordView};
 use super::prune::ignore_gone;
 use super::size::Size;
 use super::tree::{self, FILES, INFO, OWNERS, TreeInfo};
-use super::{Store, StoreError, remove_tree};
+use super::{MOUNT_OWNERS_RECORDED, Store, StoreError, remove_tree};
 use crate::image::{Digest, Hasher};
 use crate::owners::Owners;
 
@@ -370,7 +370,7 @@ impl Verifying<'_> {
                 } else {
                     self.known_names(
                         &path,
-                        &["lock", "reading", "filling", FILES, MOUNT_SIZE],
+                        &["lock", "reading", "filling", FILES, OWNERS, MOUNT_SIZE],
                         Repair::Remove,
                     )?;
                 }
@@ -386,7 +386,9 @@ impl Verifying<'_> {
             name => name.map_err(StoreError::io("reading", path))?,
         };
         let dir = path.parent().and_then(Path::file_name).unwrap_or_default();
-        if *dir != *Digest::of(&name).hex() {
+        let recorded = [&*name, MOUNT_OWNERS_RECORDED.as_bytes()].concat();
+        let is_for = |name: &[u8]| *dir == *Digest::of(name).hex();
+        if !is_for(&name) && !is_for(&recorded) {
             let problem = "the name of the cache mount is not the one that its directory is for";
             return self.found(path, problem, Repair::Remove);
         }
