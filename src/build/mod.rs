@@ -719,7 +719,10 @@ impl Engine {
     fn sandbox(&self) -> anyhow::Result<&dyn Sandbox> {
         self.check_world()?;
         let chosen = self.sandbox.get_or_init(|| {
-            let sandbox = sandbox::choose(self.sandbox_choice, self.allow_old_runc, &self.world);
+            // Whoever opens the store next removes what is in it, should this process be killed.
+            let scratch = self.store.tmp();
+            let (choice, old) = (self.sandbox_choice, self.allow_old_runc);
+            let sandbox = sandbox::choose(choice, old, &self.world, scratch);
             let sandbox = sandbox.map_err(Arc::new)?;
             let mut message = format!("RUN steps run in {}", sandbox.name());
             if let World::Chroot { reason } = &*self.world {
@@ -850,7 +853,7 @@ pub struct PushDenied {
 
 /// No sandbox works here.
 #[derive(Clone, Debug, Error)]
-#[error("{0}")]
+#[error(transparent)]
 pub struct SandboxUnavailable(pub Arc<SandboxError>);
 
 /// Nothing can be run here: not in namespaces, and not without.

@@ -36,12 +36,16 @@ use crate::progress::Stream;
 ///
 /// A runc with known holes is refused unless `allow_old_runc`.
 ///
+/// `scratch` is a directory for what it is tried with, which somebody removes should this process
+/// be killed.
+///
 /// # Errors
 /// [`SandboxError::Unavailable`] with the reason for each that was tried.
 pub fn choose(
     choice: Choice,
     allow_old_runc: bool,
     world: &World,
+    scratch: &Path,
 ) -> Result<Box<dyn Sandbox>, SandboxError> {
     let kinds: &[RuntimeKind] = match choice {
         Choice::Auto if matches!(world, World::Chroot { .. }) => &[RuntimeKind::Chroot],
@@ -55,8 +59,9 @@ pub fn choose(
     let mut refusals = Vec::new();
     for &kind in kinds {
         let probed: Result<Box<dyn Sandbox>, SandboxError> = match kind {
-            RuntimeKind::Chroot => Chroot::probe().map(|sandbox| Box::new(sandbox) as _),
-            _ => Contained::probe(kind, allow_old_runc).map(|sandbox| Box::new(sandbox) as _),
+            RuntimeKind::Chroot => Chroot::probe(scratch).map(|sandbox| Box::new(sandbox) as _),
+            _ => Contained::probe(kind, allow_old_runc, scratch)
+                .map(|sandbox| Box::new(sandbox) as _),
         };
         match probed {
             Ok(sandbox) => return Ok(sandbox),
@@ -91,7 +96,11 @@ struct Contained {
 }
 
 impl Contained {
-    fn probe(kind: RuntimeKind, allow_old_runc: bool) -> Result<Self, SandboxError> {
+    fn probe(
+        kind: RuntimeKind,
+        allow_old_runc: bool,
+        scratch: &Path,
+    ) -> Result<Self, SandboxError> {
         let refused = |refusal| SandboxError::Refused {
             sandbox: kind.name(),
             refusal,
@@ -105,11 +114,11 @@ impl Contained {
             version::check_runc(&program).map_err(refused)?;
         }
         let runtime = Runtime { kind, program };
-        probe(&runtime)?;
+        probe(&runtime, scratch)?;
         let mut reasons = Vec::new();
         let mut networks = None;
         for helper in network::installed_helpers() {
-            match Networks::start(&runtime, helper) {
+            match Networks::start(&runtime, helper, scratch) {
                 Ok(started) => {
                     networks = Some(started);
                     break;
@@ -212,12 +221,12 @@ impl Contained {
 }
 
 /// Goes through everything but the last step, in an empty root filesystem.
-fn probe(runtime: &Runtime) -> Result<(), SandboxError> {
+fn probe(runtime: &Runtime, scratch: &Path) -> Result<(), SandboxError> {
     let io = |source| SandboxError::Io {
         doing: "making a root filesystem to try the sandbox with",
         source,
     };
-    let rootfs = tempfile::tempdir().map_err(io)?;
+    let rootfs = tempfile::tempdir_in(scratch).map_err(io)?;
     let process = nothing_in(rootfs.path());
     for point in super::mount_points(&process) {
         let path = point.path.strip_prefix("/").unwrap_or(&point.path);
@@ -706,7 +715,8 @@ fn sandbox_main() -> i32 {
             cancel.cancel();
         }
     };
-    let outcome = choose(request.sandbox, request.allow_old_runc, &world).and_then(|sandbox| {
+    let (choice, old) = (request.sandbox, request.allow_old_runc);
+    let outcome = choose(choice, old, &world, &std::env::temp_dir()).and_then(|sandbox| {
         let limits = super::limit_notes(&request.limits)?;
         for note in sandbox.notes().iter().chain(&limits) {
             say(&note);

@@ -7,6 +7,7 @@
 //! it, a step cannot change its addresses, routes or filters; a step that has them gets its own.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
 use std::process::Child;
 use std::sync::mpsc::{Sender, SyncSender, channel, sync_channel};
 use std::sync::{Mutex, PoisonError};
@@ -54,13 +55,18 @@ struct Request {
 }
 
 impl Networks {
-    /// Makes the first one with `helper`, so that it is seen to work. `runtime` is for messages.
+    /// Makes the first one with `helper`, so that it is seen to work. `runtime` is for messages;
+    /// their directory is in `scratch`.
     ///
     /// # Errors
     /// [`SandboxError::Refused`] with [`Refusal::Network`](super::Refusal::Network) where the
     /// helper does not work; other refusals where the kernel allows less than any sandbox needs.
-    pub(super) fn start(runtime: &Runtime, helper: Helper) -> Result<Self, SandboxError> {
-        let base = tempfile::tempdir().map_err(io("making a directory for networks"))?;
+    pub(super) fn start(
+        runtime: &Runtime,
+        helper: Helper,
+        scratch: &Path,
+    ) -> Result<Self, SandboxError> {
+        let base = tempfile::tempdir_in(scratch).map_err(io("making a directory for networks"))?;
         let process = nothing_in(base.path());
         let attachment = Attachment::Private(helper.clone());
         let launch = launch(runtime, process, attachment, Purpose::HoldNetwork)?;

@@ -10,7 +10,7 @@
 //! `SOCKLESS_TEST_CACHE` (where base images are kept between runs, instead of `target/fixtures`),
 //! `SOCKLESS_TEST_REGISTRY` (`HOST:PORT` of a plain registry for machines without
 //! `docker-registry`), `SOCKLESS_TEST_DEBIAN_MIRROR`,
-//! `SOCKLESS_TEST_SEED` (what [`soak`] kills); those of [`conformance`] stand there.
+//! `SOCKLESS_TEST_SEED` (what [`soak`] and [`kills`] kill); those of [`conformance`] stand there.
 
 // Tests are where processes are started, and where text is printed for whoever reads the run.
 #![allow(clippy::disallowed_methods, clippy::print_stderr)]
@@ -48,6 +48,8 @@ mod explain;
 mod faults;
 /// Layers that go up while they are made: to several registries, slow ones, stopped ones.
 mod growing;
+/// Builds killed at every moment of their work.
+mod kills;
 /// Rungs of the ladder on which steps are isolated less.
 mod ladder;
 /// What of a base image is fetched and made, and how often.

@@ -30,15 +30,32 @@ const KILLED: u64 = 4;
 const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Numbers that a seed decides: xorshift64*.
-struct Random(u64);
+pub struct Random(u64);
 
 impl Random {
-    fn below(&mut self, limit: u64) -> u64 {
+    /// Those of a seed.
+    pub fn new(seed: u64) -> Self {
+        Self(seed.max(1))
+    }
+
+    /// A number below `limit`.
+    pub fn below(&mut self, limit: u64) -> u64 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
         self.0 ^= self.0 >> 27;
         (self.0.wrapping_mul(0x2545_F491_4F6C_DD1D) >> 32) % limit
     }
+}
+
+/// What `SOCKLESS_TEST_SEED` says, or any number; printed, so that a run can be repeated.
+pub fn seed() -> u64 {
+    let seed = std::env::var("SOCKLESS_TEST_SEED").ok();
+    let seed = seed.and_then(|seed| seed.parse().ok()).unwrap_or_else(|| {
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+        now.expect("after 1970").subsec_nanos().into()
+    });
+    eprintln!("SOCKLESS_TEST_SEED={seed}");
+    seed
 }
 
 /// Dockerfiles that share steps, layers and cache mounts. `mark` is in the command line of each
@@ -72,13 +89,8 @@ fn sandbox_200_builds_on_one_store_survive_kills_and_pruning() {
         Ok(registry) => registry,
         Err(reason) => skip!("{reason}"),
     };
-    let seed = std::env::var("SOCKLESS_TEST_SEED").ok();
-    let seed: u64 = seed.and_then(|seed| seed.parse().ok()).unwrap_or_else(|| {
-        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
-        now.expect("after 1970").subsec_nanos().into()
-    });
-    eprintln!("SOCKLESS_TEST_SEED={seed}");
-    let random = Mutex::new(Random(seed.max(1)));
+    let seed = seed();
+    let random = Mutex::new(Random::new(seed));
 
     let place = Place::new();
     // The directory's own name occurs nowhere else on this machine.
@@ -201,7 +213,7 @@ fn reference(
 }
 
 /// Runs a program to its end, or kills it after a while.
-fn ended(mut command: Command, kill_after: Option<Duration>) -> ExitStatus {
+pub fn ended(mut command: Command, kill_after: Option<Duration>) -> ExitStatus {
     let mut child = command.spawn().expect("the program");
     let started = Instant::now();
     loop {

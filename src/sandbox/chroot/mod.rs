@@ -49,11 +49,11 @@ pub(super) struct Chroot {
 }
 
 impl Chroot {
-    /// Tries it, by running nothing in it.
+    /// Tries it, by running nothing in it, in a directory in `scratch`.
     ///
     /// # Errors
     /// [`SandboxError::Refused`] with what the kernel refused.
-    pub(super) fn probe() -> Result<Self, SandboxError> {
+    pub(super) fn probe(scratch: &Path) -> Result<Self, SandboxError> {
         let this = Self {
             runtime: Runtime {
                 kind: RuntimeKind::Chroot,
@@ -61,7 +61,7 @@ impl Chroot {
             },
             landlock: Landlock::here(),
         };
-        let rootfs = tempfile::tempdir().map_err(choose::io(
+        let rootfs = tempfile::tempdir_in(scratch).map_err(choose::io(
             "making a root filesystem to try the sandbox with",
         ))?;
         let process = choose::nothing_in(rootfs.path());

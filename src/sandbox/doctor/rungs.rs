@@ -201,7 +201,7 @@ fn of_trace(error: &io::Error) -> Lack {
 
 fn try_chroot() -> Vec<Lack> {
     let lack = match ladder::try_chroot() {
-        Ok(()) => match Chroot::probe() {
+        Ok(()) => match Chroot::probe(&std::env::temp_dir()) {
             Ok(_) => return Vec::new(),
             Err(error) => super::host::of_error(&error),
         },
