@@ -41,9 +41,13 @@ mod write;
 mod zstd;
 
 #[cfg(test)]
+mod corpus;
+#[cfg(test)]
 mod hostile;
 #[cfg(test)]
 mod laws;
+#[cfg(test)]
+mod properties;
 #[cfg(test)]
 mod testing;
 

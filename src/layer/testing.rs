@@ -159,7 +159,7 @@ fn probe(found: bool, reason: &str) -> bool {
 }
 
 #[expect(clippy::print_stderr, reason = "a skipped test says so")]
-fn skip(reason: &str) {
+pub(super) fn skip(reason: &str) {
     eprintln!("skipped: {reason}");
 }
 
