@@ -77,10 +77,11 @@ pub fn sandboxes(world: &World, allow_old_runc: bool) -> Vec<Program> {
             RuntimeKind::Chroot => None,
             _ => userns::find_program(kind.name()),
         };
-        let (notes, lacks) = match choose::choose(choice, allow_old_runc, world, &std::env::temp_dir()) {
-            Ok(sandbox) => (sandbox.notes(), Vec::new()),
-            Err(error) => (Vec::new(), lacks_of(&error)),
-        };
+        let (notes, lacks) =
+            match choose::choose(choice, allow_old_runc, world, &std::env::temp_dir()) {
+                Ok(sandbox) => (sandbox.notes(), Vec::new()),
+                Err(error) => (Vec::new(), lacks_of(&error)),
+            };
         Program {
             name: kind.name().to_owned(),
             version: path.as_deref().and_then(version_of),
@@ -120,11 +121,12 @@ pub fn helpers(sandbox: &Program) -> Vec<Helper> {
         let mut installed = network::installed_helpers().into_iter();
         let found = installed.find(|helper| helper.kind == kind);
         let path = found.as_ref().map(|helper| helper.program.clone());
-        let lacks = match found.map(|helper| Networks::start(&runtime, helper, &std::env::temp_dir())) {
-            None => vec![not_installed(kind.name())],
-            Some(Ok(_)) => Vec::new(),
-            Some(Err(error)) => tun_lack().map_or_else(|| lacks_of(&error), |lack| vec![lack]),
-        };
+        let lacks =
+            match found.map(|helper| Networks::start(&runtime, helper, &std::env::temp_dir())) {
+                None => vec![not_installed(kind.name())],
+                Some(Ok(_)) => Vec::new(),
+                Some(Err(error)) => tun_lack().map_or_else(|| lacks_of(&error), |lack| vec![lack]),
+            };
         Helper {
             name: kind.name().to_owned(),
             path,
