@@ -7,7 +7,9 @@
 # As root, for owners and devices; needs GNU tar and python3. What fuzzing found has names
 # of its own and stays.
 set -eu
-out=$(realpath "${1:-$(dirname "$0")/corpus/layer}")
+out=${1:-$(dirname "$0")/corpus/layer}
+mkdir -p "$out"
+out=$(realpath "$out")
 work=$(mktemp -d)
 trap 'rm -rf -- "$work"' EXIT
 mkdir -p "$out" "$work/tree" "$work/sparse" "$work/owners" "$work/times" "$work/xattrs" "$work/links" "$work/white/d" \
