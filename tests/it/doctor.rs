@@ -50,7 +50,10 @@ impl Host {
         }
         // Where the suite has temporary files of its own, others may pass through to these.
         let above = place.dir.path().parent().expect("it is in a directory");
-        let mode = std::fs::metadata(above).expect("there").permissions().mode();
+        let mode = std::fs::metadata(above)
+            .expect("there")
+            .permissions()
+            .mode();
         if mode & 0o011 != 0o011 {
             let open = std::fs::Permissions::from_mode(mode | 0o011);
             std::fs::set_permissions(above, open).expect("ours");
