@@ -19,13 +19,14 @@ use crate::owners::{self, Inodes, Owner, Owners};
 const ORIGIN: &str = "user.overlay.origin";
 
 /// Finds the inodes in `root` of whatever in `stack` does not belong to 0:0. As long as what is
-/// returned is open, their numbers stay.
+/// returned is open, their numbers stay; of those beyond [`pins_max`] the kernel may forget them, and
+/// files that were copied up then are known by their paths ([`of_changed`]).
 pub(super) fn find(
     stack: &Stack,
     root: &ConfinedDir,
     inodes: &Inodes,
 ) -> Result<Vec<OwnedFd>, RootfsError> {
-    let mut pins = Vec::new();
+    let (mut pins, most) = (Vec::new(), pins_max());
     for path in recorded_paths(stack) {
         let failed = || RootfsError::io("looking up the owner of", path);
         let node = match path.as_os_str().is_empty() {
@@ -35,10 +36,19 @@ pub(super) fn find(
         let Some(node) = node else { continue };
         if let Some((fd, found)) = look_at(root, path).map_err(failed())? {
             inodes.set(found.id, node.metadata().owner());
-            pins.push(fd);
+            if pins.len() < most {
+                pins.push(fd);
+            }
         }
     }
     Ok(pins)
+}
+
+/// How many files one root filesystem keeps open: several are in use at once, beside all else.
+fn pins_max() -> usize {
+    const PART: u64 = 16;
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+    limit.map_or(usize::MAX, |limit| (limit / PART) as usize)
 }
 
 /// The paths in trees of `stack` that do not belong to 0:0 there.

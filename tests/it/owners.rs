@@ -217,6 +217,35 @@ fn sandbox_whoever_has_one_id_keeps_a_store_of_their_own_kind() {
     run(place.command().args(["store", "verify"])).success();
 }
 
+/// More files of others than may be open at once.
+#[test]
+fn sandbox_any_number_of_files_has_owners() {
+    let upstream = upstream!();
+    needs!(programs(&["unshare"]));
+    let place = Place::new();
+    let dockerfile = "FROM busybox\n\
+                      RUN mkdir /d && cd /d && for n in $(seq 300); do : > $n; done && chown -R 5:6 /d\n\
+                      RUN cd /d && for n in $(seq 300); do echo x >> $n; done && mv 7 moved && \
+                        echo \"= $(stat -c '%u:%g' * | sort | uniq -c | xargs)\"\n";
+    let context = place.context("context", &[("Dockerfile", dockerfile)]);
+    let few = [
+        "sh",
+        "-c",
+        "ulimit -n 256; exec unshare --user --map-root-user \"$@\"",
+        "sh",
+    ];
+    let (ran, image) = build(&few, &place, &upstream, &context);
+    assert_eq!(printed(&ran), ["300 5:6"]);
+    let top = image.layers.last().expect("it has layers");
+    assert!(top.entries.iter().any(|e| e.path == "d/.wh.7"));
+    let is_file = |path: &str, kind| kind == '0' && !path.contains(".wh.");
+    let files: Vec<_> = (top.entries.iter())
+        .filter(|e| is_file(&e.path, e.kind))
+        .collect();
+    assert_eq!(files.len(), 300);
+    assert!(files.iter().all(|e| (e.uid, e.gid) == (5, 6)), "{files:?}");
+}
+
 /// What tells a test that it is a step.
 const INSIDE: &str = "SOCKLESS_TEST_STEP";
 

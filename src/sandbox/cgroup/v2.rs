@@ -182,6 +182,11 @@ mod tests {
                     .is_ok_and(|_| rustix::process::geteuid().is_root()),
                 "root may write its cgroups"
             );
+            // Said here; root's run of the same tests has the case, and fails where it cannot.
+            let _ = std::io::Write::write_all(
+                &mut std::io::stderr(),
+                b"skipped: no hierarchy of version 2 that this user may write\n",
+            );
             return;
         };
         let there = std::fs::read_to_string(dir.join("cgroup.controllers")).unwrap();

@@ -69,6 +69,8 @@ pub(super) fn trace(
     ready: BorrowedFd<'_>,
 ) -> io::Result<()> {
     ptrace::seize(pid)?;
+    // Without what is there, owners would be lost, and nobody told.
+    std::fs::read_link(proc(pid, "exe"))?;
     for (path, owner) in files {
         let path = proc(pid, "root").join(path.strip_prefix("/").unwrap_or(path));
         if let Ok(found) = std::fs::metadata(path) {
